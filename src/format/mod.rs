@@ -1,0 +1,204 @@
+//! The image formats: what each says of a guest range.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::status::StatusRun;
+use crate::units::{ByteLen, GuestRange, HostOffset};
+
+pub mod cow;
+pub mod qcow;
+pub mod qcow2;
+pub mod raw;
+
+/// An image format, by the name `qemu-img -f` gives it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Format {
+    /// The bytes of the disk themselves.
+    Raw,
+    /// qcow2, versions 2 and 3.
+    Qcow2,
+    /// qcow, version 1.
+    Qcow,
+    /// User-Mode Linux's and old QEMU's copy-on-write files.
+    Cow,
+}
+
+/// Bytes at the start of a file that [`Format::probe`] wants to see.
+pub const PROBE_LENGTH: usize = 512;
+
+impl Format {
+    /// The format's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+            Self::Qcow => "qcow",
+            Self::Cow => "cow",
+        }
+    }
+
+    /// The format that the first bytes of a file announce; raw where none does.
+    pub fn probe(start: &[u8]) -> Self {
+        match start {
+            [b'Q', b'F', b'I', 0xfb, 0, 0, 0, 1, ..] => Self::Qcow,
+            // As QEMU's qcow2_probe(): any version from 2 on, so that a later one is
+            // refused as an unknown qcow2 and not taken for raw data.
+            [b'Q', b'F', b'I', 0xfb, version @ ..]
+                if version.len() >= 4 && version[..4] != [0, 0, 0, 0] =>
+            {
+                Self::Qcow2
+            }
+            _ if cow::probe(start) => Self::Cow,
+            _ => Self::Raw,
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Format {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            // QEMU may declare a backing file by the protocol driver under it; both
+            // mean that the bytes of the file are the disk.
+            "raw" | "file" | "host_device" => Ok(Self::Raw),
+            "qcow2" => Ok(Self::Qcow2),
+            "qcow" => Ok(Self::Qcow),
+            "cow" => Ok(Self::Cow),
+            other => Err(Error::new(ErrorKind::Unsupported(format!(
+                "the format '{other}' is not one that imgdm reads (raw, qcow2, qcow, cow)"
+            )))),
+        }
+    }
+}
+
+/// The backing file as the overlay names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackingReference {
+    /// The name as it is stored, bytes of a stranger's choosing.
+    pub name: Vec<u8>,
+    /// The declared format's name, where the overlay declares one.
+    pub format: Option<String>,
+    /// What the overlay remembers of the backing file (cow only).
+    pub expected: Option<BackingIdentity>,
+}
+
+/// Modification time and size that a cow image recorded of its backing file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BackingIdentity {
+    /// Seconds since 1970, cut to 32 bits as the header stores it.
+    pub modified: u32,
+    /// Size in bytes, rounded up to whole sectors of 512.
+    pub size: ByteLen,
+}
+
+/// Something about an image that does not stop it from being read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// The qcow2 dirty bit is set: refcounts may be stale; they are not used to read.
+    Dirty,
+    /// The qcow2 corrupt bit is set, and the caller allowed that.
+    Corrupt,
+}
+
+/// Memory that status calls reuse, so that nothing is allocated for each call.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    /// Bytes of the tables being read.
+    pub table: Vec<u8>,
+}
+
+/// One opened image of any format, without its backing file.
+pub trait ImageFormat: Send + Sync + fmt::Debug {
+    /// Which format it is.
+    fn format(&self) -> Format;
+
+    /// Size of the virtual disk, a multiple of 512 (as QEMU rounds it).
+    fn virtual_size(&self) -> ByteLen;
+
+    /// The shortest run that a status call can give, in bytes (a cluster, subcluster
+    /// or sector); at least 512.
+    fn granularity(&self) -> u64;
+
+    /// The backing file, where there is one.
+    fn backing(&self) -> Option<&BackingReference> {
+        None
+    }
+
+    /// The name of the external data file as the image stores it: `None` where the
+    /// image has no data file, `Some(None)` where it has one but does not name it.
+    fn data_file(&self) -> Option<Option<PathBuf>> {
+        None
+    }
+
+    /// Whether holes of the file below are asked for under data clusters, because the
+    /// image looks preallocated (QEMU's qcow2_detect_metadata_preallocation()).
+    fn looks_preallocated(&self) -> bool {
+        false
+    }
+
+    /// What the user should know.
+    fn notices(&self) -> Vec<Notice> {
+        Vec::new()
+    }
+
+    /// Appends runs that cover `range` in order, without gap or overlap. `range` lies
+    /// inside the virtual size.
+    ///
+    /// # Errors
+    /// A table cannot be read, or an entry contradicts the specification.
+    fn status(
+        &self,
+        range: GuestRange,
+        scratch: &mut Scratch,
+        runs: &mut Vec<StatusRun>,
+    ) -> Result<()>;
+}
+
+/// Reads big-endian `u64`s of a table into `scratch` and hands out their bytes.
+pub(crate) fn table_bytes<'s>(
+    source: &crate::source::Source,
+    offset: HostOffset,
+    length: usize,
+    what: &str,
+    scratch: &'s mut Scratch,
+) -> Result<&'s [u8]> {
+    if scratch.table.len() < length {
+        scratch.table.resize(length, 0);
+    }
+    let bytes = &mut scratch.table[..length];
+    source.read_exact(offset, bytes, what)?;
+    Ok(bytes)
+}
+
+/// Entry `index` of a table of big-endian `u64`s; the caller keeps it inside.
+#[inline]
+pub(crate) fn be64(bytes: &[u8], index: usize) -> u64 {
+    let at = index * 8;
+    let mut entry = [0; 8];
+    entry.copy_from_slice(&bytes[at..at + 8]);
+    u64::from_be_bytes(entry)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn probing_tells_qcow_from_qcow2_by_the_version() {
+        assert_eq!(Format::probe(b"QFI\xfb\0\0\0\x01"), Format::Qcow);
+        assert_eq!(Format::probe(b"QFI\xfb\0\0\0\x03"), Format::Qcow2);
+        assert_eq!(Format::probe(b"QFI\xfb\0\0\0\x09"), Format::Qcow2);
+        assert_eq!(Format::probe(b"QFI\xfb"), Format::Raw);
+        assert_eq!(Format::probe(b""), Format::Raw);
+    }
+}

@@ -1,0 +1,39 @@
+//! imgdm turns a virtual-machine disk image into a block device that the Linux
+//! kernel serves alone.
+//!
+//! The way of the data:
+//!
+//! ```text
+//! open -> parse -> block status -> chain -> extents -> plan | bind -> table -> load
+//! ```
+//!
+//! Left of the bar is pure: bytes in, values out; no root, no ioctl, no clock. Right
+//! of it is one narrow seam to the machine, [`device`].
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`units`] | offsets, lengths and sectors, each its own type |
+//! | [`error`] | the one error: kind, file, offset, cause |
+//! | [`source`] | reading files and block devices; holes |
+//! | [`holes`] | holes and unwritten extents under a range of a file |
+//! | [`format`](mod@format) | raw, qcow2, qcow, cow |
+//! | [`status`] | what one layer says of a guest range |
+//! | [`chain`] | folding the layers, top first |
+//! | [`extent`] | a row of a map |
+//! | [`plan`] | extents to segments, backings and tables; what stands in the way |
+//! | [`table`] | `dmsetup` text, printed and parsed |
+//! | [`device`] | loop devices and device-mapper, real and fake |
+
+pub mod chain;
+pub mod device;
+pub mod error;
+pub mod extent;
+pub mod format;
+pub mod holes;
+pub mod plan;
+pub mod source;
+pub mod status;
+pub mod table;
+pub mod units;
+
+pub use error::{Error, ErrorKind, Result};

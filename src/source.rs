@@ -1,0 +1,369 @@
+//! Reading images: files, block devices, and memory for tests.
+//!
+//! Everything is read with positioned reads on a descriptor opened read-only; a
+//! [`Source`] is never written and has no cursor that matters (SEEK_DATA and
+//! SEEK_HOLE move the shared one, and nothing reads by it).
+
+use std::fmt;
+use std::fs::{File, Metadata, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::libc;
+use nix::unistd::{Whence, lseek};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::{ByteLen, HostOffset, SECTOR_SIZE};
+
+/// What identifies a file whatever its names: device and inode numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileId {
+    /// `st_dev` of a regular file, `st_rdev` of a block device.
+    pub device: u64,
+    /// `st_ino` of a regular file, 0 for a block device (it may have many nodes).
+    pub inode: u64,
+}
+
+impl FileId {
+    fn of(metadata: &Metadata) -> Self {
+        if metadata.file_type().is_block_device() {
+            Self { device: metadata.rdev(), inode: 0 }
+        } else {
+            Self { device: metadata.dev(), inode: metadata.ino() }
+        }
+    }
+}
+
+/// Whether the bytes from an offset on are allocated in the host's file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allocation {
+    /// Data up to (not including) this offset.
+    Data {
+        /// First byte past the data.
+        until: HostOffset,
+    },
+    /// A hole up to this offset, `None` where it runs to the end of the file.
+    Hole {
+        /// First byte of the next data.
+        until: Option<HostOffset>,
+    },
+}
+
+/// Finds unwritten extents (FIEMAP_EXTENT_UNWRITTEN): preallocated space that reads
+/// as zero, and that SEEK_DATA calls data once its zero pages are in the page cache.
+///
+/// The device side implements it with an ioctl; the pure core only asks.
+pub trait UnwrittenProbe: Send + Sync + fmt::Debug {
+    /// The unwritten ranges of `file` that meet `start..end`, in order, clipped to it.
+    ///
+    /// # Errors
+    /// What the ioctl says; EOPNOTSUPP where the file system has no FIEMAP.
+    fn unwritten(
+        &self,
+        file: &File,
+        start: HostOffset,
+        end: HostOffset,
+    ) -> io::Result<Vec<(HostOffset, HostOffset)>>;
+}
+
+/// Bytes that can be read at any offset, by several threads.
+trait ReadAt: Send + Sync + fmt::Debug {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
+    fn allocation(&self, offset: HostOffset) -> io::Result<Allocation>;
+}
+
+impl ReadAt for File {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        FileExt::read_at(self, buffer, offset)
+    }
+
+    fn allocation(&self, offset: HostOffset) -> io::Result<Allocation> {
+        // The cases D1 to D4 and H1 to H4 of find_allocation() in QEMU's
+        // block/file-posix.c, so that a map comes out the same.
+        let start = libc::off_t::try_from(offset.get()).map_err(|_| Errno::EOVERFLOW)?;
+        let data = match lseek(self, start, Whence::SeekData) {
+            Ok(data) => data,
+            Err(Errno::ENXIO) => return Ok(Allocation::Hole { until: None }),
+            Err(errno) => return Err(errno.into()),
+        };
+        if data > start {
+            return Ok(Allocation::Hole { until: Some(HostOffset::new(data.unsigned_abs())) });
+        }
+        let hole = match lseek(self, start, Whence::SeekHole) {
+            Ok(hole) => hole,
+            Err(Errno::ENXIO) => return Ok(Allocation::Hole { until: None }),
+            Err(errno) => return Err(errno.into()),
+        };
+        if data < start || hole <= start {
+            // Not a valid answer: the file changed between the two calls.
+            return Err(Errno::EBUSY.into());
+        }
+        Ok(Allocation::Data { until: HostOffset::new(hole.unsigned_abs()) })
+    }
+}
+
+/// An image in memory.
+#[derive(Debug)]
+struct Memory(Vec<u8>);
+
+impl ReadAt for Memory {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let rest = usize::try_from(offset).ok().and_then(|at| self.0.get(at..)).unwrap_or(&[]);
+        let n = rest.len().min(buffer.len());
+        buffer[..n].copy_from_slice(&rest[..n]);
+        Ok(n)
+    }
+
+    fn allocation(&self, offset: HostOffset) -> io::Result<Allocation> {
+        let length = self.0.len() as u64;
+        if offset.get() >= length {
+            return Ok(Allocation::Hole { until: None });
+        }
+        Ok(Allocation::Data { until: HostOffset::new(length) })
+    }
+}
+
+/// One file of an image: where it is, how long, and how to read it.
+#[derive(Debug)]
+pub struct Source {
+    name: PathBuf,
+    length: ByteLen,
+    allocated: Option<ByteLen>,
+    modified: Option<i64>,
+    id: Option<FileId>,
+    block_device: bool,
+    reader: Reader,
+    unwritten: Option<Arc<dyn UnwrittenProbe>>,
+}
+
+#[derive(Debug)]
+enum Reader {
+    File(File),
+    Memory(Memory),
+}
+
+impl Source {
+    /// Opens a regular file or block device read-only, without changing its access
+    /// time where the kernel permits that (O_NOATIME: the owner, or CAP_FOWNER).
+    ///
+    /// # Errors
+    /// The open failed, or it is neither a regular file nor a block device.
+    pub fn open(path: &Path) -> Result<Self> {
+        let fail = |error| Error::io("cannot open the file", error).at_path(path);
+        let open = |flags: libc::c_int| {
+            // O_NONBLOCK: a FIFO must be refused, not waited for.
+            let flags = flags | libc::O_NONBLOCK | libc::O_NOCTTY;
+            OpenOptions::new().read(true).custom_flags(flags).open(path)
+        };
+        let file = match open(libc::O_NOATIME) {
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => open(0),
+            other => other,
+        };
+        let file = file.map_err(fail)?;
+        let metadata = file.metadata().map_err(fail)?;
+        let file_type = metadata.file_type();
+        let what = if file_type.is_dir() {
+            "a directory"
+        } else if file_type.is_fifo() {
+            "a FIFO"
+        } else if file_type.is_char_device() {
+            "a character device"
+        } else if file_type.is_socket() {
+            "a socket"
+        } else {
+            ""
+        };
+        if !what.is_empty() {
+            return Err(Error::new(ErrorKind::InvalidImage(format!(
+                "this is {what}, not an image file or a block device"
+            )))
+            .at_path(path));
+        }
+        let block_device = file_type.is_block_device();
+        let length = if block_device {
+            // A block device's st_size is 0; its end is where SEEK_END goes.
+            lseek(&file, 0, Whence::SeekEnd).map_err(|errno| fail(errno.into()))?.unsigned_abs()
+        } else {
+            metadata.len()
+        };
+        Ok(Self {
+            name: path.to_owned(),
+            length: ByteLen::new(length),
+            // A block device allocates nothing by stat; QEMU reads it the same way.
+            allocated: Some(ByteLen::new(metadata.blocks().saturating_mul(SECTOR_SIZE))),
+            modified: Some(metadata.mtime()),
+            id: Some(FileId::of(&metadata)),
+            block_device,
+            reader: Reader::File(file),
+            unwritten: None,
+        })
+    }
+
+    /// An image in memory, for tests and fuzzing: no identity, no holes.
+    pub fn from_bytes(name: impl Into<PathBuf>, bytes: Vec<u8>) -> Self {
+        Self {
+            name: name.into(),
+            length: ByteLen::new(bytes.len() as u64),
+            allocated: None,
+            modified: None,
+            id: None,
+            block_device: false,
+            reader: Reader::Memory(Memory(bytes)),
+            unwritten: None,
+        }
+    }
+
+    /// The path it was opened by, as QEMU would print it (perhaps relative).
+    pub fn path(&self) -> &Path {
+        &self.name
+    }
+
+    /// The path from the root, with `.` and symbolic links of directories left as
+    /// they are; the path itself where the working directory cannot be told.
+    pub fn absolute_path(&self) -> PathBuf {
+        std::path::absolute(&self.name).unwrap_or_else(|_| self.name.clone())
+    }
+
+    /// Length in bytes when it was opened.
+    pub fn length(&self) -> ByteLen {
+        self.length
+    }
+
+    /// Bytes that the host's file system has allocated to it (`st_blocks`).
+    pub fn allocated(&self) -> Option<ByteLen> {
+        self.allocated
+    }
+
+    /// Seconds of the last modification since 1970.
+    pub fn modified(&self) -> Option<i64> {
+        self.modified
+    }
+
+    /// Device and inode; none for an image in memory.
+    pub fn id(&self) -> Option<FileId> {
+        self.id
+    }
+
+    /// True for a block device.
+    pub fn is_block_device(&self) -> bool {
+        self.block_device
+    }
+
+    /// The open descriptor, to be locked and given to a loop device.
+    pub fn file(&self) -> Option<&File> {
+        match &self.reader {
+            Reader::File(file) => Some(file),
+            Reader::Memory(_) => None,
+        }
+    }
+
+    /// From now on unwritten extents count as holes. Only for a file that nobody
+    /// writes: FIEMAP tells of the moment, the page cache may be ahead of it.
+    pub fn set_unwritten_probe(&mut self, probe: Arc<dyn UnwrittenProbe>) {
+        self.unwritten = Some(probe);
+    }
+
+    fn reader(&self) -> &dyn ReadAt {
+        match &self.reader {
+            Reader::File(file) => file,
+            Reader::Memory(memory) => memory,
+        }
+    }
+
+    /// Reads as many bytes as there are, up to the buffer's length.
+    ///
+    /// # Errors
+    /// The read failed.
+    pub fn read_up_to(&self, offset: HostOffset, buffer: &mut [u8]) -> Result<usize> {
+        let mut done = 0;
+        while done < buffer.len() {
+            let at = offset.saturating_add(ByteLen::new(done as u64));
+            match self.reader().read_at(&mut buffer[done..], at.get()) {
+                Ok(0) => break,
+                Ok(n) => done += n,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    return Err(Error::io("cannot read", error)
+                        .at_path(&self.name)
+                        .at_offset(at.get()));
+                }
+            }
+        }
+        Ok(done)
+    }
+
+    /// Fills the buffer.
+    ///
+    /// # Errors
+    /// The read failed, or the file ends before the buffer is full: `what` then
+    /// names, for the message, the piece of metadata that is cut off.
+    pub fn read_exact(&self, offset: HostOffset, buffer: &mut [u8], what: &str) -> Result<()> {
+        let done = self.read_up_to(offset, buffer)?;
+        if done == buffer.len() {
+            return Ok(());
+        }
+        Err(Error::invalid(format!(
+            "{what} ({} bytes) lies outside the file, which is {} bytes long: the image is truncated or corrupt",
+            buffer.len(),
+            self.length.get(),
+        ))
+        .at_path(&self.name)
+        .at_offset(offset.get()))
+    }
+
+    /// Whether the bytes from `offset` on are data or a hole, and how far (SEEK_DATA
+    /// and SEEK_HOLE). A file system that cannot tell has no holes, as in QEMU.
+    pub fn allocation(&self, offset: HostOffset) -> Allocation {
+        self.reader()
+            .allocation(offset)
+            .unwrap_or(Allocation::Data { until: HostOffset::new(u64::MAX) })
+    }
+
+    /// The unwritten ranges that meet `start..end`; none where nobody asked for them
+    /// or the file system cannot tell.
+    pub fn unwritten(&self, start: HostOffset, end: HostOffset) -> Vec<(HostOffset, HostOffset)> {
+        match (&self.unwritten, &self.reader) {
+            (Some(probe), Reader::File(file)) => {
+                probe.unwritten(file, start, end).unwrap_or_default()
+            }
+            _ => Vec::new(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_short_file_is_truncated_metadata() {
+        let source = Source::from_bytes("x.qcow2", vec![0; 10]);
+        let error = source
+            .read_exact(HostOffset::new(4), &mut [0; 8], "the header")
+            .expect_err("only 6 bytes are there");
+        assert!(error.to_string().starts_with("x.qcow2: at offset 0x4: the header (8 bytes)"));
+    }
+
+    #[test]
+    fn a_directory_is_refused_by_name() {
+        let error = Source::open(Path::new("/")).expect_err("a directory");
+        assert!(error.to_string().contains("a directory"), "{error}");
+    }
+
+    #[test]
+    fn holes_are_found() {
+        use std::io::{Seek, SeekFrom, Write};
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.seek(SeekFrom::Start(1 << 20)).unwrap();
+        file.write_all(&[1; 4096]).unwrap();
+        file.as_file().set_len(4 << 20).unwrap();
+        let source = Source::open(file.path()).unwrap();
+        let data = HostOffset::new(1 << 20);
+        assert_eq!(source.allocation(HostOffset::ZERO), Allocation::Hole { until: Some(data) });
+        assert!(matches!(source.allocation(data), Allocation::Data { .. }));
+        assert_eq!(source.allocation(HostOffset::new(3 << 20)), Allocation::Hole { until: None });
+    }
+}

@@ -1,0 +1,210 @@
+//! Device-mapper tables as text: prints and parses `dmsetup table` lines.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::Sectors;
+
+/// A device as a table line names it: `MAJOR:MINOR`, a path, or `@N` for a backing
+/// that has no device yet.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DeviceRef(String);
+
+impl DeviceRef {
+    /// Wraps a device's name.
+    ///
+    /// # Errors
+    /// Empty, or with white space in it: a table line could not be split again.
+    pub fn new(name: impl Into<String>) -> Result<Self> {
+        let name = name.into();
+        if name.is_empty() || name.contains(char::is_whitespace) {
+            return Err(Error::new(ErrorKind::Usage(format!(
+                "'{}' can't stand for a device in a table",
+                name.escape_debug()
+            ))));
+        }
+        Ok(Self(name))
+    }
+
+    /// A device by its numbers.
+    pub fn from_numbers(major: u32, minor: u32) -> Self {
+        Self(format!("{major}:{minor}"))
+    }
+}
+
+impl fmt::Display for DeviceRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A device-mapper target with its parameters
+/// (kernel: Documentation/admin-guide/device-mapper/).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// `linear DEVICE OFFSET`.
+    Linear {
+        /// The device below.
+        device: DeviceRef,
+        /// Where on it the segment starts.
+        offset: Sectors,
+    },
+    /// `zero`.
+    Zero,
+}
+
+impl Target {
+    /// The target's type as the kernel knows it.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Linear { .. } => "linear",
+            Self::Zero => "zero",
+        }
+    }
+
+    /// The parameters after the type; empty where the target has none.
+    pub fn parameters(&self) -> String {
+        match self {
+            Self::Linear { device, offset } => format!("{device} {offset}"),
+            Self::Zero => String::new(),
+        }
+    }
+}
+
+/// One line of a table: `START LENGTH TARGET PARAMETERS`, in sectors.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TableLine {
+    /// First sector.
+    pub start: Sectors,
+    /// Length, never 0.
+    pub length: Sectors,
+    /// What serves it.
+    pub target: Target,
+}
+
+impl fmt::Display for TableLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} {}", self.start, self.length, self.target.kind())?;
+        match &self.target {
+            Target::Linear { device, offset } => write!(f, " {device} {offset}"),
+            Target::Zero => Ok(()),
+        }
+    }
+}
+
+impl FromStr for TableLine {
+    type Err = Error;
+
+    fn from_str(line: &str) -> Result<Self> {
+        let bad = |what: &str| {
+            Error::new(ErrorKind::Unsupported(format!(
+                "the table line '{}' {what}",
+                line.escape_debug()
+            )))
+        };
+        let number = |word: Option<&str>| {
+            word.and_then(|w| w.parse().ok())
+                .map(Sectors::new)
+                .ok_or_else(|| bad("has no number of sectors where one belongs"))
+        };
+        let mut words = line.split_ascii_whitespace();
+        let start = number(words.next())?;
+        let length = number(words.next())?;
+        let target = match words.next() {
+            Some("linear") => {
+                let device = words.next().ok_or_else(|| bad("names no device"))?;
+                Target::Linear { device: DeviceRef::new(device)?, offset: number(words.next())? }
+            }
+            Some("zero") => Target::Zero,
+            _ => return Err(bad("has no target that imgdm knows (linear, zero)")),
+        };
+        if words.next().is_some() {
+            return Err(bad("has words too many"));
+        }
+        Ok(Self { start, length, target })
+    }
+}
+
+/// A whole table: lines without gap from sector 0.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Table {
+    lines: Vec<TableLine>,
+}
+
+impl Table {
+    /// Checks the lines as the kernel would, which itself says no more than EINVAL.
+    ///
+    /// # Errors
+    /// A gap, an overlap, an empty line or a size past 2^64 sectors.
+    pub fn new(lines: Vec<TableLine>) -> Result<Self> {
+        let mut end = 0u64;
+        for line in &lines {
+            let wrong = |what| {
+                Error::new(ErrorKind::NotRepresentable(format!("table line '{line}': {what}")))
+            };
+            if line.start.get() != end {
+                return Err(wrong(format!("should start at sector {end}")));
+            }
+            if line.length.get() == 0 {
+                return Err(wrong("is empty".to_owned()));
+            }
+            end = end
+                .checked_add(line.length.get())
+                .ok_or_else(|| wrong("ends past 2^64 sectors".to_owned()))?;
+        }
+        Ok(Self { lines })
+    }
+
+    /// The lines.
+    pub fn lines(&self) -> &[TableLine] {
+        &self.lines
+    }
+
+    /// Size of the device.
+    pub fn size(&self) -> Sectors {
+        self.lines
+            .last()
+            .map_or(Sectors::default(), |l| Sectors::new(l.start.get() + l.length.get()))
+    }
+}
+
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.lines.iter().try_for_each(|line| writeln!(f, "{line}"))
+    }
+}
+
+impl FromStr for Table {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        Self::new(text.lines().map(str::parse).collect::<Result<_>>()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_reads_back_what_it_prints() {
+        let text = "0 8 linear 7:0 2048\n8 16 zero\n24 8 linear /dev/loop1 0\n";
+        let table: Table = text.parse().unwrap();
+        assert_eq!(table.to_string(), text);
+        assert_eq!(table.size(), Sectors::new(32));
+    }
+
+    #[test]
+    fn a_gap_is_refused_with_the_line() {
+        let error = "0 8 zero\n9 1 zero\n".parse::<Table>().unwrap_err();
+        assert!(error.to_string().contains("'9 1 zero': should start at sector 8"), "{error}");
+    }
+
+    #[test]
+    fn garbage_lines_are_refused() {
+        for line in ["", "0", "0 8", "0 8 crypt x", "0 8 linear", "0 8 linear 7:0", "0 8 zero x"] {
+            assert!(line.parse::<TableLine>().is_err(), "{line}");
+        }
+    }
+}
