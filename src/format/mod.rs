@@ -180,6 +180,14 @@ pub(crate) fn table_bytes<'s>(
     Ok(bytes)
 }
 
+/// The `N` bytes at `at` of a header; the caller keeps them inside.
+#[inline]
+pub(crate) fn bytes_at<const N: usize>(header: &[u8], at: usize) -> [u8; N] {
+    let mut field = [0; N];
+    field.copy_from_slice(&header[at..at + N]);
+    field
+}
+
 /// Entry `index` of a table of big-endian `u64`s; the caller keeps it inside.
 #[inline]
 pub(crate) fn be64(bytes: &[u8], index: usize) -> u64 {
