@@ -106,6 +106,16 @@ pub struct BackingIdentity {
     pub size: Option<ByteLen>,
 }
 
+impl BackingIdentity {
+    /// True where `source` is as it was recorded.
+    pub fn matches(&self, source: &crate::source::Source) -> bool {
+        // The recorded time is cut to 32 bits, so the file's is cut too.
+        let modified = source.modified().map(|seconds| (seconds & 0xffff_ffff).unsigned_abs());
+        modified == Some(u64::from(self.modified))
+            && self.size.is_none_or(|size| source.length() == size)
+    }
+}
+
 /// Something about an image that does not stop it from being read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Notice {
@@ -149,6 +159,11 @@ pub trait ImageFormat: Send + Sync + fmt::Debug {
     /// image looks preallocated (QEMU's qcow2_detect_metadata_preallocation()).
     fn looks_preallocated(&self) -> bool {
         false
+    }
+
+    /// The internal snapshot that this is, unless it is the active layer (qcow2 only).
+    fn snapshot(&self) -> Option<&qcow2::Snapshot> {
+        None
     }
 
     /// What the user should know.
