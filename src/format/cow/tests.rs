@@ -226,6 +226,14 @@ fn a_size_with_a_part_of_a_sector_is_rounded_as_its_reader_does() {
 }
 
 #[test]
+fn qemu_gives_no_bit_to_a_part_of_a_sector() {
+    for layout in [QemuOn64Bit, QemuOn32Bit] {
+        let image = Builder::new(layout, 8 * 512 + 100).open().unwrap();
+        assert_eq!(image.header().bitmap_length(), ByteLen::new(1));
+    }
+}
+
+#[test]
 fn sectors_past_a_bitmap_that_was_rounded_down_are_the_backing_files() {
     for layout in [UmlV1LittleEndian, UmlV1BigEndian, UmlV2] {
         // 13 sectors, one byte of bitmap. The bits after it are not the bitmap's.
