@@ -17,6 +17,9 @@ use crate::source::Source;
 use crate::status::{BlockStatus, FileRole, StatusRun, ZeroStatus};
 use crate::units::{ByteLen, GuestOffset, GuestRange};
 
+#[cfg(test)]
+pub(crate) mod tests;
+
 /// Most runs that one layer can give in one window.
 const RUNS_PER_WINDOW: u64 = 1 << 11;
 
