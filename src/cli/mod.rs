@@ -1,10 +1,18 @@
 //! The clap tree; one file a command.
 
+#[cfg(feature = "device")]
+mod attach;
+#[cfg(feature = "device")]
+mod detach;
 mod exit;
+#[cfg(feature = "device")]
+mod list;
 mod map;
 mod open;
 mod output;
 mod plan;
+#[cfg(feature = "device")]
+mod signal;
 mod table;
 
 use std::io::{self, Write};
@@ -36,6 +44,12 @@ enum Command {
     Map(map::Args),
     Plan(plan::Args),
     Table(table::Args),
+    #[cfg(feature = "device")]
+    Attach(attach::Args),
+    #[cfg(feature = "device")]
+    Detach(detach::Args),
+    #[cfg(feature = "device")]
+    List(list::Args),
 }
 
 /// What every command is told.
@@ -69,6 +83,12 @@ pub(crate) fn run() -> ExitCode {
         Command::Map(args) => map::run(&args, globals),
         Command::Plan(args) => plan::run(&args, globals),
         Command::Table(args) => table::run(&args, globals),
+        #[cfg(feature = "device")]
+        Command::Attach(args) => attach::run(&args, globals),
+        #[cfg(feature = "device")]
+        Command::Detach(args) => detach::run(&args, globals),
+        #[cfg(feature = "device")]
+        Command::List(args) => list::run(&args, globals),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -76,6 +96,10 @@ pub(crate) fn run() -> ExitCode {
             let code = exit_code(&error);
             if code != 0 {
                 let _ = writeln!(io::stderr(), "imgdm: {}", exit::message(&error));
+            }
+            #[cfg(feature = "device")]
+            if let Some(signal) = exit::interrupted_by(&error) {
+                signal::die_by(signal);
             }
             ExitCode::from(code)
         }
