@@ -24,7 +24,7 @@ pub(crate) struct Args {
 #[derive(serde::Serialize)]
 struct JsonAttached {
     name: String,
-    device: JsonPath,
+    device: String,
     uuid: String,
     /// Bytes.
     size: u64,
@@ -98,7 +98,7 @@ fn json(attached: &Attached) -> JsonAttached {
     });
     JsonAttached {
         name: attached.name.clone(),
-        device: JsonPath::from(attached.path.as_path()),
+        device: attached.path.display().to_string(),
         uuid: attached.uuid.to_string(),
         size: bytes(attached),
         image: attached.image.as_ref().map(json_loop_path),
