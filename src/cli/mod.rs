@@ -28,6 +28,7 @@ use exit::exit_code;
 #[command(
     name = "imgdm",
     version,
+    max_term_width = 100,
     after_help = "Examples:\n  imgdm attach disk.qcow2        gives /dev/mapper/disk\n  imgdm plan disk.qcow2          says whether that will work, and what it takes\n  imgdm detach disk\n\nExit status: 0 done, 1 failed, 64 usage, 65 image invalid, 66 not found,\n69 the kernel lacks something, 73 cannot create, 75 in use,\n76 not representable, 77 permission."
 )]
 pub(crate) struct Cli {
@@ -79,6 +80,7 @@ pub(crate) fn run() -> ExitCode {
         }
     };
     let globals = Globals { quiet: cli.quiet };
+    imgdm::device::raise_open_files_limit();
     let outcome = match cli.command {
         Command::Map(args) => map::run(&args, globals),
         Command::Plan(args) => plan::run(&args, globals),

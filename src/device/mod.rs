@@ -29,6 +29,7 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Duration;
+pub use sys::raise_open_files_limit;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::FileId;
