@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
+use std::sync::{Mutex, PoisonError};
 
 use clap::ValueEnum;
 use imgdm::chain::{Chain, HoleQuery};
@@ -197,47 +198,175 @@ fn human(chain: &Chain, range: GuestRange, holes: HoleQuery) -> anyhow::Result<(
     Ok(outcome?)
 }
 
-/// Appends qemu-img's JSON object of a row. By hand: this is most of the time that a map
-/// of a million extents takes.
-fn push_json(line: &mut Vec<u8>, row: &Row) {
-    let mut digits = itoa::Buffer::new();
-    let bool = |value: bool| if value { &b"true"[..] } else { &b"false"[..] };
-    line.extend_from_slice(b"{ \"start\": ");
-    line.extend_from_slice(digits.format(row.start).as_bytes());
-    line.extend_from_slice(b", \"length\": ");
-    line.extend_from_slice(digits.format(row.length).as_bytes());
-    line.extend_from_slice(b", \"depth\": ");
-    line.extend_from_slice(digits.format(row.depth).as_bytes());
-    line.extend_from_slice(b", \"present\": ");
-    line.extend_from_slice(bool(row.present));
-    line.extend_from_slice(b", \"zero\": ");
-    line.extend_from_slice(bool(row.zero));
-    line.extend_from_slice(b", \"data\": ");
-    line.extend_from_slice(bool(row.data));
-    line.extend_from_slice(b", \"compressed\": ");
-    line.extend_from_slice(bool(row.compressed));
-    if let Some(offset) = row.offset {
-        line.extend_from_slice(b", \"offset\": ");
-        line.extend_from_slice(digits.format(offset).as_bytes());
+/// What of a row is the same in most rows of an image: formatted once for many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Middle {
+    length: u64,
+    depth: u32,
+    present: bool,
+    zero: bool,
+    data: bool,
+    compressed: bool,
+    has_offset: bool,
+}
+
+impl Middle {
+    fn of(row: &Row) -> Self {
+        Self {
+            length: row.length,
+            depth: row.depth,
+            present: row.present,
+            zero: row.zero,
+            data: row.data,
+            compressed: row.compressed,
+            has_offset: row.offset.is_some(),
+        }
     }
-    line.push(b'}');
+
+    /// The text between the start and the offset.
+    fn text(self) -> Vec<u8> {
+        let Self { length, depth, present, zero, data, compressed, has_offset } = self;
+        let offset = if has_offset { ", \"offset\": " } else { "" };
+        format!(
+            ", \"length\": {length}, \"depth\": {depth}, \"present\": {present}, \"zero\": {zero}, \"data\": {data}, \"compressed\": {compressed}{offset}"
+        )
+        .into_bytes()
+    }
+}
+
+/// Formats rows as qemu-img's JSON objects. By hand: this is most of the time that a map
+/// of a million extents takes.
+#[derive(Debug, Default)]
+struct JsonRows {
+    text: Vec<u8>,
+    middle: Option<Middle>,
+    middle_text: Vec<u8>,
+}
+
+impl JsonRows {
+    fn push(&mut self, row: &Row) {
+        let middle = Middle::of(row);
+        if self.middle != Some(middle) {
+            self.middle = Some(middle);
+            self.middle_text = middle.text();
+        }
+        let mut digits = itoa::Buffer::new();
+        let text = &mut self.text;
+        text.extend_from_slice(b"{ \"start\": ");
+        text.extend_from_slice(digits.format(row.start).as_bytes());
+        text.extend_from_slice(&self.middle_text);
+        if let Some(offset) = row.offset {
+            text.extend_from_slice(digits.format(offset).as_bytes());
+        }
+        text.push(b'}');
+    }
+
+    fn push_with_comma(&mut self, row: &Row) {
+        self.push(row);
+        self.text.extend_from_slice(b",\n");
+    }
+}
+
+/// One window's rows: those at its ends may merge with the neighbouring windows', those
+/// between are text already.
+#[derive(Debug, Default)]
+struct JsonWindow {
+    first: Option<Row>,
+    between: Vec<u8>,
+    last: Option<Row>,
+}
+
+impl JsonWindow {
+    /// Formats the rows of `extents` into `between`, which is empty.
+    fn of(extents: &[Extent], between: Vec<u8>) -> Self {
+        let mut rows = JsonRows { text: between, ..JsonRows::default() };
+        let mut first = None;
+        let mut pending: Option<Row> = None;
+        for extent in extents {
+            let next = Row::of(extent);
+            if let Some(row) = &mut pending {
+                if row.takes(&next) {
+                    row.length += next.length;
+                    continue;
+                }
+                if first.is_none() {
+                    first = Some(*row);
+                } else {
+                    rows.push_with_comma(row);
+                }
+            }
+            pending = Some(next);
+        }
+        let last = if first.is_some() { pending } else { None };
+        Self { first: first.or(pending), between: rows.text, last }
+    }
+}
+
+/// Puts the windows' rows together.
+#[derive(Debug, Default)]
+struct JsonMap {
+    pending: Option<Row>,
+    rows: JsonRows,
+}
+
+impl JsonMap {
+    /// Takes the next window and writes the rows that can grow no more; gives back the
+    /// window's text, to be written over.
+    fn take(&mut self, window: JsonWindow, out: &mut impl Write) -> std::io::Result<Vec<u8>> {
+        let JsonWindow { first, mut between, last } = window;
+        match (&mut self.pending, first) {
+            (Some(row), Some(first)) if row.takes(&first) => row.length += first.length,
+            (Some(row), Some(first)) => {
+                self.rows.push_with_comma(row);
+                *row = first;
+            }
+            (None, first) => self.pending = first,
+            (Some(_), None) => {}
+        }
+        if let (Some(row), Some(last)) = (&mut self.pending, last) {
+            self.rows.push_with_comma(row);
+            *row = last;
+        }
+        out.write_all(&self.rows.text)?;
+        self.rows.text.clear();
+        out.write_all(&between)?;
+        between.clear();
+        Ok(between)
+    }
+
+    /// Writes the last row; `start` is where the map starts.
+    fn finish(mut self, start: GuestOffset, out: &mut impl Write) -> std::io::Result<()> {
+        self.rows.push(&self.pending.unwrap_or_else(|| Row::empty(start.get())));
+        out.write_all(&self.rows.text)
+    }
 }
 
 fn json(chain: &Chain, range: GuestRange, holes: HoleQuery) -> anyhow::Result<()> {
-    const FLUSH_AT: usize = 256 << 10;
     let mut out = stdout()?;
-    let mut buffer = Vec::with_capacity(FLUSH_AT + 512);
-    buffer.push(b'[');
-    let outcome = for_each_row(chain, range, holes, &mut |row, last| {
-        push_json(&mut buffer, row);
-        buffer.extend_from_slice(if last { b"]\n" } else { b",\n" });
-        if buffer.len() >= FLUSH_AT {
-            out.write_all(&buffer).map_err(|error| Error::io("cannot print", error))?;
-            buffer.clear();
-        }
-        Ok(())
-    });
-    out.write_all(&buffer)?;
+    out.write_all(b"[")?;
+    let mut map = JsonMap::default();
+    // Texts to be written over: fresh memory for each window would take longer to get
+    // from the kernel than to fill.
+    let spare: Mutex<Vec<Vec<u8>>> = Mutex::default();
+    let lock_spare = || spare.lock().unwrap_or_else(PoisonError::into_inner);
+    let outcome = chain.map_windows(
+        range,
+        holes,
+        |_, extents| {
+            let text = lock_spare().pop().unwrap_or_default();
+            JsonWindow::of(extents, text)
+        },
+        |window| {
+            let text =
+                map.take(window, &mut out).map_err(|error| Error::io("cannot print", error))?;
+            lock_spare().push(text);
+            Ok(())
+        },
+    );
+    if outcome.is_ok() {
+        map.finish(range.start, &mut out)?;
+        out.write_all(b"]\n")?;
+    }
     out.flush()?;
     Ok(outcome?)
 }
@@ -351,15 +480,64 @@ fn json_full(chain: &Chain, range: GuestRange, holes: HoleQuery) -> anyhow::Resu
 
 #[cfg(test)]
 mod tests {
+    use imgdm::status::HostPlace;
+    use imgdm::units::{ByteLen, HostOffset};
+
     use super::*;
 
     #[test]
     fn a_row_prints_as_qemu_img_prints_it() {
-        let mut line = Vec::new();
-        push_json(&mut line, &Row { offset: Some(327_680), ..Row::empty(65536) });
+        let mut rows = JsonRows::default();
+        rows.push(&Row { offset: Some(327_680), ..Row::empty(65536) });
+        rows.push_with_comma(&Row { zero: true, ..Row::empty(5) });
         assert_eq!(
-            String::from_utf8(line).unwrap(),
-            r#"{ "start": 65536, "length": 0, "depth": 0, "present": false, "zero": false, "data": false, "compressed": false, "offset": 327680}"#
+            String::from_utf8(rows.text).unwrap(),
+            concat!(
+                r#"{ "start": 65536, "length": 0, "depth": 0, "present": false, "zero": false, "data": false, "compressed": false, "offset": 327680}"#,
+                r#"{ "start": 5, "length": 0, "depth": 0, "present": false, "zero": true, "data": false, "compressed": false},"#,
+                "\n"
+            )
         );
+    }
+
+    fn text_of(windows: &[&[Extent]]) -> String {
+        let mut out = Vec::new();
+        let mut map = JsonMap::default();
+        for extents in windows {
+            let text = map.take(JsonWindow::of(extents, Vec::new()), &mut out).unwrap();
+            assert!(text.is_empty());
+        }
+        map.finish(GuestOffset::ZERO, &mut out).unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn rows_are_the_same_wherever_the_windows_are_cut() {
+        let data = |host| Mapping::Data(HostPlace::in_image(HostOffset::new(host)));
+        let zero = Mapping::Zero(ZeroCause::Unallocated(None));
+        let mappings = [data(70), data(80), data(90), data(10), data(20), zero, zero, data(0)];
+        let extents: Vec<Extent> = (0..)
+            .zip(mappings)
+            .map(|(index, mapping)| Extent {
+                start: GuestOffset::new(index * 10),
+                length: ByteLen::new(10),
+                depth: 0,
+                mapping,
+            })
+            .collect();
+        let whole = text_of(&[&extents]);
+        let lengths: Vec<&str> = whole.lines().filter_map(|line| line.split(", ").nth(1)).collect();
+        assert_eq!(
+            lengths,
+            ["\"length\": 30", "\"length\": 20", "\"length\": 20", "\"length\": 10"]
+        );
+        for first in 0..=extents.len() {
+            for second in first..=extents.len() {
+                let windows = [&extents[..first], &extents[first..second], &extents[second..]];
+                assert_eq!(text_of(&windows), whole, "cut at {first} and {second}");
+            }
+        }
+        assert_eq!(text_of(&[]), text_of(&[&[], &[]]));
+        assert!(text_of(&[]).starts_with("{ \"start\": 0, \"length\": 0,"));
     }
 }
