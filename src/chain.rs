@@ -24,7 +24,11 @@ pub(crate) mod tests;
 const RUNS_PER_WINDOW: u64 = 1 << 11;
 
 /// Windows that a thread resolves before their results are taken in order.
-const WINDOWS_PER_THREAD: usize = 32;
+const WINDOWS_PER_THREAD: usize = 64;
+
+/// Windows that are resolved before their results are taken, with however many threads:
+/// the text of a map has some 300 KiB for each.
+const WINDOWS_AT_ONCE: usize = 128;
 
 /// One image of a chain with its open files.
 #[derive(Debug)]
@@ -155,7 +159,8 @@ impl Chain {
         work: impl Fn(GuestRange, &[Extent]) -> T + Sync,
         mut take: impl FnMut(T) -> Result<()>,
     ) -> Result<()> {
-        let batch_size = rayon::current_num_threads() * WINDOWS_PER_THREAD;
+        let threads = rayon::current_num_threads();
+        let batch_size = (threads * WINDOWS_PER_THREAD).min(WINDOWS_AT_ONCE);
         let mut windows = self.windows(range);
         loop {
             let batch: Vec<_> = windows.by_ref().take(batch_size).collect();
@@ -164,7 +169,7 @@ impl Chain {
             }
             let done: Vec<Result<T>> = batch
                 .into_par_iter()
-                .with_min_len(WINDOWS_PER_THREAD / 4)
+                .with_min_len((batch_size / threads / 4).max(1))
                 .map_init(
                     || self.resolver(holes),
                     |resolver, window| Ok(work(window, resolver.resolve(window)?)),
@@ -269,9 +274,10 @@ impl Resolver<'_> {
         let depth_number = u32::try_from(depth).unwrap_or(u32::MAX);
         self.left.clear();
         if self.open.len() == 1 {
-            self.extents.reserve(self.runs.len());
-            for &run in &self.runs {
-                answer(run, depth_number, backing_size, &mut self.extents, &mut self.left);
+            let mut runs = self.runs.as_slice();
+            while let [run, rest @ ..] = runs {
+                answer(*run, depth_number, backing_size, &mut self.extents, &mut self.left);
+                runs = &rest[push_data(rest, depth_number, &mut self.extents)..];
             }
             std::mem::swap(&mut self.open, &mut self.left);
             return Ok(());
@@ -335,8 +341,47 @@ impl Resolver<'_> {
     }
 }
 
+/// Appends the rows of the data runs at the start of `runs`, which follow on the last row,
+/// and says how many runs that are. In most images these are nearly all, so they have a
+/// loop of their own.
+#[inline(never)]
+fn push_data(runs: &[StatusRun], depth: u32, extents: &mut Vec<Extent>) -> usize {
+    extents.reserve(runs.len());
+    let data = runs.iter().map_while(|run| match run.status {
+        BlockStatus::Data(place) => Some((run.start, run.length, place)),
+        _ => None,
+    });
+    let mut count = 0;
+    // Where the row before would go on.
+    let mut expected = None;
+    for (start, length, place) in data {
+        // Made where it is pushed: made before, it would be copied once more.
+        let row = || Extent { start, length, depth, mapping: Mapping::Data(place) };
+        if count == 0 || expected == Some(place) {
+            push_row(extents, row());
+        } else {
+            extents.push(row());
+        }
+        expected = Some(place.advanced(length));
+        count += 1;
+    }
+    count
+}
+
+/// Appends a row, joined to the one before where it carries that on.
+#[inline(never)]
+fn push_row(extents: &mut Vec<Extent>, next: Extent) {
+    // Rows of one layer come in order, but not without gap.
+    if let Some(last) = extents.last_mut()
+        && last.end() == next.start
+        && last.absorb(&next)
+    {
+        return;
+    }
+    extents.push(next);
+}
+
 /// Turns one run into a row, or into an open run where the backing file answers.
-#[inline]
 fn answer(
     run: StatusRun,
     depth: u32,
@@ -345,17 +390,8 @@ fn answer(
     left: &mut Vec<StatusRun>,
 ) {
     let StatusRun { start, length, status } = run;
-    let mut row = |start, length, mapping| {
-        let next = Extent { start, length, depth, mapping };
-        // Rows of one layer come in order, but not without gap.
-        if let Some(last) = extents.last_mut()
-            && last.end() == start
-            && last.absorb(&next)
-        {
-            return;
-        }
-        extents.push(next);
-    };
+    let mut row =
+        |start, length, mapping| push_row(extents, Extent { start, length, depth, mapping });
     match status {
         BlockStatus::Data(place) => row(start, length, Mapping::Data(place)),
         BlockStatus::Encrypted { place, cipher } => {

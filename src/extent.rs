@@ -90,6 +90,7 @@ impl Mapping {
         self.continues_without_data(distance, next)
     }
 
+    #[inline(never)]
     fn continues_without_data(self, distance: ByteLen, next: Mapping) -> bool {
         match (self, next) {
             (Self::Encrypted { place: a, cipher: x }, Self::Encrypted { place: b, cipher: y }) => {

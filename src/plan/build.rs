@@ -24,6 +24,8 @@ pub(super) struct Blocked {
 struct FileFacts {
     backing: BackingId,
     length: u64,
+    /// Length of what a loop device shows of it: whole sectors.
+    shown: u64,
 }
 
 /// What the plan needs to know of one layer.
@@ -56,8 +58,11 @@ impl Facts {
             .layers()
             .iter()
             .map(|layer| {
-                let mut facts =
-                    |length: ByteLen| FileFacts { backing: next_id(), length: length.get() };
+                let mut facts = |length: ByteLen| FileFacts {
+                    backing: next_id(),
+                    length: length.get(),
+                    shown: length.floor_to_sector().get(),
+                };
                 let image = facts(layer.source.length());
                 let data_file = layer.data_file.as_ref().map_or(image, |file| facts(file.length()));
                 LayerFacts { image, data_file, granularity: layer.image.granularity() }
@@ -181,27 +186,34 @@ impl Piece {
 }
 
 /// Cuts one window's extents into pieces.
-pub(super) struct Cutter<'a, F> {
+struct Cutter<'a, F> {
     facts: &'a Facts,
     pending: Option<Piece>,
     emit: F,
-    pub(super) blocked: Vec<Blocked>,
+    blocked: Vec<Blocked>,
 }
 
-impl<'a, F: FnMut(&Piece)> Cutter<'a, F> {
-    /// Gives the pieces of `extents`, all that a window has, to `emit`; returns what is
-    /// blocked.
-    pub(super) fn cut(facts: &'a Facts, extents: &[Extent], emit: F) -> Vec<Blocked> {
-        let mut cutter = Self { facts, pending: None, emit, blocked: Vec::new() };
-        for extent in extents {
+/// Cuts `extents`, all that a window has, into pieces, and gives them to `emit` but for
+/// the last one: that is returned, with what is blocked.
+#[inline]
+pub(super) fn cut(
+    facts: &Facts,
+    extents: &[Extent],
+    emit: impl FnMut(&Piece),
+) -> (Option<Piece>, Vec<Blocked>) {
+    let mut cutter = Cutter { facts, pending: None, emit, blocked: Vec::new() };
+    let mut rest = extents;
+    while !rest.is_empty() {
+        rest = &rest[cutter.whole_data(rest)..];
+        if let [extent, more @ ..] = rest {
             cutter.push(extent);
+            rest = more;
         }
-        if let Some(last) = &cutter.pending {
-            (cutter.emit)(last);
-        }
-        cutter.blocked
     }
+    (cutter.pending, cutter.blocked)
+}
 
+impl<F: FnMut(&Piece)> Cutter<'_, F> {
     #[inline]
     fn file(&self, depth: u32, role: FileRole) -> FileFacts {
         let layer = &self.facts.layers[depth as usize];
@@ -211,11 +223,60 @@ impl<'a, F: FnMut(&Piece)> Cutter<'a, F> {
         }
     }
 
-    #[inline]
+    /// Takes the extents at the start of `extents` that are data in whole sectors inside
+    /// of one file, and says how many these are. In most images that are nearly all, so
+    /// they have a loop of their own.
+    #[inline(never)]
+    fn whole_data(&mut self, extents: &[Extent]) -> usize {
+        let Some(&Extent { depth, mapping: Mapping::Data(HostPlace { file: role, .. }), .. }) =
+            extents.first()
+        else {
+            return 0;
+        };
+        let file = self.file(depth, role);
+        let backing = file.backing;
+        let piece = |start, length, offset| Piece {
+            start,
+            length,
+            kind: PieceKind::Linear { backing, offset },
+        };
+        let mut data = extents.iter().map_while(|extent| {
+            let Mapping::Data(place) = extent.mapping else { return None };
+            let (start, length) = (extent.start.get(), extent.length.get());
+            let offset = place.offset.get();
+            let whole = (start | length | offset) % SECTOR_SIZE == 0;
+            let inside = offset.checked_add(length).is_some_and(|end| end <= file.shown);
+            let same_file = extent.depth == depth && place.file == role;
+            (same_file && whole && inside).then_some((start, length, offset))
+        });
+        let Some((start, length, offset)) = data.next() else { return 0 };
+        self.whole_piece(piece(start, length, offset));
+        // The pending piece is a linear one of this file now, and ends where the next starts.
+        let Some(Piece { mut start, mut length, kind: PieceKind::Linear { mut offset, .. } }) =
+            self.pending
+        else {
+            return 1;
+        };
+        let mut count = 1;
+        for (next, more, next_offset) in data {
+            if offset.wrapping_add(length) == next_offset {
+                length += more;
+            } else {
+                (self.emit)(&piece(start, length, offset));
+                (start, length, offset) = (next, more, next_offset);
+            }
+            count += 1;
+        }
+        self.pending = Some(piece(start, length, offset));
+        count
+    }
+
+    /// Takes any extent.
+    #[inline(never)]
     fn push(&mut self, extent: &Extent) {
         let (start, length) = (extent.start.get(), extent.length.get());
         match extent.mapping {
-            Mapping::Data(place) => self.data(extent, place),
+            Mapping::Data(place) => self.odd_data(extent, place),
             Mapping::Zero(cause) => self.zeros(extent, cause),
             Mapping::Compressed { .. } => {
                 self.block(ObstacleKind::Compressed, extent.depth, start, 1);
@@ -252,29 +313,16 @@ impl<'a, F: FnMut(&Piece)> Cutter<'a, F> {
         let same_in_file = readable.and_then(|place| {
             let file = self.file(extent.depth, place.file);
             let end = place.offset.get().checked_add(length)?;
-            (end <= whole_sectors(file.length)).then_some((file.backing, place.offset.get()))
+            (end <= file.shown).then_some((file.backing, place.offset.get()))
         });
         self.piece(Piece { start, length, kind: PieceKind::Zero { same_in_file } });
     }
 
-    #[inline]
-    fn data(&mut self, extent: &Extent, place: HostPlace) {
+    /// Data that may not be whole sectors inside of its file.
+    fn odd_data(&mut self, extent: &Extent, place: HostPlace) {
         let (start, length) = (extent.start.get(), extent.length.get());
-        let file = self.file(extent.depth, place.file);
         let host = place.offset.get();
-        let whole = whole_sectors(file.length);
-        let aligned = (start | host | length) % SECTOR_SIZE == 0;
-        if aligned && host.checked_add(length).is_some_and(|end| end <= whole) {
-            let kind = PieceKind::Linear { backing: file.backing, offset: host };
-            self.piece(Piece { start, length, kind });
-        } else {
-            self.odd_data(extent, file, host, whole);
-        }
-    }
-
-    /// Data that is not whole sectors inside of its file.
-    fn odd_data(&mut self, extent: &Extent, file: FileFacts, host: u64, whole: u64) {
-        let (start, length) = (extent.start.get(), extent.length.get());
+        let file = self.file(extent.depth, place.file);
         let mut block = |kind, first| {
             let first = GuestOffset::new(first);
             self.blocked.push(Blocked { kind, backing: file.backing, count: 1, first });
@@ -284,7 +332,7 @@ impl<'a, F: FnMut(&Piece)> Cutter<'a, F> {
             return self.placeholder(start, length);
         }
         // A loop device ends with the last whole sector of its file.
-        let mapped = whole_sectors(whole.saturating_sub(host).min(length));
+        let mapped = whole_sectors(file.shown.saturating_sub(host).min(length));
         let mut at = mapped;
         let partial = at < length && host + at < file.length;
         if partial {
@@ -338,7 +386,6 @@ impl<'a, F: FnMut(&Piece)> Cutter<'a, F> {
 
     /// Takes the next piece, rounded to whole sectors: where a file ends inside one, data
     /// and zeros share it, and the first of them has it.
-    #[inline]
     fn piece(&mut self, mut next: Piece) {
         let end = (next.start + next.length).next_multiple_of(SECTOR_SIZE);
         let start = next.start.next_multiple_of(SECTOR_SIZE);
@@ -347,6 +394,11 @@ impl<'a, F: FnMut(&Piece)> Cutter<'a, F> {
         }
         next.start = start;
         next.length = end - start;
+        self.whole_piece(next);
+    }
+
+    #[inline(always)]
+    fn whole_piece(&mut self, next: Piece) {
         if let Some(pending) = &mut self.pending {
             if pending.absorb_through_hole(&next, self.facts) {
                 return;

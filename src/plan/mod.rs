@@ -17,7 +17,7 @@ use crate::extent::Extent;
 use crate::open::{Warning, WarningKind};
 use crate::units::{ByteLen, GuestOffset, GuestRange, SECTOR_SIZE, Sectors};
 
-use build::{Blocked, Cutter, Facts, Piece, chain_files};
+use build::{Blocked, Facts, Piece, chain_files, cut};
 pub use segment::{
     Backing, BackingId, Bindings, MAX_SEGMENTS_PER_TABLE, PlannedTable, Segment, SegmentTarget,
     TableId, TableRole, TableSource,
@@ -209,21 +209,26 @@ impl Tally {
             used: vec![false; files],
             blocked: Vec::new(),
         };
-        let blocked = Cutter::cut(facts, extents, |piece| {
-            if tally.first.is_none() {
-                tally.first = Some(*piece);
-            } else if let Some(done) = tally.last.replace(*piece) {
-                let segment = facts.segment(&done, GuestOffset::ZERO);
-                let Tally { between, longest_zero, used, .. } = &mut tally;
+        let Tally { first, between, longest_zero, used, .. } = &mut tally;
+        let (last, blocked) = cut(facts, extents, |piece| {
+            if first.is_none() {
+                *first = Some(*piece);
+            } else {
+                let segment = facts.segment(piece, GuestOffset::ZERO);
                 count(facts, &segment, between, longest_zero, used);
             }
         });
+        if tally.first.is_none() {
+            tally.first = last;
+        } else {
+            tally.last = last;
+        }
         tally.blocked = blocked;
         tally
     }
 }
 
-#[inline]
+#[inline(always)]
 fn count(
     facts: &Facts,
     segment: &Segment,
@@ -309,9 +314,9 @@ impl Census<'_> {
     fn find_splits(&mut self, window: GuestRange, before: u64) -> Result<()> {
         let mut starts = Vec::new();
         let mut resolver = self.chain.resolver(self.holes);
-        Cutter::cut(self.facts, resolver.resolve(window)?, |piece| starts.push(piece.start));
-        let between = starts.len().saturating_sub(2);
-        for (index, &start) in (before..).zip(starts.iter().skip(1).take(between)) {
+        cut(self.facts, resolver.resolve(window)?, |piece| starts.push(piece.start));
+        // The window's first and last piece are not among them.
+        for (index, &start) in (before..).zip(starts.iter().skip(1)) {
             if index > 0 && index.is_multiple_of(self.max_segments) {
                 self.splits.push(GuestOffset::new(start));
             }
@@ -517,8 +522,9 @@ impl<'c> Plan<'c> {
         let mut pending: Option<Piece> = None;
         for window in self.chain.windows(guest) {
             pieces.clear();
-            Cutter::cut(&self.facts, resolver.resolve(window)?, |piece| pieces.push(*piece));
-            for &piece in &pieces {
+            let extents = resolver.resolve(window)?;
+            let (last, _) = cut(&self.facts, extents, |piece| pieces.push(*piece));
+            for &piece in pieces.iter().chain(&last) {
                 if pending.as_mut().is_some_and(|pending| pending.absorb(&piece)) {
                     continue;
                 }

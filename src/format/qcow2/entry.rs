@@ -38,37 +38,58 @@ pub(super) enum L2Entry {
     },
 }
 
-/// How to read L2 entries of one image; copied out of the header for speed.
+/// How to read L2 entries of one image; worked out of the header once, for speed.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct L2Format {
     cluster_bits: u32,
     extended: bool,
     data_file: bool,
+    /// The bits by which entries differ.
+    known: u64,
+    /// The bits that the entry of a data cluster has not, unless it is a special one.
+    not_plain: u64,
 }
 
 impl L2Format {
     /// The format of this image's entries.
     pub(super) fn of(header: &Qcow2Header) -> Self {
-        Self {
-            cluster_bits: header.cluster_bits,
-            extended: header.has_extended_l2(),
-            data_file: header.has_data_file(),
-        }
+        Self::new(header.cluster_bits, header.has_extended_l2(), header.has_data_file())
     }
 
-    /// True where `entry` says of its cluster what `first` says of one `distance` bytes
-    /// before: neither compressed, and on the same host bytes or none.
-    #[inline]
-    pub(super) fn continues(self, first: u64, distance: u64, entry: u64) -> bool {
-        let known = OFFSET_MASK | COMPRESSED | if self.extended { 0 } else { ZERO };
+    fn new(cluster_bits: u32, extended: bool, data_file: bool) -> Self {
+        let zero = if extended { 0 } else { ZERO };
         // Of offset 0 with an external data file only this bit tells what it means.
-        let known = if self.data_file { known | COPIED } else { known };
-        let moved = if first & OFFSET_MASK == 0 && !(self.data_file && first & COPIED != 0) {
-            first
-        } else {
-            first.wrapping_add(distance)
-        };
-        entry & known == moved & known && first & COMPRESSED == 0
+        let copied = if data_file { COPIED } else { 0 };
+        let known = OFFSET_MASK | COMPRESSED | zero | copied;
+        let in_cluster = ((1 << cluster_bits) - 1) & OFFSET_MASK;
+        let not_plain = COMPRESSED | ZERO | in_cluster;
+        Self { cluster_bits, extended, data_file, known, not_plain }
+    }
+
+    /// The host cluster of an entry that is nothing but a well-formed reference to one;
+    /// `None` for anything else, which [`decode`](Self::decode) tells apart.
+    #[inline]
+    pub(super) fn plain_host(self, entry: u64) -> Option<HostOffset> {
+        let offset = entry & OFFSET_MASK;
+        (entry & self.not_plain == 0 && offset != 0).then_some(HostOffset::new(offset))
+    }
+
+    /// How many of the entries after `first` say of their clusters what it says of its
+    /// own: on the host bytes that follow, or on none. Compressed clusters stand alone.
+    #[inline]
+    pub(super) fn followers(self, first: u64, rest: &[[u8; 8]]) -> usize {
+        if first & COMPRESSED != 0 {
+            return 0;
+        }
+        let on_host = first & OFFSET_MASK != 0 || (self.data_file && first & COPIED != 0);
+        let step = if on_host { 1 << self.cluster_bits } else { 0 };
+        let mut expected = first & self.known;
+        rest.iter()
+            .take_while(|&&entry| {
+                expected = expected.wrapping_add(step);
+                u64::from_be_bytes(entry) & self.known == expected
+            })
+            .count()
     }
 
     /// Decodes the (first) 64 bits of an entry.
@@ -145,23 +166,60 @@ impl SubclusterBitmap {
 mod tests {
     use super::*;
 
-    const PLAIN: L2Format = L2Format { cluster_bits: 16, extended: false, data_file: false };
+    fn plain() -> L2Format {
+        L2Format::new(16, false, false)
+    }
 
     #[test]
     fn entries_decode_as_the_specification_says() {
         let host = HostOffset::new(0x5_0000);
-        assert_eq!(PLAIN.decode(0), L2Entry::Unallocated);
-        assert_eq!(PLAIN.decode(COPIED), L2Entry::Unallocated);
-        assert_eq!(PLAIN.decode(COPIED | 0x5_0000), L2Entry::Standard(host));
-        assert_eq!(PLAIN.decode(1), L2Entry::ZeroPlain);
-        assert_eq!(PLAIN.decode(0x5_0001), L2Entry::ZeroAllocated(host));
+        assert_eq!(plain().decode(0), L2Entry::Unallocated);
+        assert_eq!(plain().decode(COPIED), L2Entry::Unallocated);
+        assert_eq!(plain().decode(COPIED | 0x5_0000), L2Entry::Standard(host));
+        assert_eq!(plain().decode(1), L2Entry::ZeroPlain);
+        assert_eq!(plain().decode(0x5_0001), L2Entry::ZeroAllocated(host));
     }
 
     #[test]
     fn offset_zero_is_a_cluster_of_a_data_file_only_when_marked() {
-        let format = L2Format { data_file: true, ..PLAIN };
+        let format = L2Format::new(16, false, true);
         assert_eq!(format.decode(COPIED), L2Entry::Standard(HostOffset::ZERO));
         assert_eq!(format.decode(0), L2Entry::Unallocated);
+    }
+
+    #[test]
+    fn entries_that_carry_each_other_on_make_a_run() {
+        let followers = |format: L2Format, entries: &[u64]| {
+            let bytes: Vec<_> = entries.iter().map(|entry| entry.to_be_bytes()).collect();
+            format.followers(entries[0], &bytes[1..])
+        };
+        let plain = plain();
+        // Neighbouring host clusters, whatever bit 63 and reserved bits say.
+        assert_eq!(followers(plain, &[0x5_0000, COPIED | 0x6_0000, 0x7_0002, 0x9_0000]), 2);
+        assert_eq!(followers(plain, &[0x5_0000, 0x5_0000]), 0);
+        assert_eq!(followers(plain, &[0x5_0000, 0x6_0001]), 0);
+        assert_eq!(followers(plain, &[0x5_0001, 0x6_0001, 0x7_0000]), 1);
+        assert_eq!(followers(plain, &[0, COPIED, 0, ZERO]), 2);
+        assert_eq!(followers(plain, &[ZERO, ZERO, ZERO, 0]), 2);
+        assert_eq!(followers(plain, &[COMPRESSED | 5, COMPRESSED | 5]), 0);
+        // The last cluster that an entry can name has none after it.
+        assert_eq!(followers(plain, &[OFFSET_MASK & !0xffff, 0]), 0);
+        // Offset 0 of a data file is a host cluster where bit 63 says so.
+        let with_data_file = L2Format::new(16, false, true);
+        assert_eq!(followers(with_data_file, &[COPIED, COPIED | 0x1_0000, 0x2_0000]), 1);
+        assert_eq!(followers(with_data_file, &[0, 0, COPIED]), 1);
+    }
+
+    #[test]
+    fn plain_hosts_are_standard_entries_on_a_cluster_boundary() {
+        let plain = plain();
+        for entry in [0x5_0000, COPIED | 0x5_0000, 0x5_0002, OFFSET_MASK & !0xffff] {
+            let host = plain.plain_host(entry).unwrap();
+            assert_eq!(plain.decode(entry), L2Entry::Standard(host));
+        }
+        for entry in [0, COPIED, ZERO, 0x5_0001, 0x5_0200, COMPRESSED | 0x5_0000] {
+            assert_eq!(plain.plain_host(entry), None, "{entry:#x}");
+        }
     }
 
     #[test]
@@ -169,7 +227,7 @@ mod tests {
         // 64 KiB clusters: x = 62 - 8 = 54; 2 additional sectors.
         let entry = COMPRESSED | 2 << 54 | 0x1234;
         assert_eq!(
-            PLAIN.decode(entry),
+            plain().decode(entry),
             L2Entry::Compressed {
                 host: HostOffset::new(0x1234),
                 stream_length: ByteLen::new(3 * 512 - 0x34),

@@ -18,15 +18,19 @@ pub(super) fn status(
     scratch: &mut Scratch,
     runs: &mut Vec<StatusRun>,
 ) -> Result<()> {
+    let unallocated = |part: GuestRange| StatusRun {
+        start: part.start,
+        length: part.length(),
+        status: BlockStatus::Unallocated(None),
+    };
     let coverage = image.header.l2_coverage();
     let l1_entries = image.l1_table.length.get() / 8;
-    let mut out = Runs { runs, range };
     let mut at = range.start;
     while at < range.end {
         let first = at.get() / coverage;
         // A snapshot's L1 table may be shorter than its disk: nothing is allocated there.
         if first >= l1_entries {
-            out.push(at, range.end, BlockStatus::Unallocated(None));
+            runs.push(unallocated(GuestRange::new(at, range.end)));
             return Ok(());
         }
         let last = (range.end.get().div_ceil(coverage)).min(l1_entries).min(first + L1_CHUNK);
@@ -36,10 +40,10 @@ pub(super) fn status(
             let end = start.saturating_add(ByteLen::new(coverage));
             let part = GuestRange::new(start, end).intersection(range);
             match l2_table_offset(entry) {
-                None => out.push(part.start, part.end, BlockStatus::Unallocated(None)),
+                None => runs.push(unallocated(part)),
                 Some(table) => {
                     check_l2_offset(image, index, table)?;
-                    l2_status(image, table, start, part, scratch, &mut out)?;
+                    l2_status(image, table, start, part, scratch, runs)?;
                 }
             }
             at = part.end;
@@ -88,7 +92,7 @@ fn check_l2_offset(image: &Qcow2Image, l1_index: u64, table: HostOffset) -> Resu
     Ok(())
 }
 
-/// The runs of `part`, which one L2 table describes; `start` is where the table's
+/// The runs of the clusters of `part`, which one L2 table describes; `start` is where the table's
 /// coverage starts.
 fn l2_status(
     image: &Qcow2Image,
@@ -96,7 +100,7 @@ fn l2_status(
     start: GuestOffset,
     part: GuestRange,
     scratch: &mut Scratch,
-    out: &mut Runs,
+    runs: &mut Vec<StatusRun>,
 ) -> Result<()> {
     let header = &image.header;
     let cluster_size = header.cluster_size();
@@ -112,11 +116,12 @@ fn l2_status(
         format: L2Format::of(header),
         bytes,
         count,
+        range: part,
         table_at,
         guest: start.saturating_add(ByteLen::new(first * cluster_size)),
         data_role: if header.has_data_file() { FileRole::DataFile } else { FileRole::Image },
     };
-    if header.has_extended_l2() { slice.extended(out) } else { slice.standard(out) }
+    if header.has_extended_l2() { slice.extended(runs) } else { slice.standard(runs) }
 }
 
 /// Consecutive entries of one L2 table.
@@ -125,6 +130,8 @@ struct L2Slice<'a> {
     format: L2Format,
     bytes: &'a [u8],
     count: usize,
+    /// What of their clusters is asked for.
+    range: GuestRange,
     /// File offset of the first entry.
     table_at: HostOffset,
     /// Guest offset of the first entry's cluster.
@@ -138,21 +145,53 @@ impl L2Slice<'_> {
         self.guest.saturating_add(ByteLen::new((index as u64) << self.header.cluster_bits))
     }
 
-    fn standard(&self, out: &mut Runs) -> Result<()> {
-        let cluster_size = self.header.cluster_size();
+    /// Appends the runs of the entries at the start of `entries` (the first of them is
+    /// entry `index`) that are plain data clusters of the image file, and says how many
+    /// that are. Nearly all entries of nearly all images are: a loop of its own keeps
+    /// what it works with in registers.
+    #[inline(never)]
+    fn plain_data(&self, index: usize, entries: &[[u8; 8]], runs: &mut Vec<StatusRun>) -> usize {
+        let format = self.format;
+        let cluster_size = ByteLen::new(self.header.cluster_size());
+        let mut hosts =
+            entries.iter().map_while(|&entry| format.plain_host(u64::from_be_bytes(entry)));
+        let Some(host) = hosts.next() else { return 0 };
+        let mut count = 1;
+        let mut run_start = self.guest_at(index);
+        let mut run_host = host;
+        let mut end = run_start.saturating_add(cluster_size);
+        let mut host_end = host.saturating_add(cluster_size);
+        let run = |start: GuestOffset, end: GuestOffset, host| StatusRun {
+            start,
+            length: end.since(start),
+            status: BlockStatus::Data(HostPlace::in_image(host)),
+        };
+        for host in hosts {
+            if host != host_end {
+                runs.push(run(run_start, end, run_host));
+                (run_start, run_host) = (end, host);
+            }
+            end = end.saturating_add(cluster_size);
+            host_end = host.saturating_add(cluster_size);
+            count += 1;
+        }
+        runs.push(run(run_start, end, run_host));
+        count
+    }
+
+    fn standard(&self, runs: &mut Vec<StatusRun>) -> Result<()> {
         let entries = &self.bytes.as_chunks::<8>().0[..self.count];
+        let before = runs.len();
+        let in_the_clear = self.header.encryption.is_none() && self.data_role == FileRole::Image;
         let mut index = 0;
-        while let Some(&entry) = entries.get(index) {
+        loop {
+            if in_the_clear {
+                index += self.plain_data(index, &entries[index..], runs);
+            }
+            let Some((&entry, rest)) = entries[index..].split_first() else { break };
             let entry = u64::from_be_bytes(entry);
             let first = index;
-            index += 1;
-            let mut distance = cluster_size;
-            while let Some(&next) = entries.get(index)
-                && self.format.continues(entry, distance, u64::from_be_bytes(next))
-            {
-                distance += cluster_size;
-                index += 1;
-            }
+            index += 1 + self.format.followers(entry, rest);
             let status = match self.format.decode(entry) {
                 L2Entry::Standard(host) => {
                     self.check_place(host, first)?;
@@ -171,18 +210,27 @@ impl L2Slice<'_> {
                     self.compressed(host, stream_length, first)?
                 }
             };
-            out.push(self.guest_at(first), self.guest_at(index), status);
+            let start = self.guest_at(first);
+            runs.push(StatusRun { start, length: self.guest_at(index).since(start), status });
+        }
+        // Whole clusters so far: only the first and the last can reach out of the range.
+        for end in [before, runs.len().saturating_sub(1)] {
+            if let Some(part) = runs.get(end).and_then(|run| run.clipped(self.range)) {
+                runs[end] = part;
+            }
         }
         Ok(())
     }
 
-    fn extended(&self, out: &mut Runs) -> Result<()> {
+    fn extended(&self, runs: &mut Vec<StatusRun>) -> Result<()> {
         let subcluster_size = self.header.subcluster_size();
         for index in 0..self.count {
             let host = match self.format.decode(be64(self.bytes, index * 2)) {
                 L2Entry::Compressed { host, stream_length } => {
                     let status = self.compressed(host, stream_length, index)?;
-                    out.push(self.guest_at(index), self.guest_at(index + 1), status);
+                    let length = ByteLen::new(self.header.cluster_size());
+                    let run = StatusRun { start: self.guest_at(index), length, status };
+                    runs.extend(run.clipped(self.range));
                     continue;
                 }
                 L2Entry::Standard(host) => Some(self.place(host, index)?),
@@ -198,7 +246,7 @@ impl L2Slice<'_> {
                 let count = bitmap.run_length(subcluster);
                 let skipped = ByteLen::new(subcluster * subcluster_size);
                 let start = self.guest_at(index).saturating_add(skipped);
-                let end = start.saturating_add(ByteLen::new(count * subcluster_size));
+                let length = ByteLen::new(count * subcluster_size);
                 let place = host.map(|place| place.advanced(skipped));
                 let status = match (bitmap.get(subcluster), place) {
                     (Subcluster::Unallocated, place) => {
@@ -210,7 +258,9 @@ impl L2Slice<'_> {
                         return Err(self.invalid(index, "has no host cluster".to_owned()));
                     }
                 };
-                out.push_joined(start, end, status);
+                if let Some(run) = (StatusRun { start, length, status }).clipped(self.range) {
+                    push_joined(runs, run);
+                }
                 subcluster += count;
             }
         }
@@ -282,6 +332,7 @@ impl L2Slice<'_> {
         Ok(BlockStatus::Compressed { host, stream_length, cluster: self.guest_at(index) })
     }
 
+    #[inline]
     fn check_zero_allowed(&self, index: usize) -> Result<()> {
         if self.header.version >= 3 {
             return Ok(());
@@ -296,35 +347,15 @@ impl L2Slice<'_> {
     }
 }
 
-/// Collects runs, cut to the asked range.
-struct Runs<'a> {
-    runs: &'a mut Vec<StatusRun>,
-    range: GuestRange,
-}
-
-impl Runs<'_> {
-    #[inline]
-    fn push(&mut self, start: GuestOffset, end: GuestOffset, status: BlockStatus) {
-        if start >= self.range.start && end <= self.range.end {
-            self.runs.push(StatusRun { start, length: end.since(start), status });
-            return;
-        }
-        let run = StatusRun { start, length: end.since(start), status };
-        self.runs.extend(run.clipped(self.range));
-    }
-
-    /// As `push`, joined to the run before where it carries that on: subclusters would
-    /// otherwise end every run at the end of its cluster.
-    fn push_joined(&mut self, start: GuestOffset, end: GuestOffset, status: BlockStatus) {
-        if let Some(last) = self.runs.last_mut()
-            && last.end() == start
-            && !matches!(status, BlockStatus::Compressed { .. })
-            && last.status.advanced(last.length) == status
-            && end <= self.range.end
-        {
-            last.length = end.since(last.start);
-            return;
-        }
-        self.push(start, end, status);
+/// Appends a run, joined to the one before where it carries that on: subclusters would
+/// otherwise end every run at the end of its cluster.
+fn push_joined(runs: &mut Vec<StatusRun>, next: StatusRun) {
+    if let Some(last) = runs.last_mut()
+        && last.end() == next.start
+        && last.status.advanced(last.length) == next.status
+    {
+        last.length = next.end().since(last.start);
+    } else {
+        runs.push(next);
     }
 }

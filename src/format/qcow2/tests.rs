@@ -98,6 +98,42 @@ fn contiguous_clusters_are_one_run_cut_to_the_range() {
 }
 
 #[test]
+fn every_range_gives_its_part_of_the_whole() {
+    const STEP: u64 = CLUSTER / 32;
+    // What each step of a range reads: runs may be cut differently.
+    let steps = |image: &Builder, start: u64, end: u64| -> Vec<(u64, BlockStatus)> {
+        let runs = image.status(start * STEP, end * STEP).unwrap();
+        let mut at = start * STEP;
+        let mut steps = Vec::new();
+        for (start, length, status) in runs {
+            assert_eq!(start, at, "no gap");
+            assert!(length > 0);
+            at += length;
+            let parts = (0..length).step_by(usize::try_from(STEP).unwrap());
+            steps.extend(parts.map(|part| (start + part, status.advanced(ByteLen::new(part)))));
+        }
+        assert_eq!(at, end * STEP, "the whole range and no more");
+        steps
+    };
+    let mut standard = Builder::new(8);
+    standard.l2(0, 4 * CLUSTER).l2(1, 5 * CLUSTER).l2(2, 1);
+    let mut extended = Builder::new(8);
+    let checkered = 0x5555_5555 | (0x2a2a_2a2a << 32);
+    extended.extended(0, 4 * CLUSTER, checkered).extended(1, 5 * CLUSTER, checkered);
+    for image in [&standard, &extended] {
+        let whole = steps(image, 0, 96);
+        for start in 0..96u64 {
+            for end in start + 1..=96 {
+                let part = steps(image, start, end);
+                assert!(part.iter().eq(
+                    whole.iter().filter(|(at, _)| { (start * STEP..end * STEP).contains(at) })
+                ));
+            }
+        }
+    }
+}
+
+#[test]
 fn zero_clusters_are_plain_or_keep_their_host_cluster() {
     let mut image = Builder::new(8);
     image.l2(0, 1).l2(1, 1 | COPIED).l2(2, 4 * CLUSTER | 1 | COPIED);
