@@ -120,6 +120,7 @@ impl Chain {
             open: Vec::new(),
             left: Vec::new(),
             extents: Vec::new(),
+            whole_answer: None,
         }
     }
 
@@ -136,7 +137,7 @@ impl Chain {
         let mut resolver = self.resolver(holes);
         let mut coalescer = Coalescer::default();
         for window in self.windows(range) {
-            for &extent in resolver.resolve(window)? {
+            for extent in resolver.resolve(window)? {
                 if let Some(done) = coalescer.push(extent) {
                     each(&done)?;
                 }
@@ -156,7 +157,7 @@ impl Chain {
         &self,
         range: GuestRange,
         holes: HoleQuery,
-        work: impl Fn(GuestRange, &[Extent]) -> T + Sync,
+        work: impl Fn(GuestRange, Extents<'_>) -> T + Sync,
         mut take: impl FnMut(T) -> Result<()>,
     ) -> Result<()> {
         let threads = rayon::current_num_threads();
@@ -211,18 +212,74 @@ pub struct Resolver<'c> {
     open: Vec<StatusRun>,
     left: Vec<StatusRun>,
     extents: Vec<Extent>,
+    /// The layer that answers for the whole window, with `runs`.
+    whole_answer: Option<u32>,
+}
+
+/// The extents of a window in guest order, without gap. Not all that carry each other on
+/// are joined.
+#[derive(Clone, Debug)]
+pub enum Extents<'r> {
+    /// Of several layers, or of some of a layer's answer.
+    Folded(std::iter::Copied<std::slice::Iter<'r, Extent>>),
+    /// One layer's answer, nothing left over: the usual case. The extents are made as
+    /// they are asked for, which saves a pass over memory.
+    OneLayer {
+        /// Its depth.
+        depth: u32,
+        /// What it says.
+        runs: std::slice::Iter<'r, StatusRun>,
+    },
+}
+
+impl Iterator for Extents<'_> {
+    type Item = Extent;
+
+    #[inline]
+    fn next(&mut self) -> Option<Extent> {
+        match self {
+            Self::Folded(extents) => extents.next(),
+            Self::OneLayer { depth, runs } => runs.next().map(|run| last_answer(run, *depth)),
+        }
+    }
+
+    // One loop for each variant, not a choice for each extent.
+    #[inline]
+    fn fold<B, F: FnMut(B, Extent) -> B>(self, init: B, each: F) -> B {
+        match self {
+            Self::Folded(extents) => extents.fold(init, each),
+            Self::OneLayer { depth, runs } => {
+                runs.map(|run| last_answer(run, depth)).fold(init, each)
+            }
+        }
+    }
+}
+
+/// The extent of a run that no further layer is asked about.
+#[inline]
+pub(crate) fn last_answer(run: &StatusRun, depth: u32) -> Extent {
+    let mapping = match run.status {
+        BlockStatus::Data(place) => Mapping::Data(place),
+        BlockStatus::Encrypted { place, cipher } => Mapping::Encrypted { place, cipher },
+        BlockStatus::Compressed { host, stream_length, cluster } => {
+            Mapping::Compressed { host, stream_length, cluster }
+        }
+        BlockStatus::Zero(zero) => Mapping::Zero(ZeroCause::Layer(zero)),
+        BlockStatus::Unallocated(place) => Mapping::Zero(ZeroCause::Unallocated(place)),
+    };
+    Extent { start: run.start, length: run.length, depth, mapping }
 }
 
 impl Resolver<'_> {
-    /// The extents of `window` in guest order, without gap, joined where they carry each
-    /// other on.
+    /// The extents of `window`.
     ///
     /// # Errors
     /// What a layer's metadata says, with its file's path.
-    pub fn resolve(&mut self, window: GuestRange) -> Result<&[Extent]> {
+    pub fn resolve(&mut self, window: GuestRange) -> Result<Extents<'_>> {
         self.extents.clear();
+        self.whole_answer = None;
         if window.is_empty() {
-            return Ok(&self.extents);
+            return Ok(Extents::Folded(self.extents.iter().copied()));
         }
         self.open.clear();
         self.open.push(StatusRun {
@@ -244,7 +301,10 @@ impl Resolver<'_> {
             self.extents.sort_by_key(|extent| extent.start);
             self.extents.dedup_by(|next, extent| extent.absorb(next));
         }
-        Ok(&self.extents)
+        Ok(match self.whole_answer {
+            Some(depth) => Extents::OneLayer { depth, runs: self.runs.iter() },
+            None => Extents::Folded(self.extents.iter().copied()),
+        })
     }
 
     /// Asks layer `depth` for the open runs: rows for what it answers, and the open
@@ -272,6 +332,13 @@ impl Resolver<'_> {
         }
 
         let depth_number = u32::try_from(depth).unwrap_or(u32::MAX);
+        let leaves_something = backing_size.is_some()
+            && self.runs.iter().any(|run| matches!(run.status, BlockStatus::Unallocated(_)));
+        if self.open.len() == 1 && self.extents.is_empty() && !leaves_something {
+            self.whole_answer = Some(depth_number);
+            self.open.clear();
+            return Ok(());
+        }
         self.left.clear();
         if self.open.len() == 1 {
             let mut runs = self.runs.as_slice();
@@ -389,41 +456,27 @@ fn answer(
     extents: &mut Vec<Extent>,
     left: &mut Vec<StatusRun>,
 ) {
-    let StatusRun { start, length, status } = run;
-    let mut row =
-        |start, length, mapping| push_row(extents, Extent { start, length, depth, mapping });
-    match status {
-        BlockStatus::Data(place) => row(start, length, Mapping::Data(place)),
-        BlockStatus::Encrypted { place, cipher } => {
-            row(start, length, Mapping::Encrypted { place, cipher });
-        }
-        BlockStatus::Compressed { host, stream_length, cluster } => {
-            row(start, length, Mapping::Compressed { host, stream_length, cluster });
-        }
-        BlockStatus::Zero(zero) => row(start, length, Mapping::Zero(ZeroCause::Layer(zero))),
-        BlockStatus::Unallocated(place) => {
-            let Some(backing_size) = backing_size else {
-                return row(start, length, Mapping::Zero(ZeroCause::Unallocated(place)));
-            };
-            let backing_end = GuestOffset::new(backing_size.get());
-            let inside = GuestRange::new(start, run.end().min(backing_end));
-            if !inside.is_empty() {
-                match left.last_mut() {
-                    Some(last) if last.end() == inside.start => {
-                        last.length = inside.end.since(last.start);
-                    }
-                    _ => left.push(StatusRun {
-                        start: inside.start,
-                        length: inside.length(),
-                        status: BlockStatus::Unallocated(None),
-                    }),
-                }
+    let (BlockStatus::Unallocated(place), Some(backing_size)) = (run.status, backing_size) else {
+        return push_row(extents, last_answer(&run, depth));
+    };
+    let backing_end = GuestOffset::new(backing_size.get());
+    let inside = GuestRange::new(run.start, run.end().min(backing_end));
+    if !inside.is_empty() {
+        match left.last_mut() {
+            Some(last) if last.end() == inside.start => {
+                last.length = inside.end.since(last.start);
             }
-            let past = GuestRange::new(start.max(backing_end), run.end());
-            if !past.is_empty() {
-                let place = place.map(|place| place.advanced(past.start.since(start)));
-                row(past.start, past.length(), Mapping::Zero(ZeroCause::PastBackingEnd(place)));
-            }
+            _ => left.push(StatusRun {
+                start: inside.start,
+                length: inside.length(),
+                status: BlockStatus::Unallocated(None),
+            }),
         }
+    }
+    let past = GuestRange::new(run.start.max(backing_end), run.end());
+    if !past.is_empty() {
+        let place = place.map(|place| place.advanced(past.start.since(run.start)));
+        let mapping = Mapping::Zero(ZeroCause::PastBackingEnd(place));
+        push_row(extents, Extent { start: past.start, length: past.length(), depth, mapping });
     }
 }

@@ -278,16 +278,16 @@ struct JsonWindow {
 
 impl JsonWindow {
     /// Formats the rows of `extents` into `between`, which is empty.
-    fn of(extents: &[Extent], between: Vec<u8>) -> Self {
+    fn of(extents: impl Iterator<Item = Extent>, between: Vec<u8>) -> Self {
         let mut rows = JsonRows { text: between, ..JsonRows::default() };
         let mut first = None;
         let mut pending: Option<Row> = None;
-        for extent in extents {
-            let next = Row::of(extent);
+        extents.for_each(|extent| {
+            let next = Row::of(&extent);
             if let Some(row) = &mut pending {
                 if row.takes(&next) {
                     row.length += next.length;
-                    continue;
+                    return;
                 }
                 if first.is_none() {
                     first = Some(*row);
@@ -296,7 +296,7 @@ impl JsonWindow {
                 }
             }
             pending = Some(next);
-        }
+        });
         let last = if first.is_some() { pending } else { None };
         Self { first: first.or(pending), between: rows.text, last }
     }
@@ -504,7 +504,8 @@ mod tests {
         let mut out = Vec::new();
         let mut map = JsonMap::default();
         for extents in windows {
-            let text = map.take(JsonWindow::of(extents, Vec::new()), &mut out).unwrap();
+            let text =
+                map.take(JsonWindow::of(extents.iter().copied(), Vec::new()), &mut out).unwrap();
             assert!(text.is_empty());
         }
         map.finish(GuestOffset::ZERO, &mut out).unwrap();

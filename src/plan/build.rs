@@ -5,7 +5,7 @@
 //! the segments come out the same in whichever order, and wherever a table starts.
 
 use super::{BackingId, ObstacleKind, PlanOptions, Segment, SegmentTarget, ZeroMode};
-use crate::chain::Chain;
+use crate::chain::{Chain, Extents, last_answer};
 use crate::extent::{Extent, Mapping, ZeroCause};
 use crate::status::{FileRole, HostPlace, ZeroStatus};
 use crate::units::{ByteLen, GuestOffset, SECTOR_SIZE, Sectors};
@@ -185,6 +185,21 @@ impl Piece {
     }
 }
 
+/// Data in whole sectors inside of its file: start, length and offset in the file.
+type Data = (u64, u64, u64);
+
+/// The extent, where it is such data, of that layer and file.
+#[inline(always)]
+fn whole_data(extent: &Extent, depth: u32, role: FileRole, file: FileFacts) -> Option<Data> {
+    let Mapping::Data(place) = extent.mapping else { return None };
+    let (start, length) = (extent.start.get(), extent.length.get());
+    let offset = place.offset.get();
+    let whole = (start | length | offset).is_multiple_of(SECTOR_SIZE);
+    let inside = offset.checked_add(length).is_some_and(|end| end <= file.shown);
+    let same_file = extent.depth == depth && place.file == role;
+    (same_file && whole && inside).then_some((start, length, offset))
+}
+
 /// Cuts one window's extents into pieces.
 struct Cutter<'a, F> {
     facts: &'a Facts,
@@ -198,16 +213,14 @@ struct Cutter<'a, F> {
 #[inline]
 pub(super) fn cut(
     facts: &Facts,
-    extents: &[Extent],
+    extents: Extents<'_>,
     emit: impl FnMut(&Piece),
 ) -> (Option<Piece>, Vec<Blocked>) {
     let mut cutter = Cutter { facts, pending: None, emit, blocked: Vec::new() };
-    let mut rest = extents;
-    while !rest.is_empty() {
-        rest = &rest[cutter.whole_data(rest)..];
-        if let [extent, more @ ..] = rest {
-            cutter.push(extent);
-            rest = more;
+    match extents {
+        Extents::Folded(extents) => cutter.all(extents),
+        Extents::OneLayer { depth, runs } => {
+            cutter.all(runs.map(|run| last_answer(run, depth)));
         }
     }
     (cutter.pending, cutter.blocked)
@@ -223,52 +236,65 @@ impl<F: FnMut(&Piece)> Cutter<'_, F> {
         }
     }
 
-    /// Takes the extents at the start of `extents` that are data in whole sectors inside
-    /// of one file, and says how many these are. In most images that are nearly all, so
-    /// they have a loop of their own.
+    #[inline]
+    fn all(&mut self, mut extents: impl Iterator<Item = Extent>) {
+        let mut next = extents.next();
+        while let Some(extent) = next {
+            let Mapping::Data(place) = extent.mapping else {
+                self.push(&extent);
+                next = extents.next();
+                continue;
+            };
+            let file = self.file(extent.depth, place.file);
+            let Some(first) = whole_data(&extent, extent.depth, place.file, file) else {
+                self.push(&extent);
+                next = extents.next();
+                continue;
+            };
+            next = self.data_of_one_file(extent.depth, place.file, file, first, &mut extents);
+        }
+    }
+
+    /// Takes data in whole sectors inside of one file: `first`, and then what of `extents`
+    /// is it too. Gives back the first extent that is not. In most images nearly all are,
+    /// so they have a loop of their own.
     #[inline(never)]
-    fn whole_data(&mut self, extents: &[Extent]) -> usize {
-        let Some(&Extent { depth, mapping: Mapping::Data(HostPlace { file: role, .. }), .. }) =
-            extents.first()
-        else {
-            return 0;
-        };
-        let file = self.file(depth, role);
+    fn data_of_one_file(
+        &mut self,
+        depth: u32,
+        role: FileRole,
+        file: FileFacts,
+        first: Data,
+        extents: &mut impl Iterator<Item = Extent>,
+    ) -> Option<Extent> {
         let backing = file.backing;
-        let piece = |start, length, offset| Piece {
+        let piece = |(start, length, offset)| Piece {
             start,
             length,
             kind: PieceKind::Linear { backing, offset },
         };
-        let mut data = extents.iter().map_while(|extent| {
-            let Mapping::Data(place) = extent.mapping else { return None };
-            let (start, length) = (extent.start.get(), extent.length.get());
-            let offset = place.offset.get();
-            let whole = (start | length | offset) % SECTOR_SIZE == 0;
-            let inside = offset.checked_add(length).is_some_and(|end| end <= file.shown);
-            let same_file = extent.depth == depth && place.file == role;
-            (same_file && whole && inside).then_some((start, length, offset))
-        });
-        let Some((start, length, offset)) = data.next() else { return 0 };
-        self.whole_piece(piece(start, length, offset));
+        self.whole_piece(piece(first));
         // The pending piece is a linear one of this file now, and ends where the next starts.
         let Some(Piece { mut start, mut length, kind: PieceKind::Linear { mut offset, .. } }) =
             self.pending
         else {
-            return 1;
+            return extents.next();
         };
-        let mut count = 1;
-        for (next, more, next_offset) in data {
+        let mut other = None;
+        for extent in extents {
+            let Some((next, more, next_offset)) = whole_data(&extent, depth, role, file) else {
+                other = Some(extent);
+                break;
+            };
             if offset.wrapping_add(length) == next_offset {
                 length += more;
             } else {
-                (self.emit)(&piece(start, length, offset));
+                (self.emit)(&piece((start, length, offset)));
                 (start, length, offset) = (next, more, next_offset);
             }
-            count += 1;
         }
-        self.pending = Some(piece(start, length, offset));
-        count
+        self.pending = Some(piece((start, length, offset)));
+        other
     }
 
     /// Takes any extent.
@@ -327,7 +353,7 @@ impl<F: FnMut(&Piece)> Cutter<'_, F> {
             let first = GuestOffset::new(first);
             self.blocked.push(Blocked { kind, backing: file.backing, count: 1, first });
         };
-        if (start | host) % SECTOR_SIZE != 0 {
+        if !(start | host).is_multiple_of(SECTOR_SIZE) {
             block(ObstacleKind::Unaligned, start);
             return self.placeholder(start, length);
         }

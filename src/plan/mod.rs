@@ -11,9 +11,8 @@ mod tests;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use crate::chain::{Chain, HoleQuery};
+use crate::chain::{Chain, Extents, HoleQuery};
 use crate::error::{Error, ErrorKind, Result, printable};
-use crate::extent::Extent;
 use crate::open::{Warning, WarningKind};
 use crate::units::{ByteLen, GuestOffset, GuestRange, SECTOR_SIZE, Sectors};
 
@@ -199,7 +198,7 @@ struct Tally {
 }
 
 impl Tally {
-    fn of(facts: &Facts, files: usize, window: GuestRange, extents: &[Extent]) -> Self {
+    fn of(facts: &Facts, files: usize, window: GuestRange, extents: Extents<'_>) -> Self {
         let mut tally = Self {
             window,
             first: None,
