@@ -24,11 +24,11 @@ pub(crate) mod tests;
 const RUNS_PER_WINDOW: u64 = 1 << 11;
 
 /// Windows that a thread resolves before their results are taken in order.
-const WINDOWS_PER_THREAD: usize = 64;
+const WINDOWS_PER_THREAD: usize = 32;
 
 /// Windows that are resolved before their results are taken, with however many threads:
 /// the text of a map has some 300 KiB for each.
-const WINDOWS_AT_ONCE: usize = 128;
+const WINDOWS_AT_ONCE: usize = 64;
 
 /// One image of a chain with its open files.
 #[derive(Debug)]
