@@ -4,6 +4,7 @@
 #![allow(dead_code)]
 
 pub(crate) mod images;
+pub(crate) mod patch;
 pub(crate) mod process;
 pub(crate) mod qemu;
 pub(crate) mod rng;

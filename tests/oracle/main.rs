@@ -16,4 +16,5 @@ mod check;
 mod imgdm;
 mod map;
 mod random;
+mod selftest;
 mod table;
