@@ -265,9 +265,8 @@ impl Resolver<'_> {
                         let place = place.advanced(at);
                         let status = match piece {
                             Piece::Data => BlockStatus::Data(place),
-                            Piece::Hole | Piece::PastEnd => {
-                                BlockStatus::Zero(ZeroStatus::DataHole(place))
-                            }
+                            Piece::Hole => BlockStatus::Zero(ZeroStatus::DataHole(place)),
+                            Piece::PastEnd => BlockStatus::Zero(ZeroStatus::DataPastFileEnd(place)),
                             Piece::Unwritten => BlockStatus::Zero(ZeroStatus::DataUnwritten(place)),
                         };
                         split.push(StatusRun {

@@ -110,6 +110,13 @@ impl Error {
         self
     }
 
+    /// The same error with another kind or message.
+    #[must_use]
+    pub fn with_kind(mut self, kind: ErrorKind) -> Self {
+        self.kind = kind;
+        self
+    }
+
     /// What went wrong.
     pub fn kind(&self) -> &ErrorKind {
         &self.kind

@@ -57,7 +57,11 @@ impl Mapping {
             Self::Data(_) | Self::Encrypted { .. } | Self::Compressed { .. } => true,
             Self::Zero(cause) => matches!(
                 cause,
-                ZeroCause::Layer(ZeroStatus::DataHole(_) | ZeroStatus::DataUnwritten(_))
+                ZeroCause::Layer(
+                    ZeroStatus::DataHole(_)
+                        | ZeroStatus::DataPastFileEnd(_)
+                        | ZeroStatus::DataUnwritten(_)
+                )
             ),
         }
     }

@@ -106,6 +106,10 @@ mod tests {
         ) -> std::io::Result<Vec<(HostOffset, HostOffset)>> {
             Ok(self.0.iter().map(|&(a, b)| (HostOffset::new(a), HostOffset::new(b))).collect())
         }
+
+        fn nobody_writes(&self, _: &std::fs::File) -> bool {
+            true
+        }
     }
 
     #[test]

@@ -15,7 +15,9 @@
 //! | [`units`] | offsets, lengths and sectors, each its own type |
 //! | [`error`] | the one error: kind, file, offset, cause |
 //! | [`source`] | reading files and block devices; holes |
+//! | [`lock`] | QEMU-compatible locks |
 //! | [`holes`] | holes and unwritten extents under a range of a file |
+//! | [`open`] | which files may be opened; names, formats, depth, cycles |
 //! | [`format`](mod@format) | raw, qcow2, qcow, cow |
 //! | [`status`] | what one layer says of a guest range |
 //! | [`chain`] | folding the layers, top first |
@@ -30,6 +32,8 @@ pub mod error;
 pub mod extent;
 pub mod format;
 pub mod holes;
+pub mod lock;
+pub mod open;
 pub mod plan;
 pub mod source;
 pub mod status;

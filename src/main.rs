@@ -1,3 +1,9 @@
-//! The command line.
+//! The command line: parse, dispatch, print the error chain, exit.
 
-fn main() {}
+mod cli;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::run()
+}

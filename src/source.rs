@@ -67,6 +67,10 @@ pub trait UnwrittenProbe: Send + Sync + fmt::Debug {
         start: HostOffset,
         end: HostOffset,
     ) -> io::Result<Vec<(HostOffset, HostOffset)>>;
+
+    /// True where it is certain that nobody has `file` open for writing (F_SETLEASE with
+    /// F_RDLCK): only then can FIEMAP be trusted.
+    fn nobody_writes(&self, file: &File) -> bool;
 }
 
 /// Bytes that can be read at any offset, by several threads.

@@ -48,8 +48,10 @@ pub enum ZeroStatus {
     /// The last bytes of a raw image whose size is no multiple of 512: QEMU rounds
     /// the size up and reads zeros.
     PastFileEnd(HostPlace),
-    /// A data cluster whose host range is a hole, or lies past the end, of its file.
+    /// A data cluster whose host range is a hole of its file.
     DataHole(HostPlace),
+    /// A data cluster whose host range lies past the end of its file.
+    DataPastFileEnd(HostPlace),
     /// A data cluster whose host range is an unwritten extent of its file.
     DataUnwritten(HostPlace),
 }
@@ -118,6 +120,7 @@ impl ZeroStatus {
             | Self::Unwritten(place)
             | Self::PastFileEnd(place)
             | Self::DataHole(place)
+            | Self::DataPastFileEnd(place)
             | Self::DataUnwritten(place) => Some(place),
         }
     }
@@ -130,6 +133,7 @@ impl ZeroStatus {
             Self::Unwritten(place) => Self::Unwritten(place.advanced(distance)),
             Self::PastFileEnd(place) => Self::PastFileEnd(place.advanced(distance)),
             Self::DataHole(place) => Self::DataHole(place.advanced(distance)),
+            Self::DataPastFileEnd(place) => Self::DataPastFileEnd(place.advanced(distance)),
             Self::DataUnwritten(place) => Self::DataUnwritten(place.advanced(distance)),
         }
     }

@@ -137,7 +137,7 @@ impl Sectors {
     /// Whole sectors of `bytes`; `None` where that is no multiple of 512.
     #[inline]
     pub const fn from_bytes(bytes: u64) -> Option<Self> {
-        if bytes % SECTOR_SIZE == 0 { Some(Self(bytes / SECTOR_SIZE)) } else { None }
+        if bytes.is_multiple_of(SECTOR_SIZE) { Some(Self(bytes / SECTOR_SIZE)) } else { None }
     }
 
     /// Bytes; `None` past 2^64 - 1.

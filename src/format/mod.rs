@@ -92,13 +92,28 @@ pub struct BackingReference {
     pub expected: Option<BackingIdentity>,
 }
 
-/// Modification time and size that a cow image recorded of its backing file.
+/// What a cow image recorded of its backing file when it was made.
+///
+/// User-Mode Linux refuses to go on where either is another. QEMU compares neither.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BackingIdentity {
-    /// Seconds since 1970, cut to 32 bits as the header stores it.
+    /// `st_mtime` in seconds since 1970, of which the header stores the low 32 bits: equal
+    /// where `modified as u32` of the file's time is. Of a block device it is the node's.
     pub modified: u32,
-    /// Size in bytes, rounded up to whole sectors of 512.
-    pub size: ByteLen,
+    /// Size in bytes, exactly: `st_size` of a regular file, not rounded to sectors, or
+    /// a block device's size. `None` where the header's size is not the backing file's
+    /// but the image's own virtual size (QEMU's layouts).
+    pub size: Option<ByteLen>,
+}
+
+impl BackingIdentity {
+    /// True where `source` is as it was recorded.
+    pub fn matches(&self, source: &crate::source::Source) -> bool {
+        // The recorded time is cut to 32 bits, so the file's is cut too.
+        let modified = source.modified().map(|seconds| (seconds & 0xffff_ffff).unsigned_abs());
+        modified == Some(u64::from(self.modified))
+            && self.size.is_none_or(|size| source.length() == size)
+    }
 }
 
 /// Something about an image that does not stop it from being read.
@@ -146,6 +161,11 @@ pub trait ImageFormat: Send + Sync + fmt::Debug {
         false
     }
 
+    /// The internal snapshot that this is, unless it is the active layer (qcow2 only).
+    fn snapshot(&self) -> Option<&qcow2::Snapshot> {
+        None
+    }
+
     /// What the user should know.
     fn notices(&self) -> Vec<Notice> {
         Vec::new()
@@ -178,6 +198,14 @@ pub(crate) fn table_bytes<'s>(
     let bytes = &mut scratch.table[..length];
     source.read_exact(offset, bytes, what)?;
     Ok(bytes)
+}
+
+/// The `N` bytes at `at` of a header; the caller keeps them inside.
+#[inline]
+pub(crate) fn bytes_at<const N: usize>(header: &[u8], at: usize) -> [u8; N] {
+    let mut field = [0; N];
+    field.copy_from_slice(&header[at..at + N]);
+    field
 }
 
 /// Entry `index` of a table of big-endian `u64`s; the caller keeps it inside.

@@ -1,8 +1,500 @@
 //! From extents to what the kernel is to load, and what stands in the way.
+//!
+//! A [`Plan`] holds counts and table bounds, never the segments themselves: those are
+//! resolved anew, one table's worth at a time, when they are printed or loaded.
 
+mod build;
 mod segment;
+#[cfg(test)]
+mod tests;
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use crate::chain::{Chain, HoleQuery};
+use crate::error::{Error, ErrorKind, Result, printable};
+use crate::open::{Warning, WarningKind};
+use crate::units::{ByteLen, GuestOffset, GuestRange, Sectors};
+
+use build::{Blocked, Builder, Sink, chain_files};
 pub use segment::{
     Backing, BackingId, Bindings, MAX_SEGMENTS_PER_TABLE, PlannedTable, Segment, SegmentTarget,
     TableId, TableRole, TableSource,
 };
+
+/// What a dm-linear target costs the kernel in bytes, lookup tree included (measured on
+/// a table of 1,048,576).
+const KERNEL_BYTES_PER_SEGMENT: u64 = 113;
+/// What a loop device or a mapped device costs the kernel in bytes, roughly: its queue,
+/// its disk and its worker.
+const KERNEL_BYTES_PER_DEVICE: u64 = 64 << 10;
+
+/// Zeros up to this length are mapped to the zero loop by default. dm-zero fails every
+/// read-ahead bio, so a table that alternates data with short dm-zero segments makes
+/// buffered reads go page by page; a long one costs one segment and no loop's work.
+pub const DEFAULT_ZERO_THRESHOLD: ByteLen = ByteLen::new(1 << 20);
+
+/// How zeros are served (`--zero`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ZeroMode {
+    /// Long runs by dm-zero, short ones by the zero loop, or by the file itself where a
+    /// hole lies between its data.
+    #[default]
+    Auto,
+    /// All by dm-zero.
+    Dm,
+    /// All by the zero loop.
+    Loop,
+}
+
+/// How to plan.
+#[derive(Clone, Copy, Debug)]
+pub struct PlanOptions {
+    /// How zeros are served.
+    pub zero: ZeroMode,
+    /// From this length on zeros are a long run.
+    pub zero_threshold: ByteLen,
+    /// Where the files are asked for holes.
+    pub holes: HoleQuery,
+    /// Segments of a table at most; [`MAX_SEGMENTS_PER_TABLE`] but in tests.
+    pub max_segments: u64,
+}
+
+impl Default for PlanOptions {
+    fn default() -> Self {
+        Self {
+            zero: ZeroMode::Auto,
+            zero_threshold: DEFAULT_ZERO_THRESHOLD,
+            holes: HoleQuery::DataFiles,
+            max_segments: MAX_SEGMENTS_PER_TABLE,
+        }
+    }
+}
+
+/// Why an image can't be attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ObstacleKind {
+    /// Compressed clusters.
+    Compressed,
+    /// Encrypted clusters.
+    Encrypted,
+    /// The last sector of a file is cut off: a loop device does not show it.
+    PartialSector,
+    /// A cluster that does not start on a sector boundary of its file.
+    Unaligned,
+    /// Clusters that lie wholly past the end of their file.
+    PastFileEnd,
+    /// A virtual disk of no bytes.
+    Empty,
+    /// A backing file without a declared format.
+    UndeclaredBackingFormat,
+    /// A file that somebody has open for writing.
+    InUse,
+}
+
+impl ObstacleKind {
+    /// A stable name for scripts.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Compressed => "compressed",
+            Self::Encrypted => "encrypted",
+            Self::PartialSector => "partial-sector",
+            Self::Unaligned => "unaligned",
+            Self::PastFileEnd => "past-end-of-file",
+            Self::Empty => "empty",
+            Self::UndeclaredBackingFormat => "undeclared-backing-format",
+            Self::InUse => "in-use",
+        }
+    }
+
+    fn describe(self) -> &'static str {
+        match self {
+            Self::Compressed => "compressed clusters",
+            Self::Encrypted => "encrypted clusters",
+            Self::PartialSector => "a last sector that the file holds only in part",
+            Self::Unaligned => "clusters that do not start on a sector of the file",
+            Self::PastFileEnd => "clusters past the end of the file (is it truncated?)",
+            Self::Empty => "a virtual disk of 0 bytes",
+            Self::UndeclaredBackingFormat => "a backing file without a declared format",
+            Self::InUse => "a program that may write to the file",
+        }
+    }
+}
+
+/// One kind of obstacle in one file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Obstacle {
+    /// What kind.
+    pub kind: ObstacleKind,
+    /// In which file.
+    pub path: PathBuf,
+    /// How many clusters (subclusters, sectors) are concerned; 1 where it is the file.
+    pub count: u64,
+    /// The first guest offset concerned; none where it is the whole file.
+    pub first: Option<GuestOffset>,
+}
+
+impl std::fmt::Display for Obstacle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let path = printable(&self.path.to_string_lossy());
+        write!(f, "{path}: {}", self.kind.describe())?;
+        if let Some(first) = self.first {
+            write!(f, ": {}, the first at guest offset {first}", self.count)?;
+        }
+        Ok(())
+    }
+}
+
+/// How many segments of each target a plan has, over all its tables.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SegmentCounts {
+    /// dm-linear.
+    pub linear: u64,
+    /// dm-zero.
+    pub zero: u64,
+}
+
+/// A table that is a stretch of the virtual disk.
+#[derive(Clone, Debug)]
+struct Stretch {
+    guest: GuestRange,
+    /// Files that no segment uses, mapped one sector each past the guest's end.
+    keepers: Vec<BackingId>,
+}
+
+/// What to load for a chain, and what stands in the way.
+#[derive(Debug)]
+pub struct Plan<'c> {
+    chain: &'c Chain,
+    options: PlanOptions,
+    backings: Vec<Backing>,
+    tables: Vec<PlannedTable>,
+    /// One for each table but a stacking top.
+    stretches: Vec<Stretch>,
+    counts: SegmentCounts,
+    obstacles: Vec<Obstacle>,
+    unheld: Vec<PathBuf>,
+    zero_backing: BackingId,
+}
+
+/// Counts what the builder gives.
+struct Census {
+    zero_backing: BackingId,
+    max_segments: u64,
+    counts: SegmentCounts,
+    longest_zero: Sectors,
+    used: Vec<bool>,
+    /// Where a new table starts, and how many segments those before have.
+    splits: Vec<Sectors>,
+    blocked: BTreeMap<(BackingId, ObstacleKind), Blocked>,
+}
+
+impl Sink for Census {
+    fn segment(&mut self, segment: Segment) -> Result<()> {
+        let total = self.counts.linear + self.counts.zero;
+        if total > 0 && total.is_multiple_of(self.max_segments) {
+            self.splits.push(segment.start);
+        }
+        match segment.target {
+            SegmentTarget::Linear { backing, .. } => {
+                self.counts.linear += 1;
+                if backing == self.zero_backing {
+                    self.longest_zero = self.longest_zero.max(segment.length);
+                } else if let Some(used) = self.used.get_mut(backing.0 as usize) {
+                    *used = true;
+                }
+            }
+            SegmentTarget::Zero => self.counts.zero += 1,
+        }
+        Ok(())
+    }
+
+    fn blocked(&mut self, blocked: Blocked) {
+        self.blocked
+            .entry((blocked.backing, blocked.kind))
+            .and_modify(|known| known.count += blocked.count)
+            .or_insert(blocked);
+    }
+}
+
+impl<'c> Plan<'c> {
+    /// Resolves the whole chain once and lays out the tables.
+    ///
+    /// # Errors
+    /// What resolving says. Obstacles are no errors: see [`obstacles`](Self::obstacles).
+    pub fn new(chain: &'c Chain, options: PlanOptions) -> Result<Self> {
+        let mut backings: Vec<Backing> =
+            chain_files(chain).map(|(layer, role)| Backing::File { layer, role }).collect();
+        let zero_backing = BackingId(u32::try_from(backings.len()).unwrap_or(u32::MAX));
+        let mut census = Census {
+            zero_backing,
+            max_segments: options.max_segments,
+            counts: SegmentCounts::default(),
+            longest_zero: Sectors::default(),
+            used: vec![false; backings.len()],
+            splits: Vec::new(),
+            blocked: BTreeMap::new(),
+        };
+        build_segments(chain, options, zero_backing, chain.whole(), &mut census)?;
+        if census.longest_zero > Sectors::default() {
+            backings.push(Backing::Zero { length: census.longest_zero });
+        }
+        let mut plan = Self {
+            chain,
+            options,
+            backings,
+            tables: Vec::new(),
+            stretches: Vec::new(),
+            counts: census.counts,
+            obstacles: Vec::new(),
+            unheld: Vec::new(),
+            zero_backing,
+        };
+        let keepers = plan.keepers(&census.used);
+        plan.lay_out(&census, keepers)?;
+        plan.obstacles = plan.list_obstacles(&census);
+        Ok(plan)
+    }
+
+    /// The files that no segment uses, but that have to stay open and locked.
+    fn keepers(&mut self, used: &[bool]) -> Vec<BackingId> {
+        let mut keepers = Vec::new();
+        for ((id, &used), (layer, role)) in
+            (0..).map(BackingId).zip(used).zip(chain_files(self.chain))
+        {
+            let file = self.chain.layers()[layer as usize].file(role);
+            if used {
+                continue;
+            }
+            if file.length().floor_to_sector().is_zero() {
+                self.unheld.push(file.path().to_owned());
+            } else {
+                keepers.push(id);
+            }
+        }
+        keepers
+    }
+
+    fn lay_out(&mut self, census: &Census, keepers: Vec<BackingId>) -> Result<()> {
+        let size = self.size();
+        let to_guest = |sectors: Sectors| {
+            let bytes =
+                sectors.to_bytes().ok_or_else(|| Error::invalid("the disk is too large"))?;
+            Ok(GuestOffset::new(bytes))
+        };
+        let bounds: Vec<Sectors> = std::iter::once(Sectors::default())
+            .chain(census.splits.iter().copied())
+            .chain([size])
+            .collect();
+        let total = census.counts.linear + census.counts.zero;
+        let stacked = bounds.len() > 2 || !keepers.is_empty();
+        let last = bounds.len() - 2;
+        for (index, pair) in bounds.windows(2).enumerate() {
+            let guest = GuestRange::new(to_guest(pair[0])?, to_guest(pair[1])?);
+            let keepers = if index == last { keepers.clone() } else { Vec::new() };
+            let kept = keepers.len() as u64;
+            let before = index as u64 * self.options.max_segments;
+            self.tables.push(PlannedTable {
+                role: if stacked { TableRole::Inner } else { TableRole::Top },
+                size: Sectors::new(pair[1].get() - pair[0].get() + kept),
+                segments: (total - before).min(self.options.max_segments) + kept,
+            });
+            self.stretches.push(Stretch { guest, keepers });
+            self.counts.linear += kept;
+            if stacked {
+                let table = TableId(u32::try_from(index).unwrap_or(u32::MAX));
+                self.backings.push(Backing::Table(table));
+            }
+        }
+        if stacked {
+            let segments = self.stretches.len() as u64;
+            self.tables.push(PlannedTable { role: TableRole::Top, size, segments });
+            self.counts.linear += segments;
+        }
+        Ok(())
+    }
+
+    fn list_obstacles(&self, census: &Census) -> Vec<Obstacle> {
+        let mut obstacles: Vec<_> = census
+            .blocked
+            .values()
+            .map(|blocked| Obstacle {
+                kind: blocked.kind,
+                path: self.file_path(blocked.backing).unwrap_or_default(),
+                count: blocked.count,
+                first: Some(blocked.first),
+            })
+            .collect();
+        if self.chain.virtual_size().is_zero() {
+            obstacles.push(Obstacle {
+                kind: ObstacleKind::Empty,
+                path: self.chain.layers()[0].source.path().to_owned(),
+                count: 1,
+                first: None,
+            });
+        }
+        obstacles
+    }
+
+    /// The chain that the plan is of.
+    pub fn chain(&self) -> &'c Chain {
+        self.chain
+    }
+
+    /// The path of a backing that is a file, as it was opened.
+    pub fn file_path(&self, backing: BackingId) -> Option<PathBuf> {
+        match self.backings.get(backing.0 as usize)? {
+            Backing::File { layer, role } => {
+                Some(self.chain.layers()[*layer as usize].file(*role).path().to_owned())
+            }
+            Backing::Zero { .. } | Backing::Table(_) => None,
+        }
+    }
+
+    /// What stands in the way of attaching, all of it.
+    pub fn obstacles(&self) -> &[Obstacle] {
+        &self.obstacles
+    }
+
+    /// Adds as obstacles what was only a warning when the files were opened.
+    pub fn add_obstacles_of(
+        &mut self,
+        warnings: &[Warning],
+        probing_allowed: bool,
+        in_use_allowed: bool,
+    ) {
+        for Warning { path, kind } in warnings {
+            let kind = match kind {
+                WarningKind::InUse(_) if !in_use_allowed => ObstacleKind::InUse,
+                WarningKind::UndeclaredBackingFormat(_) if !probing_allowed => {
+                    ObstacleKind::UndeclaredBackingFormat
+                }
+                _ => continue,
+            };
+            self.obstacles.push(Obstacle { kind, path: path.clone(), count: 1, first: None });
+        }
+    }
+
+    /// Files under 512 bytes, which no loop device can show and so nothing can hold.
+    pub fn unheld_files(&self) -> &[PathBuf] {
+        &self.unheld
+    }
+
+    /// Segments by target, over all tables.
+    pub fn counts(&self) -> SegmentCounts {
+        self.counts
+    }
+
+    /// Loop devices that attaching takes.
+    pub fn loops(&self) -> u64 {
+        let is_loop = |backing: &&Backing| !matches!(backing, Backing::Table(_));
+        let held = self.backings.iter().filter(is_loop).count();
+        held.saturating_sub(self.unheld.len()) as u64
+    }
+
+    /// Kernel memory that the attachment takes, in bytes, estimated.
+    pub fn kernel_bytes(&self) -> u64 {
+        (self.counts.linear + self.counts.zero) * KERNEL_BYTES_PER_SEGMENT
+            + (self.loops() + self.tables.len() as u64) * KERNEL_BYTES_PER_DEVICE
+    }
+
+    /// Bytes of scratch space that attaching takes.
+    pub fn scratch_bytes(&self) -> u64 {
+        0
+    }
+
+    /// Fails with the whole list where anything stands in the way.
+    ///
+    /// # Errors
+    /// `NotRepresentable`, or `InvalidImage` where the image itself is damaged.
+    pub fn check_attachable(&self) -> Result<()> {
+        if self.obstacles.is_empty() {
+            return Ok(());
+        }
+        let list: Vec<_> = self.obstacles.iter().map(|o| format!("\n  {o}")).collect();
+        let message = format!("the image can't be attached:{}", list.concat());
+        let any = |kind| self.obstacles.iter().any(|o: &Obstacle| o.kind == kind);
+        Err(Error::new(if any(ObstacleKind::PastFileEnd) {
+            ErrorKind::InvalidImage(message)
+        } else if any(ObstacleKind::InUse) {
+            ErrorKind::InUse(message)
+        } else {
+            ErrorKind::NotRepresentable(message)
+        }))
+    }
+}
+
+fn build_segments<S: Sink>(
+    chain: &Chain,
+    options: PlanOptions,
+    zero_backing: BackingId,
+    range: GuestRange,
+    sink: &mut S,
+) -> Result<()> {
+    let mut builder = Builder::new(chain, options, zero_backing, range.start, sink);
+    chain.for_each_extent(range, options.holes, &mut |extent| builder.push(extent))?;
+    builder.finish()
+}
+
+/// Hands segments on, in a table of its own.
+struct Forward<'f> {
+    each: &'f mut dyn FnMut(Segment) -> Result<()>,
+}
+
+impl Sink for Forward<'_> {
+    fn segment(&mut self, segment: Segment) -> Result<()> {
+        (self.each)(segment)
+    }
+
+    fn blocked(&mut self, _: Blocked) {}
+}
+
+impl TableSource for Plan<'_> {
+    fn size(&self) -> Sectors {
+        // The virtual size is a multiple of 512 for every format.
+        Sectors::from_bytes(self.chain.virtual_size().floor_to_sector().get()).unwrap_or_default()
+    }
+
+    fn backings(&self) -> &[Backing] {
+        &self.backings
+    }
+
+    fn tables(&self) -> &[PlannedTable] {
+        &self.tables
+    }
+
+    fn for_each_segment(
+        &self,
+        table: TableId,
+        each: &mut dyn FnMut(Segment) -> Result<()>,
+    ) -> Result<()> {
+        if let Some(stretch) = self.stretches.get(table.0 as usize) {
+            let mut sink = Forward { each };
+            build_segments(self.chain, self.options, self.zero_backing, stretch.guest, &mut sink)?;
+            let mut start = stretch.guest.length().get() / crate::units::SECTOR_SIZE;
+            for &backing in &stretch.keepers {
+                each(Segment {
+                    start: Sectors::new(start),
+                    length: Sectors::new(1),
+                    target: SegmentTarget::Linear { backing, offset: Sectors::default() },
+                })?;
+                start += 1;
+            }
+            return Ok(());
+        }
+        // The top one over the inner tables.
+        let first_table = self.backings.len() - self.stretches.len();
+        let mut start = 0;
+        for (index, stretch) in self.stretches.iter().enumerate() {
+            let backing = BackingId(u32::try_from(first_table + index).unwrap_or(u32::MAX));
+            let length = stretch.guest.length().get() / crate::units::SECTOR_SIZE;
+            each(Segment {
+                start: Sectors::new(start),
+                length: Sectors::new(length),
+                target: SegmentTarget::Linear { backing, offset: Sectors::default() },
+            })?;
+            start += length;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,365 @@
+//! `imgdm map`: which file, at which offset, holds each part of the disk.
+
+use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+
+use clap::ValueEnum;
+use imgdm::chain::{Chain, HoleQuery};
+use imgdm::extent::{Extent, Mapping, ZeroCause};
+use imgdm::open::open_chain;
+use imgdm::status::{FileRole, ZeroStatus};
+use imgdm::units::{GuestOffset, GuestRange};
+use imgdm::{Error, ErrorKind, Result};
+
+use super::Globals;
+use super::open::{FiemapArgs, OpenArgs, is_undeclared, parse_size, print_warnings};
+use super::output::{JsonPath, stdout};
+
+/// Show where each part of the disk lies, as `qemu-img map` does
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  imgdm map disk.qcow2\n  imgdm map --output=json -l before-update disk.qcow2\n  imgdm map --output=json-full --start-offset 1M --max-length 64k disk.qcow2"
+)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    open: OpenArgs,
+
+    /// human and json are those of qemu-img; json-full adds file, layer, the length of
+    /// compressed data and why a range is zero
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    output: MapOutput,
+
+    /// Begin at this offset of the disk
+    #[arg(short, long, value_name = "N", default_value = "0", value_parser = parse_size)]
+    start_offset: u64,
+
+    /// Stop after this many bytes
+    #[arg(long, value_name = "N", value_parser = parse_size)]
+    max_length: Option<u64>,
+
+    /// Ask the host's file system for holes below every data cluster
+    #[arg(long)]
+    deep: bool,
+
+    #[command(flatten)]
+    fiemap: FiemapArgs,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum MapOutput {
+    /// Only the parts that hold data
+    #[default]
+    Human,
+    /// Every part, one object a line
+    Json,
+    /// As json, with file, layer and cause
+    JsonFull,
+}
+
+pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
+    let mut policy = args.open.policy();
+    // qemu-img too probes a backing file without a declared format; nothing is given to a
+    // guest or a kernel here, so a warning is enough.
+    policy.probe_backing = true;
+    if args.output == MapOutput::JsonFull {
+        args.fiemap.apply(&mut policy);
+    }
+    let mut opened = open_chain(&args.open.image, &policy)?;
+    if args.open.probe_backing {
+        opened.warnings.retain(|warning| !is_undeclared(warning));
+    }
+    print_warnings(&opened.warnings, globals);
+    let chain = &opened.chain;
+    let start = GuestOffset::new(args.start_offset);
+    let whole = chain.whole();
+    let end = args.max_length.map_or(whole.end, |length| {
+        whole.end.min(GuestOffset::new(args.start_offset.saturating_add(length)))
+    });
+    let range = GuestRange::new(start, end);
+    let holes = if args.deep { HoleQuery::Deep } else { HoleQuery::AsQemu };
+    match args.output {
+        MapOutput::Human => human(chain, range, holes),
+        MapOutput::Json => json(chain, range, holes),
+        MapOutput::JsonFull => json_full(chain, range, holes),
+    }
+}
+
+/// A row as qemu-img knows it (MapEntry of qemu-img.c).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Row {
+    start: u64,
+    length: u64,
+    depth: u32,
+    present: bool,
+    zero: bool,
+    data: bool,
+    compressed: bool,
+    offset: Option<u64>,
+    role: FileRole,
+}
+
+impl Row {
+    fn of(extent: &Extent) -> Self {
+        let place = extent.mapping.place();
+        Self {
+            start: extent.start.get(),
+            length: extent.length.get(),
+            depth: extent.depth,
+            present: extent.mapping.is_present(),
+            zero: extent.mapping.is_zero(),
+            data: extent.mapping.is_data(),
+            compressed: extent.mapping.is_compressed(),
+            offset: place.map(|place| place.offset.get()),
+            role: place.map_or(FileRole::Image, |place| place.file),
+        }
+    }
+
+    /// What qemu-img prints for an empty range.
+    fn empty(start: u64) -> Self {
+        Self {
+            start,
+            length: 0,
+            depth: 0,
+            present: false,
+            zero: false,
+            data: false,
+            compressed: false,
+            offset: None,
+            role: FileRole::Image,
+        }
+    }
+
+    /// qemu-img's entry_mergeable().
+    fn takes(&self, next: &Row) -> bool {
+        self.depth == next.depth
+            && self.present == next.present
+            && self.zero == next.zero
+            && self.data == next.data
+            && self.compressed == next.compressed
+            && self.role == next.role
+            && match (self.offset, next.offset) {
+                (Some(a), Some(b)) => a.checked_add(self.length) == Some(b),
+                (None, None) => true,
+                _ => false,
+            }
+    }
+}
+
+/// Calls `each` with the rows of the range, merged as qemu-img merges them, and whether
+/// it is the last.
+fn for_each_row(
+    chain: &Chain,
+    range: GuestRange,
+    holes: HoleQuery,
+    each: &mut dyn FnMut(&Row, bool) -> Result<()>,
+) -> Result<()> {
+    let mut pending: Option<Row> = None;
+    chain.for_each_extent(range, holes, &mut |extent| {
+        let next = Row::of(extent);
+        match &mut pending {
+            Some(row) if row.takes(&next) => row.length += next.length,
+            Some(row) => {
+                let done = std::mem::replace(row, next);
+                each(&done, false)?;
+            }
+            None => pending = Some(next),
+        }
+        Ok(())
+    })?;
+    each(&pending.unwrap_or_else(|| Row::empty(range.start.get())), true)
+}
+
+fn human(chain: &Chain, range: GuestRange, holes: HoleQuery) -> anyhow::Result<()> {
+    let mut out = stdout()?;
+    writeln!(out, "{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to")?;
+    let hex = |number: u64| if number == 0 { "0".to_owned() } else { format!("{number:#x}") };
+    let outcome = for_each_row(chain, range, holes, &mut |row, _| {
+        let layer = &chain.layers()[row.depth as usize];
+        if row.data && row.offset.is_none() {
+            return Err(Error::new(ErrorKind::NotRepresentable(
+                "the image holds compressed or encrypted clusters, which have no offset; --output=json shows them"
+                    .to_owned(),
+            ))
+            .at_path(layer.source.path()));
+        }
+        if row.data && !row.zero {
+            let fields = [row.start, row.length, row.offset.unwrap_or(0)].map(hex);
+            let path = layer.file(row.role).path().as_os_str().as_bytes();
+            let [start, length, offset] = fields;
+            write!(out, "{start:<16}{length:<16}{offset:<16}")
+                .and_then(|()| out.write_all(path))
+                .and_then(|()| out.write_all(b"\n"))
+                .map_err(|error| Error::io("cannot print", error))?;
+        }
+        Ok(())
+    });
+    out.flush()?;
+    Ok(outcome?)
+}
+
+/// Appends qemu-img's JSON object of a row. By hand: this is most of the time that a map
+/// of a million extents takes.
+fn push_json(line: &mut Vec<u8>, row: &Row) {
+    let mut digits = itoa::Buffer::new();
+    let bool = |value: bool| if value { &b"true"[..] } else { &b"false"[..] };
+    line.extend_from_slice(b"{ \"start\": ");
+    line.extend_from_slice(digits.format(row.start).as_bytes());
+    line.extend_from_slice(b", \"length\": ");
+    line.extend_from_slice(digits.format(row.length).as_bytes());
+    line.extend_from_slice(b", \"depth\": ");
+    line.extend_from_slice(digits.format(row.depth).as_bytes());
+    line.extend_from_slice(b", \"present\": ");
+    line.extend_from_slice(bool(row.present));
+    line.extend_from_slice(b", \"zero\": ");
+    line.extend_from_slice(bool(row.zero));
+    line.extend_from_slice(b", \"data\": ");
+    line.extend_from_slice(bool(row.data));
+    line.extend_from_slice(b", \"compressed\": ");
+    line.extend_from_slice(bool(row.compressed));
+    if let Some(offset) = row.offset {
+        line.extend_from_slice(b", \"offset\": ");
+        line.extend_from_slice(digits.format(offset).as_bytes());
+    }
+    line.push(b'}');
+}
+
+fn json(chain: &Chain, range: GuestRange, holes: HoleQuery) -> anyhow::Result<()> {
+    const FLUSH_AT: usize = 256 << 10;
+    let mut out = stdout()?;
+    let mut buffer = Vec::with_capacity(FLUSH_AT + 512);
+    buffer.push(b'[');
+    let outcome = for_each_row(chain, range, holes, &mut |row, last| {
+        push_json(&mut buffer, row);
+        buffer.extend_from_slice(if last { b"]\n" } else { b",\n" });
+        if buffer.len() >= FLUSH_AT {
+            out.write_all(&buffer).map_err(|error| Error::io("cannot print", error))?;
+            buffer.clear();
+        }
+        Ok(())
+    });
+    out.write_all(&buffer)?;
+    out.flush()?;
+    Ok(outcome?)
+}
+
+/// A row of `--output=json-full`.
+#[derive(serde::Serialize)]
+struct FullRow<'a> {
+    start: u64,
+    length: u64,
+    depth: u32,
+    present: bool,
+    zero: bool,
+    data: bool,
+    compressed: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    offset: Option<u64>,
+    /// The file that holds the bytes, where one does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file: Option<&'a JsonPath>,
+    /// The image that answers, and its format.
+    layer: &'a JsonPath,
+    format: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    encryption: Option<&'static str>,
+    /// Where the compressed stream starts in the file, and its length at most.
+    #[serde(rename = "compressed-offset", skip_serializing_if = "Option::is_none")]
+    compressed_offset: Option<u64>,
+    #[serde(rename = "compressed-length", skip_serializing_if = "Option::is_none")]
+    compressed_length: Option<u64>,
+    #[serde(rename = "zero-cause", skip_serializing_if = "Option::is_none")]
+    zero_cause: Option<&'static str>,
+}
+
+fn zero_cause(cause: ZeroCause) -> &'static str {
+    match cause {
+        ZeroCause::Layer(ZeroStatus::Plain | ZeroStatus::Allocated(_)) => "zero-cluster",
+        ZeroCause::Layer(ZeroStatus::Hole(_) | ZeroStatus::DataHole(_)) => "hole",
+        ZeroCause::Layer(ZeroStatus::Unwritten(_) | ZeroStatus::DataUnwritten(_)) => "unwritten",
+        ZeroCause::Layer(ZeroStatus::PastFileEnd(_) | ZeroStatus::DataPastFileEnd(_)) => {
+            "past-file-end"
+        }
+        ZeroCause::Unallocated(_) => "unallocated",
+        ZeroCause::PastBackingEnd(_) => "past-backing-end",
+    }
+}
+
+fn json_full(chain: &Chain, range: GuestRange, holes: HoleQuery) -> anyhow::Result<()> {
+    let mut out = stdout()?;
+    let names: Vec<_> = chain
+        .layers()
+        .iter()
+        .map(|layer| {
+            let name = |role| JsonPath::from(layer.file(role).absolute_path().as_path());
+            (name(FileRole::Image), name(FileRole::DataFile))
+        })
+        .collect();
+    out.write_all(b"[")?;
+    let mut first = true;
+    let outcome = chain.for_each_extent(range, holes, &mut |extent| {
+        let row = Row::of(extent);
+        let (image, data_file) = &names[extent.depth as usize];
+        let mut full = FullRow {
+            start: row.start,
+            length: row.length,
+            depth: row.depth,
+            present: row.present,
+            zero: row.zero,
+            data: row.data,
+            compressed: row.compressed,
+            offset: row.offset,
+            file: None,
+            layer: image,
+            format: chain.layers()[extent.depth as usize].image.format().name(),
+            encryption: None,
+            compressed_offset: None,
+            compressed_length: None,
+            zero_cause: None,
+        };
+        let file = |role| if role == FileRole::DataFile { data_file } else { image };
+        match extent.mapping {
+            Mapping::Data(place) => full.file = Some(file(place.file)),
+            Mapping::Encrypted { place, cipher } => {
+                full.file = Some(file(place.file));
+                full.encryption = Some(match cipher {
+                    imgdm::status::Encryption::Aes => "aes",
+                    imgdm::status::Encryption::Luks => "luks",
+                });
+            }
+            Mapping::Compressed { host, stream_length, .. } => {
+                full.file = Some(image);
+                full.compressed_offset = Some(host.get());
+                full.compressed_length = Some(stream_length.get());
+            }
+            Mapping::Zero(cause) => {
+                full.file = extent.mapping.place().map(|place| file(place.file));
+                full.zero_cause = Some(zero_cause(cause));
+            }
+        }
+        let mut print = || -> std::io::Result<()> {
+            if !std::mem::take(&mut first) {
+                out.write_all(b",\n")?;
+            }
+            serde_json::to_writer(&mut out, &full).map_err(std::io::Error::from)
+        };
+        print().map_err(|error| Error::io("cannot print", error))
+    });
+    out.write_all(b"]\n")?;
+    out.flush()?;
+    Ok(outcome?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_prints_as_qemu_img_prints_it() {
+        let mut line = Vec::new();
+        push_json(&mut line, &Row { offset: Some(327_680), ..Row::empty(65536) });
+        assert_eq!(
+            String::from_utf8(line).unwrap(),
+            r#"{ "start": 65536, "length": 0, "depth": 0, "present": false, "zero": false, "data": false, "compressed": false, "offset": 327680}"#
+        );
+    }
+}

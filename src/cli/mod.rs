@@ -1,0 +1,93 @@
+//! The clap tree; one file a command.
+
+mod exit;
+mod map;
+mod open;
+mod output;
+mod plan;
+mod table;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use exit::exit_code;
+
+/// Attach qcow2, qcow, cow and raw disk images as read-only block devices that the
+/// kernel serves alone: no daemon, nothing left behind.
+#[derive(Debug, Parser)]
+#[command(
+    name = "imgdm",
+    version,
+    after_help = "Examples:\n  imgdm attach disk.qcow2        gives /dev/mapper/disk\n  imgdm plan disk.qcow2          says whether that will work, and what it takes\n  imgdm detach disk\n\nExit status: 0 done, 1 failed, 64 usage, 65 image invalid, 66 not found,\n69 the kernel lacks something, 73 cannot create, 75 in use,\n76 not representable, 77 permission."
+)]
+pub(crate) struct Cli {
+    /// Print no warnings and no progress
+    #[arg(short, long, global = true)]
+    quiet: bool,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Map(map::Args),
+    Plan(plan::Args),
+    Table(table::Args),
+}
+
+/// What every command is told.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Globals {
+    quiet: bool,
+}
+
+impl Globals {
+    /// Prints a warning on stderr, unless `--quiet`.
+    pub(crate) fn warn(self, message: impl std::fmt::Display) {
+        if !self.quiet {
+            // A closed stderr must not stop the work.
+            let _ = writeln!(io::stderr(), "imgdm: warning: {message}");
+        }
+    }
+}
+
+/// Runs the command line and turns its outcome into an exit status.
+pub(crate) fn run() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // clap's own exit status for usage is 2; ours is sysexits' 64.
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { exit::USAGE } else { 0 });
+        }
+    };
+    let globals = Globals { quiet: cli.quiet };
+    let outcome = match cli.command {
+        Command::Map(args) => map::run(&args, globals),
+        Command::Plan(args) => plan::run(&args, globals),
+        Command::Table(args) => table::run(&args, globals),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let code = exit_code(&error);
+            if code != 0 {
+                let _ = writeln!(io::stderr(), "imgdm: {}", exit::message(&error));
+            }
+            ExitCode::from(code)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_clap_tree_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,180 @@
+//! The arguments by which every command opens an image.
+
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+use imgdm::Result;
+use imgdm::format::Format;
+use imgdm::format::qcow2::SnapshotSelector;
+use imgdm::lock::Sharing;
+use imgdm::open::{OpenPolicy, Warning, WarningKind};
+use imgdm::plan::{PlanOptions, ZeroMode};
+
+use super::Globals;
+use super::output::show_path;
+
+/// Arguments that open an image.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct OpenArgs {
+    /// The image: a file or a block device
+    #[arg(value_name = "IMAGE")]
+    pub(crate) image: PathBuf,
+
+    /// Format of the image (raw, qcow2, qcow, cow); without it the format is probed
+    #[arg(short, long, value_name = "FMT")]
+    format: Option<Format>,
+
+    /// Read this internal snapshot, by ID or else by name (also snapshot.id=ID,
+    /// snapshot.name=NAME)
+    #[arg(short = 'l', long, value_name = "SNAP")]
+    snapshot: Option<SnapshotSelector>,
+
+    /// Read even while another program writes to the image; what is read may be torn
+    #[arg(short = 'U', long)]
+    pub(crate) force_share: bool,
+
+    /// Probe the format of a backing file whose overlay declares none. Risky with a raw
+    /// one: its guest can make it look like an overlay of any file of this host
+    #[arg(long)]
+    pub(crate) probe_backing: bool,
+
+    /// Read a cow image though its backing file is not the one that it recorded
+    #[arg(long)]
+    allow_changed_backing: bool,
+
+    /// Read a qcow2 image though it is marked corrupt
+    #[arg(long)]
+    allow_corrupt: bool,
+
+    /// The external data file, in place of the one that the image names
+    #[arg(long, value_name = "PATH")]
+    data_file: Option<PathBuf>,
+}
+
+impl OpenArgs {
+    /// The policy that these arguments ask for.
+    pub(crate) fn policy(&self) -> OpenPolicy {
+        OpenPolicy {
+            format: self.format,
+            snapshot: self.snapshot.clone(),
+            sharing: if self.force_share { Sharing::Writers } else { Sharing::Readers },
+            probe_backing: self.probe_backing,
+            allow_changed_backing: self.allow_changed_backing,
+            allow_corrupt: self.allow_corrupt,
+            data_file: self.data_file.clone(),
+            ..OpenPolicy::default()
+        }
+    }
+}
+
+/// The switch for FIEMAP, on the commands that use it.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub(crate) struct FiemapArgs {
+    /// Do not ask the file system for unwritten extents (FIEMAP)
+    #[arg(long)]
+    pub(crate) no_fiemap: bool,
+}
+
+impl FiemapArgs {
+    /// Lets unwritten extents count as zero, unless switched off.
+    pub(crate) fn apply(self, policy: &mut OpenPolicy) {
+        if !self.no_fiemap {
+            policy.unwritten = Some(std::sync::Arc::new(imgdm::device::fiemap::Fiemap));
+        }
+    }
+}
+
+/// How zeros are served.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub(crate) struct ZeroArgs {
+    /// Serve zeros by dm-zero, by a loop device of zeros, or each as it suits
+    #[arg(long, value_enum, default_value_t, value_name = "MODE")]
+    zero: ZeroChoice,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum ZeroChoice {
+    /// Long runs by dm-zero, short ones by the loop or through the hole itself
+    #[default]
+    Auto,
+    /// All by dm-zero
+    Dm,
+    /// All by the loop
+    Loop,
+}
+
+impl ZeroArgs {
+    /// The mode asked for.
+    pub(crate) fn mode(self) -> ZeroMode {
+        match self.zero {
+            ZeroChoice::Auto => ZeroMode::Auto,
+            ZeroChoice::Dm => ZeroMode::Dm,
+            ZeroChoice::Loop => ZeroMode::Loop,
+        }
+    }
+
+    /// Plan options with that mode.
+    pub(crate) fn options(self) -> PlanOptions {
+        PlanOptions { zero: self.mode(), ..PlanOptions::default() }
+    }
+}
+
+/// Prints the warnings of opening on stderr.
+pub(crate) fn print_warnings(warnings: &[Warning], globals: Globals) {
+    for Warning { path, kind } in warnings {
+        globals.warn(format_args!("{}: {kind}", show_path(path)));
+    }
+}
+
+/// Whether a warning is about something that attach would refuse.
+pub(crate) fn is_undeclared(warning: &Warning) -> bool {
+    matches!(warning.kind, WarningKind::UndeclaredBackingFormat(_))
+}
+
+/// A number of bytes as QEMU's options take it: decimal or 0x..., with b, k, M, G, T, P
+/// or E behind it.
+pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, unit)) if !text.starts_with("0x") && !text.starts_with("0X") => {
+            let shift = match unit.to_ascii_lowercase() {
+                'b' => Some(0),
+                'k' => Some(10),
+                'm' => Some(20),
+                'g' => Some(30),
+                't' => Some(40),
+                'p' => Some(50),
+                'e' => Some(60),
+                _ => None,
+            };
+            shift.map_or((text, 0), |shift| (&text[..at], shift))
+        }
+        _ => (text, 0),
+    };
+    let hex = digits.strip_prefix("0x").or_else(|| digits.strip_prefix("0X"));
+    let number = match hex {
+        Some(hex) => u64::from_str_radix(hex, 16),
+        None => digits.parse(),
+    };
+    number
+        .ok()
+        .and_then(|number| number.checked_mul(1 << shift))
+        .filter(|&bytes| i64::try_from(bytes).is_ok())
+        .ok_or_else(|| "not a number of bytes (like 512, 0x200, 64k or 1G)".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_as_qemu_reads_them() {
+        assert_eq!(parse_size("512"), Ok(512));
+        assert_eq!(parse_size("0x200"), Ok(512));
+        assert_eq!(parse_size("0xb"), Ok(11));
+        assert_eq!(parse_size("64k"), Ok(65536));
+        assert_eq!(parse_size("1G"), Ok(1 << 30));
+        for bad in ["", "k", "-1", "1x", "9E", "0x", "1.5G"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+}

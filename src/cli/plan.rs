@@ -1,0 +1,183 @@
+//! `imgdm plan`: the preflight.
+
+use std::io::Write;
+
+use imgdm::chain::Chain;
+use imgdm::open::{Warning, open_chain};
+use imgdm::plan::{Obstacle, Plan, TableSource};
+use imgdm::status::FileRole;
+
+use super::Globals;
+use super::open::{FiemapArgs, OpenArgs, ZeroArgs, is_undeclared};
+use super::output::{JsonPath, OutputFormat, print_json, show_path, stdout};
+
+/// Say whether an image can be attached, what stands in the way, and what it takes
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  imgdm plan disk.qcow2\n  imgdm plan --output=json disk.qcow2 | jq .attachable\n\nExits with 0 also where the image is not attachable: the answer is in what it prints."
+)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    open: OpenArgs,
+
+    /// How to print
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    output: OutputFormat,
+
+    #[command(flatten)]
+    zero: ZeroArgs,
+
+    #[command(flatten)]
+    fiemap: FiemapArgs,
+}
+
+/// The JSON report.
+#[derive(serde::Serialize)]
+struct Report {
+    attachable: bool,
+    obstacles: Vec<JsonObstacle>,
+    warnings: Vec<JsonWarning>,
+    /// Bytes.
+    virtual_size: u64,
+    /// Over all tables.
+    segments: u64,
+    linear: u64,
+    zero: u64,
+    tables: usize,
+    loops: u64,
+    scratch_bytes: u64,
+    kernel_bytes: u64,
+    layers: Vec<JsonLayer>,
+}
+
+#[derive(serde::Serialize)]
+struct JsonObstacle {
+    kind: &'static str,
+    #[serde(flatten)]
+    file: JsonPath,
+    count: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    first_guest_offset: Option<u64>,
+    message: String,
+}
+
+#[derive(serde::Serialize)]
+struct JsonWarning {
+    kind: &'static str,
+    #[serde(flatten)]
+    file: JsonPath,
+    message: String,
+}
+
+#[derive(serde::Serialize)]
+struct JsonLayer {
+    depth: usize,
+    #[serde(flatten)]
+    file: JsonPath,
+    format: &'static str,
+    virtual_size: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data_file: Option<JsonPath>,
+}
+
+pub(crate) fn run(args: &Args, _globals: Globals) -> anyhow::Result<()> {
+    let mut policy = args.open.policy();
+    // Every obstacle at once: what attach refuses when it opens is listed here.
+    policy.report_in_use = true;
+    policy.probe_backing = true;
+    args.fiemap.apply(&mut policy);
+    let opened = open_chain(&args.open.image, &policy)?;
+    let mut plan = Plan::new(&opened.chain, args.zero.options())?;
+    plan.add_obstacles_of(&opened.warnings, args.open.probe_backing, args.open.force_share);
+    let report = report(&opened.chain, &plan, &opened.warnings, args.open.probe_backing);
+    match args.output {
+        OutputFormat::Json => print_json(&report),
+        OutputFormat::Human => print_human(&report, &plan),
+    }
+}
+
+fn report(chain: &Chain, plan: &Plan<'_>, warnings: &[Warning], probing_allowed: bool) -> Report {
+    let counts = plan.counts();
+    let obstacle = |obstacle: &Obstacle| JsonObstacle {
+        kind: obstacle.kind.name(),
+        file: JsonPath::from(obstacle.path.as_path()),
+        count: obstacle.count,
+        first_guest_offset: obstacle.first.map(|first| first.get()),
+        message: obstacle.to_string(),
+    };
+    let mut json_warnings: Vec<_> = warnings
+        .iter()
+        .filter(|warning| !(probing_allowed && is_undeclared(warning)))
+        .map(|warning| JsonWarning {
+            kind: warning.kind.name(),
+            file: JsonPath::from(warning.path.as_path()),
+            message: warning.kind.to_string(),
+        })
+        .collect();
+    json_warnings.extend(plan.unheld_files().iter().map(|path| JsonWarning {
+        kind: "not-held",
+        file: JsonPath::from(path.as_path()),
+        message: "a file under 512 bytes can't be held by a loop device: nothing keeps it from being changed while the image is attached".to_owned(),
+    }));
+    let layers = chain
+        .layers()
+        .iter()
+        .enumerate()
+        .map(|(depth, layer)| JsonLayer {
+            depth,
+            file: JsonPath::from(layer.source.absolute_path().as_path()),
+            format: layer.image.format().name(),
+            virtual_size: layer.image.virtual_size().get(),
+            data_file: layer
+                .data_file
+                .as_ref()
+                .map(|_| JsonPath::from(layer.file(FileRole::DataFile).absolute_path().as_path())),
+        })
+        .collect();
+    Report {
+        attachable: plan.obstacles().is_empty(),
+        obstacles: plan.obstacles().iter().map(obstacle).collect(),
+        warnings: json_warnings,
+        virtual_size: chain.virtual_size().get(),
+        segments: counts.linear + counts.zero,
+        linear: counts.linear,
+        zero: counts.zero,
+        tables: plan.tables().len(),
+        loops: plan.loops(),
+        scratch_bytes: plan.scratch_bytes(),
+        kernel_bytes: plan.kernel_bytes(),
+        layers,
+    }
+}
+
+fn print_human(report: &Report, plan: &Plan<'_>) -> anyhow::Result<()> {
+    let mut out = stdout()?;
+    let yes_no = if report.attachable { "yes" } else { "no" };
+    writeln!(out, "attachable:    {yes_no}")?;
+    for obstacle in plan.obstacles() {
+        writeln!(out, "  obstacle:    {obstacle}")?;
+    }
+    for warning in &report.warnings {
+        writeln!(out, "  warning:     {}: {}", warning.file.shown(), warning.message)?;
+    }
+    writeln!(out, "virtual size:  {} bytes", report.virtual_size)?;
+    writeln!(
+        out,
+        "segments:      {} ({} linear, {} zero)",
+        report.segments, report.linear, report.zero
+    )?;
+    writeln!(out, "tables:        {}", report.tables)?;
+    writeln!(out, "loop devices:  {}", report.loops)?;
+    writeln!(out, "scratch space: {} bytes", report.scratch_bytes)?;
+    writeln!(out, "kernel memory: {} bytes (estimated)", report.kernel_bytes)?;
+    writeln!(out, "layers:")?;
+    for (layer, json) in plan.chain().layers().iter().zip(&report.layers) {
+        let path = show_path(&layer.source.absolute_path());
+        writeln!(out, "  {:<5}{:<7}{path}", json.depth, json.format)?;
+        if let Some(data_file) = &layer.data_file {
+            writeln!(out, "       data   {}", show_path(&data_file.absolute_path()))?;
+        }
+    }
+    out.flush()?;
+    Ok(())
+}

@@ -1,1 +1,0 @@
-//! qcow2, versions 2 and 3.

@@ -1,0 +1,175 @@
+//! L1 and L2 entries (docs/interop/qcow2, section "Cluster mapping").
+
+use super::header::{Qcow2Header, SUBCLUSTERS_PER_CLUSTER};
+use crate::units::{ByteLen, HostOffset};
+
+/// Bits 9 to 55: the host offset of an L1 or standard L2 entry.
+const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+const COPIED: u64 = 1 << 63;
+const COMPRESSED: u64 = 1 << 62;
+const ZERO: u64 = 1;
+
+/// The L2 table that an L1 entry points to; `None` where it points to none.
+#[inline]
+pub(super) fn l2_table_offset(l1_entry: u64) -> Option<HostOffset> {
+    match l1_entry & OFFSET_MASK {
+        0 => None,
+        offset => Some(HostOffset::new(offset)),
+    }
+}
+
+/// What an L2 entry says of its cluster (or, with subclusters, of where it lies).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum L2Entry {
+    /// No host cluster.
+    Unallocated,
+    /// A host cluster.
+    Standard(HostOffset),
+    /// A zero cluster without a host cluster (version 3, no subclusters).
+    ZeroPlain,
+    /// A zero cluster that keeps its host cluster (version 3, no subclusters).
+    ZeroAllocated(HostOffset),
+    /// A compressed cluster.
+    Compressed {
+        /// Where the stream starts.
+        host: HostOffset,
+        /// From there to the end of the last 512-byte sector that holds some of it.
+        stream_length: ByteLen,
+    },
+}
+
+/// How to read L2 entries of one image; copied out of the header for speed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct L2Format {
+    cluster_bits: u32,
+    extended: bool,
+    data_file: bool,
+}
+
+impl L2Format {
+    /// The format of this image's entries.
+    pub(super) fn of(header: &Qcow2Header) -> Self {
+        Self {
+            cluster_bits: header.cluster_bits,
+            extended: header.has_extended_l2(),
+            data_file: header.has_data_file(),
+        }
+    }
+
+    /// Decodes the (first) 64 bits of an entry.
+    #[inline]
+    pub(super) fn decode(self, entry: u64) -> L2Entry {
+        let offset = HostOffset::new(entry & OFFSET_MASK);
+        if entry & COMPRESSED != 0 {
+            let shift = 62 - (self.cluster_bits - 8);
+            let host = entry & ((1 << shift) - 1);
+            let sectors = ((entry >> shift) & ((1 << (self.cluster_bits - 8)) - 1)) + 1;
+            L2Entry::Compressed {
+                host: HostOffset::new(host),
+                stream_length: ByteLen::new(sectors * 512 - host % 512),
+            }
+        } else if entry & ZERO != 0 && !self.extended {
+            if offset == HostOffset::ZERO {
+                L2Entry::ZeroPlain
+            } else {
+                L2Entry::ZeroAllocated(offset)
+            }
+        } else if offset == HostOffset::ZERO && !(self.data_file && entry & COPIED != 0) {
+            // With an external data file the offset 0 is a valid one.
+            L2Entry::Unallocated
+        } else {
+            L2Entry::Standard(offset)
+        }
+    }
+}
+
+/// What an extended L2 entry's bitmap says of one subcluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Subcluster {
+    /// The backing file answers.
+    Unallocated,
+    /// Allocated: the bytes are in the host cluster.
+    Allocated,
+    /// Reads as zero.
+    Zero,
+}
+
+/// The subcluster bitmap: the second 64 bits of an extended L2 entry. Bit x is
+/// "subcluster x is allocated", bit 32 + x "subcluster x reads as zero".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct SubclusterBitmap(u64);
+
+impl SubclusterBitmap {
+    /// Checks a bitmap; `None` where a subcluster is both allocated and zero, or
+    /// allocated in an entry without a host cluster.
+    pub(super) fn new(bitmap: u64, has_host_cluster: bool) -> Option<Self> {
+        let allocated = bitmap & 0xffff_ffff;
+        let zero = bitmap >> 32;
+        (allocated & zero == 0 && (has_host_cluster || allocated == 0)).then_some(Self(bitmap))
+    }
+
+    /// The status of subcluster `index` (less than 32).
+    pub(super) fn get(self, index: u64) -> Subcluster {
+        if self.0 >> (32 + index) & 1 == 1 {
+            Subcluster::Zero
+        } else if self.0 >> index & 1 == 1 {
+            Subcluster::Allocated
+        } else {
+            Subcluster::Unallocated
+        }
+    }
+
+    /// How many subclusters from `index` on have the same status.
+    pub(super) fn run_length(self, index: u64) -> u64 {
+        let first = self.get(index);
+        (index..SUBCLUSTERS_PER_CLUSTER).take_while(|&i| self.get(i) == first).count() as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLAIN: L2Format = L2Format { cluster_bits: 16, extended: false, data_file: false };
+
+    #[test]
+    fn entries_decode_as_the_specification_says() {
+        let host = HostOffset::new(0x5_0000);
+        assert_eq!(PLAIN.decode(0), L2Entry::Unallocated);
+        assert_eq!(PLAIN.decode(COPIED), L2Entry::Unallocated);
+        assert_eq!(PLAIN.decode(COPIED | 0x5_0000), L2Entry::Standard(host));
+        assert_eq!(PLAIN.decode(1), L2Entry::ZeroPlain);
+        assert_eq!(PLAIN.decode(0x5_0001), L2Entry::ZeroAllocated(host));
+    }
+
+    #[test]
+    fn offset_zero_is_a_cluster_of_a_data_file_only_when_marked() {
+        let format = L2Format { data_file: true, ..PLAIN };
+        assert_eq!(format.decode(COPIED), L2Entry::Standard(HostOffset::ZERO));
+        assert_eq!(format.decode(0), L2Entry::Unallocated);
+    }
+
+    #[test]
+    fn a_stream_reaches_to_the_end_of_its_last_sector() {
+        // 64 KiB clusters: x = 62 - 8 = 54; 2 additional sectors.
+        let entry = COMPRESSED | 2 << 54 | 0x1234;
+        assert_eq!(
+            PLAIN.decode(entry),
+            L2Entry::Compressed {
+                host: HostOffset::new(0x1234),
+                stream_length: ByteLen::new(3 * 512 - 0x34),
+            }
+        );
+    }
+
+    #[test]
+    fn contradicting_subclusters_are_refused() {
+        assert!(SubclusterBitmap::new(1 | 1 << 32, true).is_none());
+        assert!(SubclusterBitmap::new(1, false).is_none());
+        let bitmap = SubclusterBitmap::new(0b111 | 1 << 40, true).unwrap();
+        assert_eq!(bitmap.run_length(0), 3);
+        assert_eq!(bitmap.run_length(3), 5);
+        assert_eq!(bitmap.get(8), Subcluster::Zero);
+        assert_eq!(bitmap.run_length(9), 23);
+    }
+}

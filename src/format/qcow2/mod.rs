@@ -1,0 +1,221 @@
+//! qcow2, versions 2 and 3 (QEMU: docs/interop/qcow2).
+
+mod entry;
+mod extension;
+mod header;
+mod mapping;
+mod refcount;
+mod snapshot;
+#[cfg(test)]
+mod tests;
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+
+use super::{BackingReference, Format, ImageFormat, Notice, Scratch};
+use crate::error::{Error, ErrorKind, Result};
+use crate::source::Source;
+use crate::status::StatusRun;
+use crate::units::{ByteLen, GuestRange, HostOffset};
+
+pub use extension::Extensions;
+pub use header::{Compression, Qcow2Header, TableLocation, incompatible};
+pub use snapshot::{Snapshot, SnapshotSelector};
+
+/// A qcow2 image: its active layer, or one of its internal snapshots.
+#[derive(Debug)]
+pub struct Qcow2Image {
+    source: Arc<Source>,
+    header: Qcow2Header,
+    backing: Option<BackingReference>,
+    data_file_name: Option<PathBuf>,
+    snapshot: Option<Snapshot>,
+    l1_table: TableLocation,
+    virtual_size: ByteLen,
+    allow_corrupt: bool,
+    preallocated: OnceLock<bool>,
+}
+
+impl Qcow2Image {
+    /// Reads the header, its extensions and, where `snapshot` is given, the snapshot table.
+    ///
+    /// # Errors
+    /// What [`Qcow2Header::parse`] and [`Extensions::parse`] say; an unknown incompatible
+    /// feature, by the name that the image gives it; the corrupt bit, unless
+    /// `allow_corrupt`; a snapshot that is not there.
+    pub fn open(
+        source: Arc<Source>,
+        snapshot: Option<&SnapshotSelector>,
+        allow_corrupt: bool,
+    ) -> Result<Self> {
+        Self::open_inner(&source, snapshot, allow_corrupt)
+            .map_err(|error| error.at_path(source.path()))
+    }
+
+    fn open_inner(
+        source: &Arc<Source>,
+        selector: Option<&SnapshotSelector>,
+        allow_corrupt: bool,
+    ) -> Result<Self> {
+        let mut start = [0; header::KNOWN_HEADER_LENGTH];
+        let n = source.read_up_to(HostOffset::ZERO, &mut start)?;
+        let header = Qcow2Header::parse(&start[..n])?;
+        let extensions = read_extensions(source, &header)?;
+        let unknown = header.unknown_incompatible();
+        if unknown != 0 {
+            return Err(Error::new(ErrorKind::Unsupported(format!(
+                "the image uses incompatible features that imgdm does not know: {}",
+                extensions.name_incompatible(unknown)
+            )))
+            .at_offset(72));
+        }
+        if header.incompatible_features & incompatible::CORRUPT != 0 && !allow_corrupt {
+            return Err(Error::invalid(
+                "the image is marked corrupt; repair a copy with 'qemu-img check -r all', or read it as it is with --allow-corrupt",
+            )
+            .at_offset(72));
+        }
+        check_table_in_file(source, header.refcount_table, 48, "the refcount table")?;
+        let snapshot = match selector {
+            None => None,
+            Some(selector) => {
+                let snapshots = snapshot::read_table(source, &header)?;
+                Some(selector.find(&snapshots)?.clone())
+            }
+        };
+        let l1_table = snapshot.as_ref().map_or(Ok(header.l1_table), |s| s.l1_table(&header))?;
+        check_table_in_file(source, l1_table, 40, "the L1 table")?;
+        Ok(Self {
+            backing: read_backing(source, &header, &extensions)?,
+            data_file_name: extensions
+                .data_file
+                .map(|name| PathBuf::from(OsString::from_vec(name))),
+            virtual_size: snapshot.as_ref().map_or(header.virtual_size, |s| s.virtual_size),
+            l1_table,
+            snapshot,
+            allow_corrupt,
+            source: Arc::clone(source),
+            header,
+            preallocated: OnceLock::new(),
+        })
+    }
+
+    /// The header.
+    pub fn header(&self) -> &Qcow2Header {
+        &self.header
+    }
+
+    /// All internal snapshots.
+    ///
+    /// # Errors
+    /// The snapshot table is cut off or out of bounds.
+    pub fn snapshots(&self) -> Result<Vec<Snapshot>> {
+        snapshot::read_table(&self.source, &self.header)
+    }
+}
+
+impl ImageFormat for Qcow2Image {
+    fn format(&self) -> Format {
+        Format::Qcow2
+    }
+
+    fn virtual_size(&self) -> ByteLen {
+        self.virtual_size
+    }
+
+    fn granularity(&self) -> u64 {
+        self.header.subcluster_size()
+    }
+
+    fn backing(&self) -> Option<&BackingReference> {
+        self.backing.as_ref()
+    }
+
+    fn data_file(&self) -> Option<Option<PathBuf>> {
+        self.header.has_data_file().then(|| self.data_file_name.clone())
+    }
+
+    fn looks_preallocated(&self) -> bool {
+        *self.preallocated.get_or_init(|| {
+            // Only a hint: where it cannot be had, data clusters are not asked for holes.
+            refcount::looks_preallocated(&self.source, &self.header).unwrap_or(false)
+        })
+    }
+
+    fn snapshot(&self) -> Option<&Snapshot> {
+        self.snapshot.as_ref()
+    }
+
+    fn notices(&self) -> Vec<Notice> {
+        let features = self.header.incompatible_features;
+        let dirty = features & incompatible::DIRTY != 0;
+        let corrupt = features & incompatible::CORRUPT != 0 && self.allow_corrupt;
+        dirty
+            .then_some(Notice::Dirty)
+            .into_iter()
+            .chain(corrupt.then_some(Notice::Corrupt))
+            .collect()
+    }
+
+    fn status(
+        &self,
+        range: GuestRange,
+        scratch: &mut Scratch,
+        runs: &mut Vec<StatusRun>,
+    ) -> Result<()> {
+        mapping::status(self, range, scratch, runs)
+    }
+}
+
+fn read_extensions(source: &Source, header: &Qcow2Header) -> Result<Extensions> {
+    let start = u64::from(header.header_length);
+    let end = header.extensions_end();
+    // The file may end inside its first cluster; what is not there reads as an end mark.
+    let length = end.saturating_sub(start).min(source.length().get().saturating_sub(start));
+    let mut area = vec![0; usize::try_from(length).unwrap_or(0)];
+    source.read_exact(HostOffset::new(start), &mut area, "the header extensions")?;
+    Extensions::parse(&area, start)
+}
+
+fn read_backing(
+    source: &Source,
+    header: &Qcow2Header,
+    extensions: &Extensions,
+) -> Result<Option<BackingReference>> {
+    let Some(place) = header.backing_name.filter(|place| !place.length.is_zero()) else {
+        return Ok(None);
+    };
+    let mut name = vec![0; usize::try_from(place.length.get()).unwrap_or(0)];
+    source.read_exact(place.offset, &mut name, "the backing file's name")?;
+    // QEMU takes the name as a C string.
+    name.truncate(name.iter().position(|&b| b == 0).unwrap_or(name.len()));
+    if name.is_empty() {
+        return Ok(None);
+    }
+    let format = extensions
+        .backing_format
+        .as_ref()
+        .filter(|format| !format.is_empty())
+        .map(|format| String::from_utf8_lossy(format).into_owned());
+    Ok(Some(BackingReference { name, format, expected: None }))
+}
+
+fn check_table_in_file(
+    source: &Source,
+    table: TableLocation,
+    field: u64,
+    name: &str,
+) -> Result<()> {
+    if table.length.is_zero() || table.end().get() <= source.length().get() {
+        return Ok(());
+    }
+    Err(Error::invalid(format!(
+        "{name} ({} bytes from {}) lies outside the file, which is {} bytes long: the image is truncated or corrupt",
+        table.length.get(),
+        table.offset,
+        source.length().get()
+    ))
+    .at_offset(field))
+}

@@ -1,0 +1,378 @@
+//! Opening a backing chain: which files may be opened, by which names and formats.
+//!
+//! Every file is opened, locked, and only then read. A name in an image is a stranger's
+//! word: it is resolved beside the image that says it, its format is the declared one or
+//! refused, and no file is taken twice.
+
+mod name;
+
+use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::chain::{Chain, Layer};
+use crate::error::{Error, ErrorKind, Result, printable};
+use crate::format::cow::CowImage;
+use crate::format::qcow::QcowImage;
+use crate::format::qcow2::{Qcow2Image, SnapshotSelector};
+use crate::format::raw::RawImage;
+use crate::format::{BackingReference, Format, ImageFormat, Notice, PROBE_LENGTH};
+use crate::lock::{self, Locked, Sharing};
+use crate::source::{FileId, Source, UnwrittenProbe};
+use crate::units::HostOffset;
+
+pub use name::{LocalName, resolve_beside};
+
+/// Layers of a chain at most.
+pub const MAX_LAYERS: usize = 1024;
+
+/// What may be opened, and how it is shared.
+#[derive(Clone, Debug, Default)]
+pub struct OpenPolicy {
+    /// The active layer's format (`-f`); probed where none is given.
+    pub format: Option<Format>,
+    /// The internal snapshot of the active layer to read in its stead.
+    pub snapshot: Option<SnapshotSelector>,
+    /// With whom the files may be shared.
+    pub sharing: Sharing,
+    /// A file in use is a warning and not an error (`plan` lists it).
+    pub report_in_use: bool,
+    /// Probes the format of a backing file whose overlay declares none. A probed raw
+    /// file's first bytes may be the guest's, who could make it look like an overlay of
+    /// any file of the host's.
+    pub probe_backing: bool,
+    /// Reads a cow image whose backing file is not the recorded one.
+    pub allow_changed_backing: bool,
+    /// Reads a qcow2 image that is marked corrupt.
+    pub allow_corrupt: bool,
+    /// The external data file, in place of the one that the active layer names.
+    pub data_file: Option<PathBuf>,
+    /// Takes unwritten extents as zero, in files that are locked and that nobody has
+    /// open for writing.
+    pub unwritten: Option<Arc<dyn UnwrittenProbe>>,
+}
+
+/// What the user should know of an opened chain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Warning {
+    /// The file.
+    pub path: PathBuf,
+    /// What about it.
+    pub kind: WarningKind,
+}
+
+/// The kinds of [`Warning`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum WarningKind {
+    /// The qcow2 dirty bit is set.
+    Dirty,
+    /// The qcow2 corrupt bit is set, and was allowed.
+    Corrupt,
+    /// Somebody else's locks contradict ours; how, in words.
+    InUse(String),
+    /// The file system has no locks.
+    NotLocked,
+    /// The overlay declares no format for this backing file, which was probed to be this.
+    UndeclaredBackingFormat(Format),
+    /// It is not the backing file that the cow image recorded, and was allowed.
+    ChangedBacking,
+}
+
+impl WarningKind {
+    /// A stable name for scripts.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Dirty => "dirty",
+            Self::Corrupt => "corrupt",
+            Self::InUse(_) => "in-use",
+            Self::NotLocked => "not-locked",
+            Self::UndeclaredBackingFormat(_) => "undeclared-backing-format",
+            Self::ChangedBacking => "changed-backing-file",
+        }
+    }
+}
+
+impl std::fmt::Display for WarningKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Dirty => f.write_str(
+                "the image was not closed cleanly (dirty bit): its refcounts may be stale, its contents are read as they are",
+            ),
+            Self::Corrupt => f.write_str("the image is marked corrupt; it is read all the same"),
+            Self::InUse(how) => f.write_str(how),
+            Self::NotLocked => f.write_str(
+                "the file system has no locks: nothing keeps a virtual machine from writing to the image",
+            ),
+            Self::UndeclaredBackingFormat(format) => write!(
+                f,
+                "no format is declared for this backing file; it looks like {format}. Declare it with 'qemu-img rebase -u -F' (qcow2)"
+            ),
+            Self::ChangedBacking => f.write_str(
+                "the backing file's modification time or size is not the one recorded in the cow image",
+            ),
+        }
+    }
+}
+
+/// A chain and what is to be said of it.
+#[derive(Debug)]
+pub struct OpenedChain {
+    /// The layers.
+    pub chain: Chain,
+    /// What the user should know.
+    pub warnings: Vec<Warning>,
+}
+
+/// Opens an image and its whole backing chain.
+///
+/// # Errors
+/// A file that can't be opened, is in use, or is no valid image; a backing file whose
+/// format nobody declared; a name that leads to no local file; a cycle, or more than
+/// [`MAX_LAYERS`] layers. A message about a backing file names it and its overlay.
+pub fn open_chain(image: &Path, policy: &OpenPolicy) -> Result<OpenedChain> {
+    let mut opener =
+        Opener { policy, seen: HashSet::new(), warnings: Vec::new(), layers: Vec::new() };
+    let mut next = Some(opener.active_layer_name(image)?);
+    while let Some(reference) = next {
+        if opener.layers.len() == MAX_LAYERS {
+            return Err(Error::new(ErrorKind::Unsupported(format!(
+                "the backing chain is longer than {MAX_LAYERS} layers"
+            )))
+            .at_path(&reference.path));
+        }
+        let overlay = opener.layers.last().map(|layer: &Layer| layer.source.path().to_owned());
+        let layer = opener.open_layer(&reference).map_err(|error| match &overlay {
+            Some(overlay) => in_backing_file(error, overlay),
+            None => error,
+        })?;
+        next = opener.backing_of(&layer)?;
+        opener.layers.push(layer);
+    }
+    Ok(OpenedChain { chain: Chain::new(opener.layers)?, warnings: opener.warnings })
+}
+
+/// Adds to an error about a backing file which overlay asked for it.
+fn in_backing_file(error: Error, overlay: &Path) -> Error {
+    let kind = error.kind().clone();
+    let wrapped = match &kind {
+        ErrorKind::NotFound(what) | ErrorKind::PermissionDenied(what) => {
+            let what =
+                format!("{what} (the backing file of {})", printable(&overlay.to_string_lossy()));
+            match kind {
+                ErrorKind::NotFound(_) => ErrorKind::NotFound(what),
+                _ => ErrorKind::PermissionDenied(what),
+            }
+        }
+        _ => return error,
+    };
+    error.with_kind(wrapped)
+}
+
+/// The next file to open.
+struct Reference {
+    path: PathBuf,
+    format: Option<Format>,
+    /// What the overlay recorded of it (cow).
+    expected: Option<crate::format::BackingIdentity>,
+    is_backing: bool,
+}
+
+struct Opener<'p> {
+    policy: &'p OpenPolicy,
+    seen: HashSet<FileId>,
+    warnings: Vec<Warning>,
+    layers: Vec<Layer>,
+}
+
+impl Opener<'_> {
+    fn active_layer_name(&self, image: &Path) -> Result<Reference> {
+        let bytes = image.as_os_str().as_bytes();
+        let mut format = self.policy.format;
+        let mut path = image.to_owned();
+        if bytes.starts_with(b"json:") || (bytes.starts_with(b"file:") && !image.exists()) {
+            let name = LocalName::parse(bytes)?;
+            format = agree(format, name.driver.as_deref())?;
+            path = name.path;
+        }
+        Ok(Reference { path, format, expected: None, is_backing: false })
+    }
+
+    /// Opens and locks a file, which must not be part of the chain yet.
+    fn open_file(&mut self, path: &Path) -> Result<Source> {
+        let mut source = Source::open(path)?;
+        if let Some(id) = source.id()
+            && !self.seen.insert(id)
+        {
+            return Err(Error::invalid(
+                "the backing chain runs in a circle: it comes to this file a second time",
+            )
+            .at_path(path));
+        }
+        let locked = match lock::lock(&source, self.policy.sharing) {
+            Err(error) if self.policy.report_in_use => match error.kind() {
+                ErrorKind::InUse(how) => {
+                    self.warn(path, WarningKind::InUse(how.clone()));
+                    false
+                }
+                _ => return Err(error),
+            },
+            Err(error) => return Err(error),
+            Ok(Locked::Yes) => true,
+            Ok(Locked::NotSupported) => {
+                self.warn(path, WarningKind::NotLocked);
+                false
+            }
+        };
+        if locked
+            && self.policy.sharing == Sharing::Readers
+            && let (Some(probe), Some(file)) = (&self.policy.unwritten, source.file())
+            && probe.nobody_writes(file)
+        {
+            source.set_unwritten_probe(Arc::clone(probe));
+        }
+        Ok(source)
+    }
+
+    fn warn(&mut self, path: &Path, kind: WarningKind) {
+        self.warnings.push(Warning { path: path.to_owned(), kind });
+    }
+
+    fn open_layer(&mut self, reference: &Reference) -> Result<Layer> {
+        let source = Arc::new(self.open_file(&reference.path)?);
+        self.check_expected(reference, &source)?;
+        let format = match reference.format {
+            Some(format) => format,
+            None => self.probe(reference, &source)?,
+        };
+        let is_active = !reference.is_backing;
+        let snapshot = self.policy.snapshot.as_ref().filter(|_| is_active);
+        if format != Format::Qcow2
+            && let Some(snapshot) = snapshot
+        {
+            return Err(Error::new(ErrorKind::SnapshotNotFound(format!(
+                "no snapshot {snapshot}: the format {format} has no internal snapshots"
+            )))
+            .at_path(source.path()));
+        }
+        let file = Arc::clone(&source);
+        let image: Box<dyn ImageFormat> = match format {
+            Format::Raw => Box::new(RawImage::open(file)?),
+            Format::Qcow2 => Box::new(Qcow2Image::open(file, snapshot, self.policy.allow_corrupt)?),
+            Format::Qcow => Box::new(QcowImage::open(file)?),
+            Format::Cow => Box::new(CowImage::open(file)?),
+        };
+        for notice in image.notices() {
+            let kind = match notice {
+                Notice::Dirty => WarningKind::Dirty,
+                Notice::Corrupt => WarningKind::Corrupt,
+            };
+            self.warn(source.path(), kind);
+        }
+        let data_file = self.data_file(&*image, &source, is_active)?;
+        Ok(Layer { image, source, data_file, declared_format: reference.format })
+    }
+
+    fn check_expected(&mut self, reference: &Reference, source: &Source) -> Result<()> {
+        let Some(expected) = reference.expected else { return Ok(()) };
+        if expected.matches(source) {
+            return Ok(());
+        }
+        if self.policy.allow_changed_backing {
+            self.warn(source.path(), WarningKind::ChangedBacking);
+            return Ok(());
+        }
+        Err(Error::invalid(format!(
+            "the backing file has changed since the cow image was made: the cow image recorded {}modification at {} (seconds since 1970), the file has {} bytes, modified at {}; if you know that it is the right one, use --allow-changed-backing",
+            expected.size.map(|size| format!("{} bytes, ", size.get())).unwrap_or_default(),
+            expected.modified,
+            source.length().get(),
+            source.modified().unwrap_or_default(),
+        ))
+        .at_path(source.path()))
+    }
+
+    fn probe(&mut self, reference: &Reference, source: &Source) -> Result<Format> {
+        let mut start = [0; PROBE_LENGTH];
+        let n = source.read_up_to(HostOffset::ZERO, &mut start)?;
+        let format = Format::probe(&start[..n]);
+        if reference.is_backing {
+            if !self.policy.probe_backing {
+                return Err(Error::invalid(format!(
+                    "no format is declared for this backing file (it looks like {format}); declare it with 'qemu-img rebase -u -F {format} -b NAME OVERLAY', or accept the risk of guessing with --probe-backing"
+                ))
+                .at_path(source.path()));
+            }
+            self.warn(source.path(), WarningKind::UndeclaredBackingFormat(format));
+        }
+        Ok(format)
+    }
+
+    fn data_file(
+        &mut self,
+        image: &dyn ImageFormat,
+        source: &Source,
+        is_active: bool,
+    ) -> Result<Option<Arc<Source>>> {
+        let given = self.policy.data_file.clone().filter(|_| is_active);
+        let path = match (image.data_file(), given) {
+            (None, None) => return Ok(None),
+            (None, Some(_)) => {
+                return Err(Error::new(ErrorKind::Usage(
+                    "--data-file is given, but the image has no external data file".to_owned(),
+                ))
+                .at_path(source.path()));
+            }
+            (Some(_), Some(given)) => given,
+            (Some(Some(stored)), None) => LocalName::parse(stored.as_os_str().as_bytes())
+                .map_err(|error| error.at_path(source.path()))?
+                .from_directory_of(source.path()),
+            (Some(None), None) => {
+                return Err(Error::invalid(
+                    "the image has an external data file but does not name it; give it with --data-file",
+                )
+                .at_path(source.path()));
+            }
+        };
+        let file = self.open_file(&path).map_err(|error| match error.kind().clone() {
+            ErrorKind::NotFound(what) => error.with_kind(ErrorKind::NotFound(format!(
+                "{what} (the external data file of {})",
+                printable(&source.path().to_string_lossy())
+            ))),
+            _ => error,
+        })?;
+        Ok(Some(Arc::new(file)))
+    }
+
+    fn backing_of(&self, layer: &Layer) -> Result<Option<Reference>> {
+        let Some(BackingReference { name, format, expected }) = layer.backing() else {
+            return Ok(None);
+        };
+        let overlay = layer.source.path();
+        let resolve = || {
+            let name = LocalName::parse(name)?;
+            let declared = format.as_deref().map(str::parse).transpose()?;
+            let format = agree(declared, name.driver.as_deref())?;
+            let path = name.from_directory_of(overlay);
+            Ok(Reference { path, format, expected: *expected, is_backing: true })
+        };
+        resolve().map(Some).map_err(|error: Error| error.at_path(overlay))
+    }
+}
+
+/// One format out of two places that may name it.
+fn agree(declared: Option<Format>, driver: Option<&str>) -> Result<Option<Format>> {
+    let driver: Option<Format> = driver.map(str::parse).transpose()?;
+    match (declared, driver) {
+        (Some(a), Some(b)) if a != b => Err(Error::invalid(format!(
+            "the format is declared as {a}, but the json: name says {b}"
+        ))),
+        (declared, driver) => Ok(declared.or(driver)),
+    }
+}
+
+/// Splits an argument as DESIGN does: with a slash it is a path, else a NAME.
+pub fn is_path(argument: &OsStr) -> bool {
+    argument.as_bytes().contains(&b'/')
+}
