@@ -33,6 +33,9 @@ pub(crate) enum Step {
         size: u64,
     },
     /// `qemu-io -c ... -c ...`.
+    ///
+    /// QEMU refuses a compressed write to a cluster that has data; such a command may
+    /// fail and leave the rest to be done.
     Io { format: &'static str, file: String, commands: Vec<String> },
     /// `qemu-img snapshot -c NAME` (or `-d`).
     Snapshot { action: &'static str, name: String, file: String },
@@ -91,6 +94,9 @@ impl Step {
         match self {
             Self::Io { format, file, commands } => {
                 let commands: Vec<_> = commands.iter().map(|c| with_paths(c, dir)).collect();
+                if commands.iter().any(|command| command.starts_with("write -c")) {
+                    return qemu::io_any(dir, format, file, &commands).map(drop);
+                }
                 qemu::io(dir, format, file, &commands).map(drop)
             }
             Self::Truncate { file, length } => OpenOptions::new()
@@ -133,6 +139,8 @@ pub(crate) struct LayerMade {
     pub(crate) size: u64,
     /// The names of its snapshots.
     pub(crate) snapshots: Vec<String>,
+    /// The names of its bitmaps.
+    pub(crate) bitmaps: Vec<String>,
 }
 
 /// How to make a chain.
@@ -268,7 +276,7 @@ impl Theme {
         let depth = drawing.rng.range(self.depth.0, self.depth.1);
         let size = drawing.any_size(self.max_size);
         for level in 0..depth {
-            drawing.layer(level, size);
+            drawing.layer(level, size, level + 1 == depth);
         }
         drawing.recipe
     }
@@ -300,7 +308,7 @@ impl Drawing<'_> {
         size.next_multiple_of(grain).min(most)
     }
 
-    fn layer(&mut self, level: u64, first_size: u64) {
+    fn layer(&mut self, level: u64, first_size: u64, last: bool) {
         let theme = self.theme;
         let below = self.recipe.layers.last().cloned();
         let raw = below.is_none() && self.rng.percent(theme.raw_base);
@@ -340,7 +348,7 @@ impl Drawing<'_> {
                 options.push("extended_l2=on".to_owned());
             }
             if wants_data_file {
-                data_file = Some(self.data_file(&file, below.is_none(), &mut options));
+                data_file = Some(self.data_file(&file, below.is_none(), last, &mut options));
             }
             if !version_2 {
                 if self.rng.percent(25) {
@@ -350,7 +358,7 @@ impl Drawing<'_> {
                     let widths: &[u32] = if snapshots_wanted { &[8, 32, 64] } else { &[1, 4, 64] };
                     options.push(format!("refcount_bits={}", self.rng.pick(widths)));
                 }
-                if self.rng.percent(50) && theme.compressed > 0 && data_file.is_none() {
+                if theme.compressed > 0 && self.rng.percent(50) && data_file.is_none() {
                     options.push("compression_type=zstd".to_owned());
                 }
             }
@@ -368,7 +376,9 @@ impl Drawing<'_> {
         self.recipe.undeclared |= format == "qcow" && below.is_some();
         let create = Step::Create { format, options, backing, file: file.clone(), size };
         self.recipe.steps.push(create);
-        self.recipe.layers.push(LayerMade { file, format, data_file, size, snapshots: Vec::new() });
+        let (snapshots, bitmaps) = (Vec::new(), Vec::new());
+        let layer = LayerMade { file, format, data_file, size, snapshots, bitmaps };
+        self.recipe.layers.push(layer);
 
         let shape = Shape {
             format,
@@ -387,11 +397,18 @@ impl Drawing<'_> {
         }
     }
 
-    fn data_file(&mut self, image: &str, no_backing: bool, options: &mut Vec<String>) -> String {
+    fn data_file(
+        &mut self,
+        image: &str,
+        no_backing: bool,
+        last: bool,
+        options: &mut Vec<String>,
+    ) -> String {
         let name = format!("{image}.data");
         // QEMU opens the stored name from its working directory: a relative one is
-        // only the same to all where that is the image's directory.
-        if image.contains('/') || self.rng.percent(30) {
+        // only the same to all where that is the image's directory, and is printed the
+        // same only where the image's own name has no directory either.
+        if image.contains('/') || !last || self.rng.percent(30) {
             options.push(format!("data_file=@DIR@/{name}"));
         } else {
             options.push(format!("data_file={name}"));
@@ -429,7 +446,7 @@ impl Drawing<'_> {
         if self.rng.percent(self.theme.empty) {
             return;
         }
-        let (mut taken, mut bitmaps) = (0, 0);
+        let mut taken = 0;
         for round in 0..self.rng.range(1, 3) {
             let (file, size) = (self.recipe.top().file.clone(), self.recipe.top().size);
             let count = self.rng.range(2, 14);
@@ -454,12 +471,13 @@ impl Drawing<'_> {
                 }
                 if !shape.version_2 && self.rng.percent(self.theme.bitmap) {
                     let name = format!("b{round}");
+                    self.top_mut().bitmaps.push(name.clone());
                     self.recipe.steps.push(Step::Bitmap { name, file: file.clone() });
-                    bitmaps += 1;
                 }
             }
-            let resizable =
-                shape.format != "qcow" && bitmaps == 0 && (taken == 0 || !shape.version_2);
+            let resizable = shape.format != "qcow"
+                && self.recipe.top().bitmaps.is_empty()
+                && (taken == 0 || !shape.version_2);
             if resizable && self.rng.percent(self.theme.resize) {
                 let size = self.any_size(most);
                 let shrink = size < self.recipe.top().size;

@@ -9,7 +9,7 @@ use crate::common::process::Outcome;
 use crate::table::{Backing, Plan, Segment, Table};
 
 /// One row.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Row {
     pub(crate) start: u64,
@@ -20,6 +20,17 @@ pub(crate) struct Row {
     pub(crate) data: bool,
     pub(crate) compressed: bool,
     pub(crate) offset: Option<u64>,
+}
+
+impl Row {
+    /// Whether `next` carries this row on, as entry_mergeable() of qemu-img.c has it.
+    pub(crate) fn absorbs(&self, next: &Self) -> bool {
+        let alike = |row: &Self| (row.depth, row.present, row.zero, row.data, row.compressed);
+        let offset = self.offset.map(|offset| offset + self.length);
+        self.start + self.length == next.start
+            && alike(self) == alike(next)
+            && offset == next.offset
+    }
 }
 
 /// # Errors

@@ -15,7 +15,8 @@ fn made(dir: &Path) -> (Recipe, Plan) {
         let recipe = theme.draw(&mut Rng::for_case(seed, "selftest", 0));
         let files = tempfile::tempdir_in(dir).unwrap().keep();
         recipe.make(&files).unwrap();
-        convert(&files, recipe.top(), None, "copy.raw").unwrap();
+        let top = recipe.top();
+        convert(&files, top.format, &top.file, "copy.raw").unwrap();
         std::fs::rename(files.join("copy.raw"), dir.join("copy.raw")).unwrap();
         let ran = run_table(&files, &recipe, &[], &recipe.top().file).unwrap().ok().unwrap();
         let plan = Plan::parse(&ran.stdout).unwrap();
