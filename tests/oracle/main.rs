@@ -13,8 +13,11 @@
 mod common;
 
 mod check;
+mod deep;
+mod far;
 mod imgdm;
 mod map;
+mod names;
 mod random;
 mod selftest;
 mod table;
