@@ -7,6 +7,8 @@
 
 use std::sync::Arc;
 
+use rayon::prelude::*;
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Coalescer, Extent, Mapping, ZeroCause};
 use crate::format::{BackingReference, Format, ImageFormat, Scratch};
@@ -15,8 +17,14 @@ use crate::source::Source;
 use crate::status::{BlockStatus, FileRole, StatusRun, ZeroStatus};
 use crate::units::{ByteLen, GuestOffset, GuestRange};
 
+#[cfg(test)]
+pub(crate) mod tests;
+
 /// Most runs that one layer can give in one window.
-const RUNS_PER_WINDOW: u64 = 1 << 14;
+const RUNS_PER_WINDOW: u64 = 1 << 11;
+
+/// Windows that a thread resolves before their results are taken in order.
+const WINDOWS_PER_THREAD: usize = 32;
 
 /// One image of a chain with its open files.
 #[derive(Debug)]
@@ -107,6 +115,7 @@ impl Chain {
             split: Vec::new(),
             open: Vec::new(),
             left: Vec::new(),
+            extents: Vec::new(),
         }
     }
 
@@ -122,17 +131,49 @@ impl Chain {
     ) -> Result<()> {
         let mut resolver = self.resolver(holes);
         let mut coalescer = Coalescer::default();
-        let mut window = Vec::new();
-        for part in self.windows(range) {
-            window.clear();
-            resolver.resolve(part, &mut window)?;
-            for &extent in &window {
+        for window in self.windows(range) {
+            for &extent in resolver.resolve(window)? {
                 if let Some(done) = coalescer.push(extent) {
                     each(&done)?;
                 }
             }
         }
         coalescer.finish().as_ref().map_or(Ok(()), each)
+    }
+
+    /// Resolves the windows of `range` on all cores: `work` makes something of each
+    /// window's extents, and `take` gets these things in guest order, a bounded number
+    /// of windows behind.
+    ///
+    /// # Errors
+    /// The first in guest order of what resolving, `work` or `take` says; `take` has had
+    /// all that comes before it.
+    pub fn map_windows<T: Send>(
+        &self,
+        range: GuestRange,
+        holes: HoleQuery,
+        work: impl Fn(GuestRange, &[Extent]) -> T + Sync,
+        mut take: impl FnMut(T) -> Result<()>,
+    ) -> Result<()> {
+        let batch_size = rayon::current_num_threads() * WINDOWS_PER_THREAD;
+        let mut windows = self.windows(range);
+        loop {
+            let batch: Vec<_> = windows.by_ref().take(batch_size).collect();
+            if batch.is_empty() {
+                return Ok(());
+            }
+            let done: Vec<Result<T>> = batch
+                .into_par_iter()
+                .with_min_len(WINDOWS_PER_THREAD / 4)
+                .map_init(
+                    || self.resolver(holes),
+                    |resolver, window| Ok(work(window, resolver.resolve(window)?)),
+                )
+                .collect();
+            for thing in done {
+                take(thing?)?;
+            }
+        }
     }
 
     /// Cuts `range` into the windows in which it is best resolved.
@@ -164,18 +205,20 @@ pub struct Resolver<'c> {
     split: Vec<StatusRun>,
     open: Vec<StatusRun>,
     left: Vec<StatusRun>,
+    extents: Vec<Extent>,
 }
 
 impl Resolver<'_> {
-    /// Appends the extents of `window` in guest order, without gap.
+    /// The extents of `window` in guest order, without gap, joined where they carry each
+    /// other on.
     ///
     /// # Errors
     /// What a layer's metadata says, with its file's path.
-    pub fn resolve(&mut self, window: GuestRange, extents: &mut Vec<Extent>) -> Result<()> {
+    pub fn resolve(&mut self, window: GuestRange) -> Result<&[Extent]> {
+        self.extents.clear();
         if window.is_empty() {
-            return Ok(());
+            return Ok(&self.extents);
         }
-        let first = extents.len();
         self.open.clear();
         self.open.push(StatusRun {
             start: window.start,
@@ -184,23 +227,24 @@ impl Resolver<'_> {
         });
         let mut layers_with_rows = 0;
         for depth in 0..self.chain.layers.len() {
-            let rows_before = extents.len();
-            self.fold_layer(depth, extents)?;
-            layers_with_rows += usize::from(extents.len() > rows_before);
+            let rows_before = self.extents.len();
+            self.fold_layer(depth)?;
+            layers_with_rows += usize::from(self.extents.len() > rows_before);
             if self.open.is_empty() {
                 break;
             }
         }
         if layers_with_rows > 1 {
             // Each layer's rows are in order already: a merge of sorted runs.
-            extents[first..].sort_by_key(|extent| extent.start);
+            self.extents.sort_by_key(|extent| extent.start);
+            self.extents.dedup_by(|next, extent| extent.absorb(next));
         }
-        Ok(())
+        Ok(&self.extents)
     }
 
     /// Asks layer `depth` for the open runs: rows for what it answers, and the open
     /// runs anew for what it leaves to its backing file.
-    fn fold_layer(&mut self, depth: usize, extents: &mut Vec<Extent>) -> Result<()> {
+    fn fold_layer(&mut self, depth: usize) -> Result<()> {
         let layer = &self.chain.layers[depth];
         let backing_size = self.chain.layers.get(depth + 1).map(|l| l.image.virtual_size());
         let (Some(first), Some(last)) = (self.open.first(), self.open.last()) else {
@@ -224,11 +268,19 @@ impl Resolver<'_> {
 
         let depth_number = u32::try_from(depth).unwrap_or(u32::MAX);
         self.left.clear();
+        if self.open.len() == 1 {
+            self.extents.reserve(self.runs.len());
+            for &run in &self.runs {
+                answer(run, depth_number, backing_size, &mut self.extents, &mut self.left);
+            }
+            std::mem::swap(&mut self.open, &mut self.left);
+            return Ok(());
+        }
         let mut open = self.open.iter().peekable();
         for run in &self.runs {
             while let Some(wanted) = open.peek() {
                 if let Some(part) = run.clipped(wanted.range()) {
-                    answer(part, depth_number, backing_size, extents, &mut self.left);
+                    answer(part, depth_number, backing_size, &mut self.extents, &mut self.left);
                 }
                 if wanted.end() > run.end() {
                     break;
@@ -293,7 +345,17 @@ fn answer(
     left: &mut Vec<StatusRun>,
 ) {
     let StatusRun { start, length, status } = run;
-    let mut row = |start, length, mapping| extents.push(Extent { start, length, depth, mapping });
+    let mut row = |start, length, mapping| {
+        let next = Extent { start, length, depth, mapping };
+        // Rows of one layer come in order, but not without gap.
+        if let Some(last) = extents.last_mut()
+            && last.end() == start
+            && last.absorb(&next)
+        {
+            return;
+        }
+        extents.push(next);
+    };
     match status {
         BlockStatus::Data(place) => row(start, length, Mapping::Data(place)),
         BlockStatus::Encrypted { place, cipher } => {

@@ -57,7 +57,11 @@ pub enum ErrorKind {
 /// Displayed as `PATH: at offset 0x...: what is wrong`; the underlying cause is
 /// its [`source`](std::error::Error::source).
 #[derive(Debug)]
-pub struct Error {
+pub struct Error(Box<Details>);
+
+/// Boxed, so that a `Result` in a loop over a million entries stays small.
+#[derive(Debug)]
+struct Details {
     kind: ErrorKind,
     path: Option<PathBuf>,
     offset: Option<u64>,
@@ -67,7 +71,7 @@ pub struct Error {
 impl Error {
     /// An error of this kind, about no file yet.
     pub fn new(kind: ErrorKind) -> Self {
-        Self { kind, path: None, offset: None, source: None }
+        Self(Box::new(Details { kind, path: None, offset: None, source: None }))
     }
 
     /// Metadata that contradicts the specification.
@@ -89,14 +93,14 @@ impl Error {
     /// Adds the file, unless one is already named (the innermost is the right one).
     #[must_use]
     pub fn at_path(mut self, path: impl AsRef<Path>) -> Self {
-        self.path.get_or_insert_with(|| path.as_ref().to_owned());
+        self.0.path.get_or_insert_with(|| path.as_ref().to_owned());
         self
     }
 
     /// Adds the offset in bytes into the file, unless one is already named.
     #[must_use]
     pub fn at_offset(mut self, offset: u64) -> Self {
-        self.offset.get_or_insert(offset);
+        self.0.offset.get_or_insert(offset);
         self
     }
 
@@ -106,48 +110,48 @@ impl Error {
         mut self,
         source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> Self {
-        self.source = Some(source.into());
+        self.0.source = Some(source.into());
         self
     }
 
     /// The same error with another kind or message.
     #[must_use]
     pub fn with_kind(mut self, kind: ErrorKind) -> Self {
-        self.kind = kind;
+        self.0.kind = kind;
         self
     }
 
     /// What went wrong.
     pub fn kind(&self) -> &ErrorKind {
-        &self.kind
+        &self.0.kind
     }
 
     /// The file it is about.
     pub fn path(&self) -> Option<&Path> {
-        self.path.as_deref()
+        self.0.path.as_deref()
     }
 
     /// The offset in bytes into that file.
     pub fn offset(&self) -> Option<u64> {
-        self.offset
+        self.0.offset
     }
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(path) = &self.path {
+        if let Some(path) = &self.0.path {
             write!(f, "{}: ", printable(&path.to_string_lossy()))?;
         }
-        if let Some(offset) = self.offset {
+        if let Some(offset) = self.0.offset {
             write!(f, "at offset {offset:#x}: ")?;
         }
-        write!(f, "{}", self.kind)
+        write!(f, "{}", self.0.kind)
     }
 }
 
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        self.source.as_deref().map(|source| source as _)
+        self.0.source.as_deref().map(|source| source as _)
     }
 }
 

@@ -84,8 +84,14 @@ impl Mapping {
     /// True where `next`, `distance` bytes further on, carries this mapping on.
     #[inline]
     fn continues_as(self, distance: ByteLen, next: Mapping) -> bool {
+        if let (Self::Data(a), Self::Data(b)) = (self, next) {
+            return a.advanced(distance) == b;
+        }
+        self.continues_without_data(distance, next)
+    }
+
+    fn continues_without_data(self, distance: ByteLen, next: Mapping) -> bool {
         match (self, next) {
-            (Self::Data(a), Self::Data(b)) => a.advanced(distance) == b,
             (Self::Encrypted { place: a, cipher: x }, Self::Encrypted { place: b, cipher: y }) => {
                 x == y && a.advanced(distance) == b
             }

@@ -211,10 +211,7 @@ pub(crate) fn bytes_at<const N: usize>(header: &[u8], at: usize) -> [u8; N] {
 /// Entry `index` of a table of big-endian `u64`s; the caller keeps it inside.
 #[inline]
 pub(crate) fn be64(bytes: &[u8], index: usize) -> u64 {
-    let at = index * 8;
-    let mut entry = [0; 8];
-    entry.copy_from_slice(&bytes[at..at + 8]);
-    u64::from_be_bytes(entry)
+    u64::from_be_bytes(bytes.as_chunks::<8>().0[index])
 }
 
 #[cfg(test)]

@@ -1,11 +1,14 @@
-//! Extents to segments, one at a time: nothing here grows with their number.
+//! Extents to pieces to segments. Nothing here grows with their number.
+//!
+//! A window's extents become pieces by themselves, so that windows can be worked on side
+//! by side; only pieces that plainly carry each other on are joined across windows. So
+//! the segments come out the same in whichever order, and wherever a table starts.
 
 use super::{BackingId, ObstacleKind, PlanOptions, Segment, SegmentTarget, ZeroMode};
 use crate::chain::Chain;
-use crate::error::{Error, Result};
 use crate::extent::{Extent, Mapping, ZeroCause};
 use crate::status::{FileRole, HostPlace, ZeroStatus};
-use crate::units::{ByteLen, GuestOffset, HostOffset, SECTOR_SIZE, Sectors};
+use crate::units::{ByteLen, GuestOffset, SECTOR_SIZE, Sectors};
 
 /// What stands in the way of one guest range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,20 +19,14 @@ pub(super) struct Blocked {
     pub(super) first: GuestOffset,
 }
 
-/// What becomes of the segments and obstacles.
-pub(super) trait Sink {
-    fn segment(&mut self, segment: Segment) -> Result<()>;
-    fn blocked(&mut self, blocked: Blocked);
-}
-
-/// What the builder needs to know of one file.
+/// What the plan needs to know of one file.
 #[derive(Clone, Copy, Debug)]
 struct FileFacts {
     backing: BackingId,
     length: u64,
 }
 
-/// What the builder needs to know of one layer.
+/// What the plan needs to know of one layer.
 #[derive(Clone, Copy, Debug)]
 struct LayerFacts {
     image: FileFacts,
@@ -37,28 +34,12 @@ struct LayerFacts {
     granularity: u64,
 }
 
-/// A stretch of the device that one segment can serve.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stretch {
-    Linear {
-        backing: BackingId,
-        offset: u64,
-    },
-    /// Zeros, and where in a file the same zeros could be read, if anywhere.
-    Zero {
-        same_in_file: Option<(BackingId, u64)>,
-    },
-}
-
-/// Turns extents into segments.
-pub(super) struct Builder<'s, S> {
+/// What the plan needs to know of a chain; shared by all threads.
+#[derive(Clone, Debug)]
+pub(super) struct Facts {
     layers: Vec<LayerFacts>,
     options: PlanOptions,
-    zero_backing: BackingId,
-    /// Where the table's sector 0 lies on the virtual disk.
-    origin: GuestOffset,
-    pending: Option<(GuestOffset, ByteLen, Stretch)>,
-    sink: &'s mut S,
+    pub(super) zero_backing: BackingId,
 }
 
 /// The files of a chain in the order of their backing ids.
@@ -67,221 +48,39 @@ pub(super) fn chain_files(chain: &Chain) -> impl Iterator<Item = (u32, FileRole)
     layers.flat_map(|(layer, depth)| layer.files().map(move |(role, _)| (depth, role)))
 }
 
-impl<'s, S: Sink> Builder<'s, S> {
-    pub(super) fn new(
-        chain: &Chain,
-        options: PlanOptions,
-        zero_backing: BackingId,
-        origin: GuestOffset,
-        sink: &'s mut S,
-    ) -> Self {
+impl Facts {
+    pub(super) fn new(chain: &Chain, options: PlanOptions) -> Self {
         let mut ids = (0..).map(BackingId);
-        let mut facts = |length: ByteLen| FileFacts {
-            backing: ids.next().unwrap_or(BackingId(u32::MAX)),
-            length: length.get(),
-        };
+        let mut next_id = || ids.next().unwrap_or(BackingId(u32::MAX));
         let layers = chain
             .layers()
             .iter()
             .map(|layer| {
+                let mut facts =
+                    |length: ByteLen| FileFacts { backing: next_id(), length: length.get() };
                 let image = facts(layer.source.length());
                 let data_file = layer.data_file.as_ref().map_or(image, |file| facts(file.length()));
                 LayerFacts { image, data_file, granularity: layer.image.granularity() }
             })
             .collect();
-        Self { layers, options, zero_backing, origin, pending: None, sink }
+        Self { layers, options, zero_backing: next_id() }
     }
 
-    fn file(&self, depth: u32, role: FileRole) -> FileFacts {
-        let layer = &self.layers[depth as usize];
-        match role {
-            FileRole::Image => layer.image,
-            FileRole::DataFile => layer.data_file,
-        }
+    fn is_short(&self, zeros: u64) -> bool {
+        zeros < self.options.zero_threshold.get()
     }
 
-    /// Takes the next extent.
-    pub(super) fn push(&mut self, extent: &Extent) -> Result<()> {
-        let Extent { start, length, depth, mapping } = *extent;
-        match mapping {
-            Mapping::Data(place) => self.data(start, length, depth, place),
-            Mapping::Zero(cause) => {
-                if let ZeroCause::Layer(ZeroStatus::DataPastFileEnd(place)) = cause {
-                    let file = self.file(depth, place.file);
-                    self.check_past_end(start, length.get(), depth, file);
-                }
-                let readable = match cause {
-                    ZeroCause::Layer(
-                        ZeroStatus::Hole(place)
-                        | ZeroStatus::Unwritten(place)
-                        | ZeroStatus::DataHole(place)
-                        | ZeroStatus::DataUnwritten(place),
-                    ) => Some(place),
-                    _ => None,
-                };
-                let same_in_file = readable.and_then(|place| {
-                    let file = self.file(depth, place.file);
-                    let end = place.offset.get().checked_add(length.get())?;
-                    (end <= file.length / SECTOR_SIZE * SECTOR_SIZE)
-                        .then_some((file.backing, place.offset.get()))
-                });
-                self.stretch(start, length, Stretch::Zero { same_in_file })
+    /// The segment of a piece that can grow no more, in a table whose sector 0 lies at
+    /// `origin` of the virtual disk.
+    #[inline]
+    pub(super) fn segment(&self, piece: &Piece, origin: GuestOffset) -> Segment {
+        let target = match piece.kind {
+            PieceKind::Linear { backing, offset } => {
+                SegmentTarget::Linear { backing, offset: Sectors::new(offset / SECTOR_SIZE) }
             }
-            Mapping::Compressed { .. } => {
-                self.block(ObstacleKind::Compressed, depth, start, 1);
-                self.placeholder(start, length)
-            }
-            Mapping::Encrypted { .. } => {
-                let count = length.get().div_ceil(self.layers[depth as usize].granularity);
-                self.block(ObstacleKind::Encrypted, depth, start, count);
-                self.placeholder(start, length)
-            }
-        }
-    }
-
-    /// What can't be mapped has no segment of its own yet; zeros keep the table gapless.
-    fn placeholder(&mut self, start: GuestOffset, length: ByteLen) -> Result<()> {
-        self.stretch(start, length, Stretch::Zero { same_in_file: None })
-    }
-
-    fn block(&mut self, kind: ObstacleKind, depth: u32, first: GuestOffset, count: u64) {
-        let backing = self.file(depth, FileRole::Image).backing;
-        self.sink.blocked(Blocked { kind, backing, count, first });
-    }
-
-    fn data(
-        &mut self,
-        start: GuestOffset,
-        length: ByteLen,
-        depth: u32,
-        place: HostPlace,
-    ) -> Result<()> {
-        let file = self.file(depth, place.file);
-        let host = place.offset.get();
-        let misaligned = |offset: u64| !offset.is_multiple_of(SECTOR_SIZE);
-        if misaligned(start.get()) || misaligned(host) {
-            self.sink.blocked(Blocked {
-                kind: ObstacleKind::Unaligned,
-                backing: file.backing,
-                count: 1,
-                first: start,
-            });
-            return self.placeholder(start, length);
-        }
-        // A loop device ends with the last whole sector of its file.
-        let whole = file.length / SECTOR_SIZE * SECTOR_SIZE;
-        let mut at = 0;
-        let mapped = whole.saturating_sub(host).min(length.get()) / SECTOR_SIZE * SECTOR_SIZE;
-        if mapped > 0 {
-            let linear = Stretch::Linear { backing: file.backing, offset: host };
-            self.stretch(start, ByteLen::new(mapped), linear)?;
-            at = mapped;
-        }
-        if at < length.get() && host + at < file.length {
-            let sector = SECTOR_SIZE.min(length.get() - at);
-            let first = start.saturating_add(ByteLen::new(at));
-            self.sink.blocked(Blocked {
-                kind: ObstacleKind::PartialSector,
-                backing: file.backing,
-                count: 1,
-                first,
-            });
-            self.placeholder(first, ByteLen::new(sector))?;
-            at += sector;
-        }
-        if at < length.get() {
-            let first = start.saturating_add(ByteLen::new(at));
-            let rest = length.get() - at;
-            self.check_past_end(first, rest, depth, file);
-            self.placeholder(first, ByteLen::new(rest))?;
-        }
-        Ok(())
-    }
-
-    /// A file may end inside its last cluster; a whole cluster past the end means that
-    /// the file was cut off.
-    fn check_past_end(&mut self, first: GuestOffset, bytes: u64, depth: u32, file: FileFacts) {
-        let granularity = self.layers[depth as usize].granularity;
-        let count = bytes / granularity;
-        if count > 0 {
-            self.sink.blocked(Blocked {
-                kind: ObstacleKind::PastFileEnd,
-                backing: file.backing,
-                count,
-                first,
-            });
-        }
-    }
-
-    fn stretch(&mut self, start: GuestOffset, length: ByteLen, next: Stretch) -> Result<()> {
-        let Some((at, so_far, stretch)) = self.pending else {
-            self.pending = Some((start, length, next));
-            return Ok(());
-        };
-        let joined = ByteLen::new(so_far.get().saturating_add(length.get()));
-        if let Some(stretch) = self.join(so_far, stretch, length, next) {
-            self.pending = Some((at, joined, stretch));
-            return Ok(());
-        }
-        self.emit(at, so_far, stretch)?;
-        self.pending = Some((start, length, next));
-        Ok(())
-    }
-
-    /// One stretch that serves both, where there is one.
-    fn join(
-        &self,
-        length: ByteLen,
-        stretch: Stretch,
-        next_length: ByteLen,
-        next: Stretch,
-    ) -> Option<Stretch> {
-        let length_of_both = length;
-        let follows = |(backing, offset): (BackingId, u64), (b, o): (BackingId, u64)| {
-            backing == b && offset.checked_add(length_of_both.get()) == Some(o)
-        };
-        let runs_through =
-            |hole: ByteLen| self.options.zero == ZeroMode::Auto && self.is_short(hole);
-        match (stretch, next) {
-            (Stretch::Linear { backing, offset }, Stretch::Linear { backing: b, offset: o }) => {
-                follows((backing, offset), (b, o)).then_some(stretch)
-            }
-            (Stretch::Zero { same_in_file: a }, Stretch::Zero { same_in_file: b }) => {
-                let same_in_file = match (a, b) {
-                    (Some(a), Some(b)) if follows(a, b) => Some(a),
-                    _ => None,
-                };
-                Some(Stretch::Zero { same_in_file })
-            }
-            // A hole between data of one file: the linear can run on through it.
-            (Stretch::Linear { backing, offset }, Stretch::Zero { same_in_file: Some(hole) }) => {
-                (runs_through(next_length) && follows((backing, offset), hole)).then_some(stretch)
-            }
-            (Stretch::Zero { same_in_file: Some(hole) }, Stretch::Linear { backing, offset }) => {
-                (runs_through(length) && follows(hole, (backing, offset)))
-                    .then_some(Stretch::Linear { backing: hole.0, offset: hole.1 })
-            }
-            _ => None,
-        }
-    }
-
-    fn is_short(&self, zeros: ByteLen) -> bool {
-        zeros < self.options.zero_threshold
-    }
-
-    fn emit(&mut self, start: GuestOffset, length: ByteLen, stretch: Stretch) -> Result<()> {
-        let sectors = |bytes: u64| {
-            Sectors::from_bytes(bytes).ok_or_else(|| {
-                Error::invalid(format!("guest offset {start} is no multiple of a sector"))
-            })
-        };
-        let target = match stretch {
-            Stretch::Linear { backing, offset } => {
-                SegmentTarget::Linear { backing, offset: sectors(HostOffset::new(offset).get())? }
-            }
-            Stretch::Zero { .. } => {
+            PieceKind::Zero { .. } => {
                 let by_loop = match self.options.zero {
-                    ZeroMode::Auto => self.is_short(length),
+                    ZeroMode::Auto => self.is_short(piece.length),
                     ZeroMode::Loop => true,
                     ZeroMode::Dm => false,
                 };
@@ -292,15 +91,272 @@ impl<'s, S: Sink> Builder<'s, S> {
                 }
             }
         };
-        let start = sectors(start.since(self.origin).get())?;
-        self.sink.segment(Segment { start, length: sectors(length.get())?, target })
-    }
-
-    /// Emits the last segment.
-    pub(super) fn finish(&mut self) -> Result<()> {
-        match self.pending.take() {
-            Some((start, length, stretch)) => self.emit(start, length, stretch),
-            None => Ok(()),
+        // Pieces start and end on sectors: the cutter blocks what does not.
+        Segment {
+            start: Sectors::new((piece.start - origin.get()) / SECTOR_SIZE),
+            length: Sectors::new(piece.length / SECTOR_SIZE),
+            target,
         }
     }
+}
+
+/// A stretch of the virtual disk that one segment can serve; bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Piece {
+    pub(super) start: u64,
+    length: u64,
+    kind: PieceKind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum PieceKind {
+    Linear {
+        backing: BackingId,
+        offset: u64,
+    },
+    /// Zeros, and where in a file the same zeros could be read, if anywhere.
+    Zero {
+        same_in_file: Option<(BackingId, u64)>,
+    },
+}
+
+impl Piece {
+    /// Takes `next`, which follows, where both are one file's neighbouring bytes or both
+    /// zeros.
+    #[inline]
+    pub(super) fn absorb(&mut self, next: &Piece) -> bool {
+        let follows = |(backing, offset): (BackingId, u64), (b, o): (BackingId, u64)| {
+            backing == b && offset.wrapping_add(self.length) == o
+        };
+        match (&mut self.kind, next.kind) {
+            (
+                PieceKind::Linear { backing, offset },
+                PieceKind::Linear { backing: b, offset: o },
+            ) => {
+                if !follows((*backing, *offset), (b, o)) {
+                    return false;
+                }
+            }
+            (PieceKind::Zero { same_in_file: a }, PieceKind::Zero { same_in_file: b }) => {
+                if !matches!((*a, b), (Some(a), Some(b)) if follows(a, b)) {
+                    *a = None;
+                }
+            }
+            _ => return false,
+        }
+        self.length += next.length;
+        true
+    }
+
+    /// As `absorb`, and a short hole between data of one file, which the linear can run on
+    /// through.
+    #[inline]
+    fn absorb_through_hole(&mut self, next: &Piece, facts: &Facts) -> bool {
+        if self.absorb(next) {
+            return true;
+        }
+        if facts.options.zero != ZeroMode::Auto {
+            return false;
+        }
+        let (place, hole_length, next_place) = match (self.kind, next.kind) {
+            (
+                PieceKind::Linear { backing, offset },
+                PieceKind::Zero { same_in_file: Some(hole) },
+            ) => ((backing, offset), next.length, hole),
+            (
+                PieceKind::Zero { same_in_file: Some(hole) },
+                PieceKind::Linear { backing, offset },
+            ) => (hole, self.length, (backing, offset)),
+            _ => return false,
+        };
+        let joins = facts.is_short(hole_length)
+            && place.0 == next_place.0
+            && place.1.wrapping_add(self.length) == next_place.1;
+        if joins {
+            self.kind = PieceKind::Linear { backing: place.0, offset: place.1 };
+            self.length += next.length;
+        }
+        joins
+    }
+}
+
+/// Cuts one window's extents into pieces.
+pub(super) struct Cutter<'a, F> {
+    facts: &'a Facts,
+    pending: Option<Piece>,
+    emit: F,
+    pub(super) blocked: Vec<Blocked>,
+}
+
+impl<'a, F: FnMut(&Piece)> Cutter<'a, F> {
+    /// Gives the pieces of `extents`, all that a window has, to `emit`; returns what is
+    /// blocked.
+    pub(super) fn cut(facts: &'a Facts, extents: &[Extent], emit: F) -> Vec<Blocked> {
+        let mut cutter = Self { facts, pending: None, emit, blocked: Vec::new() };
+        for extent in extents {
+            cutter.push(extent);
+        }
+        if let Some(last) = &cutter.pending {
+            (cutter.emit)(last);
+        }
+        cutter.blocked
+    }
+
+    #[inline]
+    fn file(&self, depth: u32, role: FileRole) -> FileFacts {
+        let layer = &self.facts.layers[depth as usize];
+        match role {
+            FileRole::Image => layer.image,
+            FileRole::DataFile => layer.data_file,
+        }
+    }
+
+    #[inline]
+    fn push(&mut self, extent: &Extent) {
+        let (start, length) = (extent.start.get(), extent.length.get());
+        match extent.mapping {
+            Mapping::Data(place) => self.data(extent, place),
+            Mapping::Zero(cause) => self.zeros(extent, cause),
+            Mapping::Compressed { .. } => {
+                self.block(ObstacleKind::Compressed, extent.depth, start, 1);
+                self.placeholder(start, length);
+            }
+            Mapping::Encrypted { .. } => {
+                let granularity = self.facts.layers[extent.depth as usize].granularity;
+                self.block(
+                    ObstacleKind::Encrypted,
+                    extent.depth,
+                    start,
+                    length.div_ceil(granularity),
+                );
+                self.placeholder(start, length);
+            }
+        }
+    }
+
+    fn zeros(&mut self, extent: &Extent, cause: ZeroCause) {
+        let (start, length) = (extent.start.get(), extent.length.get());
+        if let ZeroCause::Layer(ZeroStatus::DataPastFileEnd(place)) = cause {
+            let file = self.file(extent.depth, place.file);
+            self.check_past_end(start, length, extent.depth, file);
+        }
+        let readable = match cause {
+            ZeroCause::Layer(
+                ZeroStatus::Hole(place)
+                | ZeroStatus::Unwritten(place)
+                | ZeroStatus::DataHole(place)
+                | ZeroStatus::DataUnwritten(place),
+            ) => Some(place),
+            _ => None,
+        };
+        let same_in_file = readable.and_then(|place| {
+            let file = self.file(extent.depth, place.file);
+            let end = place.offset.get().checked_add(length)?;
+            (end <= whole_sectors(file.length)).then_some((file.backing, place.offset.get()))
+        });
+        self.piece(Piece { start, length, kind: PieceKind::Zero { same_in_file } });
+    }
+
+    #[inline]
+    fn data(&mut self, extent: &Extent, place: HostPlace) {
+        let (start, length) = (extent.start.get(), extent.length.get());
+        let file = self.file(extent.depth, place.file);
+        let host = place.offset.get();
+        let whole = whole_sectors(file.length);
+        let aligned = (start | host | length) % SECTOR_SIZE == 0;
+        if aligned && host.checked_add(length).is_some_and(|end| end <= whole) {
+            let kind = PieceKind::Linear { backing: file.backing, offset: host };
+            self.piece(Piece { start, length, kind });
+        } else {
+            self.odd_data(extent, file, host, whole);
+        }
+    }
+
+    /// Data that is not whole sectors inside of its file.
+    fn odd_data(&mut self, extent: &Extent, file: FileFacts, host: u64, whole: u64) {
+        let (start, length) = (extent.start.get(), extent.length.get());
+        let mut block = |kind, first| {
+            let first = GuestOffset::new(first);
+            self.blocked.push(Blocked { kind, backing: file.backing, count: 1, first });
+        };
+        if (start | host) % SECTOR_SIZE != 0 {
+            block(ObstacleKind::Unaligned, start);
+            return self.placeholder(start, length);
+        }
+        // A loop device ends with the last whole sector of its file.
+        let mapped = whole_sectors(whole.saturating_sub(host).min(length));
+        let mut at = mapped;
+        let partial = at < length && host + at < file.length;
+        if partial {
+            block(ObstacleKind::PartialSector, start + at);
+        }
+        if mapped > 0 {
+            let kind = PieceKind::Linear { backing: file.backing, offset: host };
+            self.piece(Piece { start, length: mapped, kind });
+        }
+        if partial {
+            // The data's last bytes and the zeros that fill their sector.
+            let sector = SECTOR_SIZE.min(length - at);
+            self.placeholder(start + at, sector);
+            at += sector;
+        }
+        if at < length {
+            self.check_past_end(start + at, length - at, extent.depth, file);
+            self.placeholder(start + at, length - at);
+        }
+    }
+
+    /// A file may end inside its last cluster; a whole cluster past the end means that
+    /// the file was cut off.
+    fn check_past_end(&mut self, first: u64, bytes: u64, depth: u32, file: FileFacts) {
+        let count = bytes / self.facts.layers[depth as usize].granularity;
+        if count > 0 {
+            self.blocked.push(Blocked {
+                kind: ObstacleKind::PastFileEnd,
+                backing: file.backing,
+                count,
+                first: GuestOffset::new(first),
+            });
+        }
+    }
+
+    fn block(&mut self, kind: ObstacleKind, depth: u32, first: u64, count: u64) {
+        let backing = self.file(depth, FileRole::Image).backing;
+        let first = GuestOffset::new(first);
+        // Neighbours in one window count as one entry, or a whole image of compressed
+        // clusters would make a list as long.
+        match self.blocked.last_mut() {
+            Some(last) if last.kind == kind && last.backing == backing => last.count += count,
+            _ => self.blocked.push(Blocked { kind, backing, count, first }),
+        }
+    }
+
+    /// What can't be mapped has no segment of its own yet; zeros keep the table gapless.
+    fn placeholder(&mut self, start: u64, length: u64) {
+        self.piece(Piece { start, length, kind: PieceKind::Zero { same_in_file: None } });
+    }
+
+    /// Takes the next piece, rounded to whole sectors: where a file ends inside one, data
+    /// and zeros share it, and the first of them has it.
+    #[inline]
+    fn piece(&mut self, mut next: Piece) {
+        let end = (next.start + next.length).next_multiple_of(SECTOR_SIZE);
+        let start = next.start.next_multiple_of(SECTOR_SIZE);
+        if start >= end {
+            return;
+        }
+        next.start = start;
+        next.length = end - start;
+        if let Some(pending) = &mut self.pending {
+            if pending.absorb_through_hole(&next, self.facts) {
+                return;
+            }
+            (self.emit)(pending);
+        }
+        self.pending = Some(next);
+    }
+}
+
+fn whole_sectors(bytes: u64) -> u64 {
+    bytes / SECTOR_SIZE * SECTOR_SIZE
 }

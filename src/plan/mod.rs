@@ -13,10 +13,11 @@ use std::path::PathBuf;
 
 use crate::chain::{Chain, HoleQuery};
 use crate::error::{Error, ErrorKind, Result, printable};
+use crate::extent::Extent;
 use crate::open::{Warning, WarningKind};
-use crate::units::{ByteLen, GuestOffset, GuestRange, Sectors};
+use crate::units::{ByteLen, GuestOffset, GuestRange, SECTOR_SIZE, Sectors};
 
-use build::{Blocked, Builder, Sink, chain_files};
+use build::{Blocked, Cutter, Facts, Piece, chain_files};
 pub use segment::{
     Backing, BackingId, Bindings, MAX_SEGMENTS_PER_TABLE, PlannedTable, Segment, SegmentTarget,
     TableId, TableRole, TableSource,
@@ -154,6 +155,13 @@ pub struct SegmentCounts {
     pub zero: u64,
 }
 
+impl SegmentCounts {
+    /// All segments.
+    pub fn total(self) -> u64 {
+        self.linear + self.zero
+    }
+}
+
 /// A table that is a stretch of the virtual disk.
 #[derive(Clone, Debug)]
 struct Stretch {
@@ -166,7 +174,9 @@ struct Stretch {
 #[derive(Debug)]
 pub struct Plan<'c> {
     chain: &'c Chain,
-    options: PlanOptions,
+    facts: Facts,
+    holes: HoleQuery,
+    max_segments: u64,
     backings: Vec<Backing>,
     tables: Vec<PlannedTable>,
     /// One for each table but a stacking top.
@@ -174,46 +184,139 @@ pub struct Plan<'c> {
     counts: SegmentCounts,
     obstacles: Vec<Obstacle>,
     unheld: Vec<PathBuf>,
-    zero_backing: BackingId,
 }
 
-/// Counts what the builder gives.
-struct Census {
-    zero_backing: BackingId,
+/// What one window's pieces come to: the two at its ends may grow together with the
+/// neighbouring windows', those between are segments already.
+struct Tally {
+    window: GuestRange,
+    first: Option<Piece>,
+    last: Option<Piece>,
+    between: SegmentCounts,
+    longest_zero: Sectors,
+    used: Vec<bool>,
+    blocked: Vec<Blocked>,
+}
+
+impl Tally {
+    fn of(facts: &Facts, files: usize, window: GuestRange, extents: &[Extent]) -> Self {
+        let mut tally = Self {
+            window,
+            first: None,
+            last: None,
+            between: SegmentCounts::default(),
+            longest_zero: Sectors::default(),
+            used: vec![false; files],
+            blocked: Vec::new(),
+        };
+        let blocked = Cutter::cut(facts, extents, |piece| {
+            if tally.first.is_none() {
+                tally.first = Some(*piece);
+            } else if let Some(done) = tally.last.replace(*piece) {
+                let segment = facts.segment(&done, GuestOffset::ZERO);
+                let Tally { between, longest_zero, used, .. } = &mut tally;
+                count(facts, &segment, between, longest_zero, used);
+            }
+        });
+        tally.blocked = blocked;
+        tally
+    }
+}
+
+#[inline]
+fn count(
+    facts: &Facts,
+    segment: &Segment,
+    counts: &mut SegmentCounts,
+    longest_zero: &mut Sectors,
+    used: &mut [bool],
+) {
+    match segment.target {
+        SegmentTarget::Zero => counts.zero += 1,
+        SegmentTarget::Linear { backing, .. } => {
+            counts.linear += 1;
+            if backing == facts.zero_backing {
+                *longest_zero = (*longest_zero).max(segment.length);
+            } else if let Some(used) = used.get_mut(backing.0 as usize) {
+                *used = true;
+            }
+        }
+    }
+}
+
+/// Adds up the tallies, in guest order.
+struct Census<'f> {
+    chain: &'f Chain,
+    facts: &'f Facts,
+    holes: HoleQuery,
     max_segments: u64,
+    pending: Option<Piece>,
     counts: SegmentCounts,
     longest_zero: Sectors,
     used: Vec<bool>,
-    /// Where a new table starts, and how many segments those before have.
-    splits: Vec<Sectors>,
+    /// Where each table after the first starts.
+    splits: Vec<GuestOffset>,
     blocked: BTreeMap<(BackingId, ObstacleKind), Blocked>,
 }
 
-impl Sink for Census {
-    fn segment(&mut self, segment: Segment) -> Result<()> {
-        let total = self.counts.linear + self.counts.zero;
-        if total > 0 && total.is_multiple_of(self.max_segments) {
-            self.splits.push(segment.start);
+impl Census<'_> {
+    fn take(&mut self, tally: Tally) -> Result<()> {
+        for blocked in &tally.blocked {
+            self.blocked
+                .entry((blocked.backing, blocked.kind))
+                .and_modify(|known| known.count += blocked.count)
+                .or_insert(*blocked);
         }
-        match segment.target {
-            SegmentTarget::Linear { backing, .. } => {
-                self.counts.linear += 1;
-                if backing == self.zero_backing {
-                    self.longest_zero = self.longest_zero.max(segment.length);
-                } else if let Some(used) = self.used.get_mut(backing.0 as usize) {
-                    *used = true;
-                }
-            }
-            SegmentTarget::Zero => self.counts.zero += 1,
+        if let Some(first) = tally.first {
+            self.piece(first);
         }
+        let Some(last) = tally.last else { return Ok(()) };
+        self.flush();
+        let before = self.counts.total();
+        let between = tally.between.total();
+        if before.max(1).next_multiple_of(self.max_segments) < before + between {
+            self.find_splits(tally.window, before)?;
+        }
+        self.counts.linear += tally.between.linear;
+        self.counts.zero += tally.between.zero;
+        self.longest_zero = self.longest_zero.max(tally.longest_zero);
+        for (used, more) in self.used.iter_mut().zip(&tally.used) {
+            *used |= more;
+        }
+        self.pending = Some(last);
         Ok(())
     }
 
-    fn blocked(&mut self, blocked: Blocked) {
-        self.blocked
-            .entry((blocked.backing, blocked.kind))
-            .and_modify(|known| known.count += blocked.count)
-            .or_insert(blocked);
+    fn piece(&mut self, next: Piece) {
+        if self.pending.as_mut().is_some_and(|pending| pending.absorb(&next)) {
+            return;
+        }
+        self.flush();
+        self.pending = Some(next);
+    }
+
+    fn flush(&mut self) {
+        let Some(piece) = self.pending.take() else { return };
+        let before = self.counts.total();
+        if before > 0 && before.is_multiple_of(self.max_segments) {
+            self.splits.push(GuestOffset::new(piece.start));
+        }
+        let segment = self.facts.segment(&piece, GuestOffset::ZERO);
+        count(self.facts, &segment, &mut self.counts, &mut self.longest_zero, &mut self.used);
+    }
+
+    /// A table ends among the segments between a window's ends: looks where.
+    fn find_splits(&mut self, window: GuestRange, before: u64) -> Result<()> {
+        let mut starts = Vec::new();
+        let mut resolver = self.chain.resolver(self.holes);
+        Cutter::cut(self.facts, resolver.resolve(window)?, |piece| starts.push(piece.start));
+        let between = starts.len().saturating_sub(2);
+        for (index, &start) in (before..).zip(starts.iter().skip(1).take(between)) {
+            if index > 0 && index.is_multiple_of(self.max_segments) {
+                self.splits.push(GuestOffset::new(start));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -225,34 +328,46 @@ impl<'c> Plan<'c> {
     pub fn new(chain: &'c Chain, options: PlanOptions) -> Result<Self> {
         let mut backings: Vec<Backing> =
             chain_files(chain).map(|(layer, role)| Backing::File { layer, role }).collect();
-        let zero_backing = BackingId(u32::try_from(backings.len()).unwrap_or(u32::MAX));
+        let facts = Facts::new(chain, options);
+        let files = backings.len();
         let mut census = Census {
-            zero_backing,
+            chain,
+            facts: &facts,
+            holes: options.holes,
             max_segments: options.max_segments,
+            pending: None,
             counts: SegmentCounts::default(),
             longest_zero: Sectors::default(),
-            used: vec![false; backings.len()],
+            used: vec![false; files],
             splits: Vec::new(),
             blocked: BTreeMap::new(),
         };
-        build_segments(chain, options, zero_backing, chain.whole(), &mut census)?;
-        if census.longest_zero > Sectors::default() {
-            backings.push(Backing::Zero { length: census.longest_zero });
+        chain.map_windows(
+            chain.whole(),
+            options.holes,
+            |window, extents| Tally::of(&facts, files, window, extents),
+            |tally| census.take(tally),
+        )?;
+        census.flush();
+        let Census { counts, longest_zero, used, splits, blocked, .. } = census;
+        if longest_zero > Sectors::default() {
+            backings.push(Backing::Zero { length: longest_zero });
         }
         let mut plan = Self {
             chain,
-            options,
+            facts,
+            holes: options.holes,
+            max_segments: options.max_segments,
             backings,
             tables: Vec::new(),
             stretches: Vec::new(),
-            counts: census.counts,
+            counts,
             obstacles: Vec::new(),
             unheld: Vec::new(),
-            zero_backing,
         };
-        let keepers = plan.keepers(&census.used);
-        plan.lay_out(&census, keepers)?;
-        plan.obstacles = plan.list_obstacles(&census);
+        let keepers = plan.keepers(&used);
+        plan.lay_out(&splits, keepers);
+        plan.list_obstacles(blocked.values());
         Ok(plan)
     }
 
@@ -275,49 +390,38 @@ impl<'c> Plan<'c> {
         keepers
     }
 
-    fn lay_out(&mut self, census: &Census, keepers: Vec<BackingId>) -> Result<()> {
-        let size = self.size();
-        let to_guest = |sectors: Sectors| {
-            let bytes =
-                sectors.to_bytes().ok_or_else(|| Error::invalid("the disk is too large"))?;
-            Ok(GuestOffset::new(bytes))
-        };
-        let bounds: Vec<Sectors> = std::iter::once(Sectors::default())
-            .chain(census.splits.iter().copied())
-            .chain([size])
-            .collect();
-        let total = census.counts.linear + census.counts.zero;
-        let stacked = bounds.len() > 2 || !keepers.is_empty();
-        let last = bounds.len() - 2;
-        for (index, pair) in bounds.windows(2).enumerate() {
-            let guest = GuestRange::new(to_guest(pair[0])?, to_guest(pair[1])?);
-            let keepers = if index == last { keepers.clone() } else { Vec::new() };
+    fn lay_out(&mut self, splits: &[GuestOffset], keepers: Vec<BackingId>) {
+        let whole = self.chain.whole();
+        let bounds: Vec<GuestOffset> =
+            [whole.start].into_iter().chain(splits.iter().copied()).chain([whole.end]).collect();
+        let total = self.counts.total();
+        let stacked = !splits.is_empty() || !keepers.is_empty();
+        for (index, pair) in (0u32..).zip(bounds.windows(2)) {
+            let guest = GuestRange::new(pair[0], pair[1]);
+            let is_last = pair[1] == whole.end;
+            let keepers = if is_last { keepers.clone() } else { Vec::new() };
             let kept = keepers.len() as u64;
-            let before = index as u64 * self.options.max_segments;
+            let before = u64::from(index) * self.max_segments;
             self.tables.push(PlannedTable {
                 role: if stacked { TableRole::Inner } else { TableRole::Top },
-                size: Sectors::new(pair[1].get() - pair[0].get() + kept),
-                segments: (total - before).min(self.options.max_segments) + kept,
+                size: Sectors::new(guest.length().get() / SECTOR_SIZE + kept),
+                segments: (total - before).min(self.max_segments) + kept,
             });
             self.stretches.push(Stretch { guest, keepers });
             self.counts.linear += kept;
             if stacked {
-                let table = TableId(u32::try_from(index).unwrap_or(u32::MAX));
-                self.backings.push(Backing::Table(table));
+                self.backings.push(Backing::Table(TableId(index)));
             }
         }
         if stacked {
             let segments = self.stretches.len() as u64;
-            self.tables.push(PlannedTable { role: TableRole::Top, size, segments });
+            self.tables.push(PlannedTable { role: TableRole::Top, size: self.size(), segments });
             self.counts.linear += segments;
         }
-        Ok(())
     }
 
-    fn list_obstacles(&self, census: &Census) -> Vec<Obstacle> {
-        let mut obstacles: Vec<_> = census
-            .blocked
-            .values()
+    fn list_obstacles<'b>(&mut self, blocked: impl Iterator<Item = &'b Blocked>) {
+        self.obstacles = blocked
             .map(|blocked| Obstacle {
                 kind: blocked.kind,
                 path: self.file_path(blocked.backing).unwrap_or_default(),
@@ -326,14 +430,13 @@ impl<'c> Plan<'c> {
             })
             .collect();
         if self.chain.virtual_size().is_zero() {
-            obstacles.push(Obstacle {
+            self.obstacles.push(Obstacle {
                 kind: ObstacleKind::Empty,
                 path: self.chain.layers()[0].source.path().to_owned(),
                 count: 1,
                 first: None,
             });
         }
-        obstacles
     }
 
     /// The chain that the plan is of.
@@ -394,13 +497,37 @@ impl<'c> Plan<'c> {
 
     /// Kernel memory that the attachment takes, in bytes, estimated.
     pub fn kernel_bytes(&self) -> u64 {
-        (self.counts.linear + self.counts.zero) * KERNEL_BYTES_PER_SEGMENT
+        self.counts.total() * KERNEL_BYTES_PER_SEGMENT
             + (self.loops() + self.tables.len() as u64) * KERNEL_BYTES_PER_DEVICE
     }
 
     /// Bytes of scratch space that attaching takes.
     pub fn scratch_bytes(&self) -> u64 {
         0
+    }
+
+    /// The segments of a stretch of the virtual disk, window by window.
+    fn for_each_guest_segment(
+        &self,
+        guest: GuestRange,
+        each: &mut dyn FnMut(Segment) -> Result<()>,
+    ) -> Result<()> {
+        let mut resolver = self.chain.resolver(self.holes);
+        let mut pieces = Vec::new();
+        let mut pending: Option<Piece> = None;
+        for window in self.chain.windows(guest) {
+            pieces.clear();
+            Cutter::cut(&self.facts, resolver.resolve(window)?, |piece| pieces.push(*piece));
+            for &piece in &pieces {
+                if pending.as_mut().is_some_and(|pending| pending.absorb(&piece)) {
+                    continue;
+                }
+                if let Some(done) = pending.replace(piece) {
+                    each(self.facts.segment(&done, guest.start))?;
+                }
+            }
+        }
+        pending.map_or(Ok(()), |last| each(self.facts.segment(&last, guest.start)))
     }
 
     /// Fails with the whole list where anything stands in the way.
@@ -424,31 +551,6 @@ impl<'c> Plan<'c> {
     }
 }
 
-fn build_segments<S: Sink>(
-    chain: &Chain,
-    options: PlanOptions,
-    zero_backing: BackingId,
-    range: GuestRange,
-    sink: &mut S,
-) -> Result<()> {
-    let mut builder = Builder::new(chain, options, zero_backing, range.start, sink);
-    chain.for_each_extent(range, options.holes, &mut |extent| builder.push(extent))?;
-    builder.finish()
-}
-
-/// Hands segments on, in a table of its own.
-struct Forward<'f> {
-    each: &'f mut dyn FnMut(Segment) -> Result<()>,
-}
-
-impl Sink for Forward<'_> {
-    fn segment(&mut self, segment: Segment) -> Result<()> {
-        (self.each)(segment)
-    }
-
-    fn blocked(&mut self, _: Blocked) {}
-}
-
 impl TableSource for Plan<'_> {
     fn size(&self) -> Sectors {
         // The virtual size is a multiple of 512 for every format.
@@ -469,9 +571,8 @@ impl TableSource for Plan<'_> {
         each: &mut dyn FnMut(Segment) -> Result<()>,
     ) -> Result<()> {
         if let Some(stretch) = self.stretches.get(table.0 as usize) {
-            let mut sink = Forward { each };
-            build_segments(self.chain, self.options, self.zero_backing, stretch.guest, &mut sink)?;
-            let mut start = stretch.guest.length().get() / crate::units::SECTOR_SIZE;
+            self.for_each_guest_segment(stretch.guest, each)?;
+            let mut start = stretch.guest.length().get() / SECTOR_SIZE;
             for &backing in &stretch.keepers {
                 each(Segment {
                     start: Sectors::new(start),
@@ -487,7 +588,7 @@ impl TableSource for Plan<'_> {
         let mut start = 0;
         for (index, stretch) in self.stretches.iter().enumerate() {
             let backing = BackingId(u32::try_from(first_table + index).unwrap_or(u32::MAX));
-            let length = stretch.guest.length().get() / crate::units::SECTOR_SIZE;
+            let length = stretch.guest.length().get() / SECTOR_SIZE;
             each(Segment {
                 start: Sectors::new(start),
                 length: Sectors::new(length),

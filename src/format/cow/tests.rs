@@ -63,7 +63,7 @@ impl Builder {
     /// An image of a backing file of `size` bytes; `alignment` counts in version 3 only.
     fn aligned(layout: CowLayout, size: u64, alignment: u32) -> Self {
         let shape = shape_of(layout);
-        let ceil = |a: u64, b: u64| (a + b - 1) / b;
+        let ceil = u64::div_ceil;
         let up = |a: u64, b: u64| ceil(a, b) * b;
         let end = shape.end as u64;
         let align = u64::from(alignment);
@@ -222,6 +222,14 @@ fn a_size_with_a_part_of_a_sector_is_rounded_as_its_reader_does() {
         assert_eq!(image.virtual_size(), ByteLen::new(expected), "{:?}", shape.layout);
         let size = if shape.layout.is_uml() { Some(ByteLen::new(8292)) } else { None };
         assert_eq!(image.backing().unwrap().expected.unwrap().size, size, "to the byte");
+    }
+}
+
+#[test]
+fn qemu_gives_no_bit_to_a_part_of_a_sector() {
+    for layout in [QemuOn64Bit, QemuOn32Bit] {
+        let image = Builder::new(layout, 8 * 512 + 100).open().unwrap();
+        assert_eq!(image.header().bitmap_length(), ByteLen::new(1));
     }
 }
 

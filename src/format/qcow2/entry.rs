@@ -56,6 +56,21 @@ impl L2Format {
         }
     }
 
+    /// True where `entry` says of its cluster what `first` says of one `distance` bytes
+    /// before: neither compressed, and on the same host bytes or none.
+    #[inline]
+    pub(super) fn continues(self, first: u64, distance: u64, entry: u64) -> bool {
+        let known = OFFSET_MASK | COMPRESSED | if self.extended { 0 } else { ZERO };
+        // Of offset 0 with an external data file only this bit tells what it means.
+        let known = if self.data_file { known | COPIED } else { known };
+        let moved = if first & OFFSET_MASK == 0 && !(self.data_file && first & COPIED != 0) {
+            first
+        } else {
+            first.wrapping_add(distance)
+        };
+        entry & known == moved & known && first & COMPRESSED == 0
+    }
+
     /// Decodes the (first) 64 bits of an entry.
     #[inline]
     pub(super) fn decode(self, entry: u64) -> L2Entry {

@@ -276,6 +276,9 @@ impl Qcow2Header {
                 format!("{} snapshots are more than {MAX_SNAPSHOTS}", self.snapshot_count),
             ));
         }
+        if self.autoclear_features & AUTOCLEAR_DATA_FILE_RAW != 0 && !self.has_data_file() {
+            return Err(at(88, "data-file-raw is set on an image without an external data file"));
+        }
         let header_cluster =
             TableLocation { offset: HostOffset::ZERO, length: ByteLen::new(self.cluster_size()) };
         let overlap = |a: TableLocation, b: TableLocation| a.overlaps(b.offset, b.length.get());

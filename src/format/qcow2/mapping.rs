@@ -133,51 +133,39 @@ struct L2Slice<'a> {
 }
 
 impl L2Slice<'_> {
+    #[inline]
     fn guest_at(&self, index: usize) -> GuestOffset {
         self.guest.saturating_add(ByteLen::new((index as u64) << self.header.cluster_bits))
     }
 
     fn standard(&self, out: &mut Runs) -> Result<()> {
         let cluster_size = self.header.cluster_size();
+        let entries = &self.bytes.as_chunks::<8>().0[..self.count];
         let mut index = 0;
-        while index < self.count {
-            let entry = self.format.decode(be64(self.bytes, index));
+        while let Some(&entry) = entries.get(index) {
+            let entry = u64::from_be_bytes(entry);
             let first = index;
             index += 1;
-            let status = match entry {
-                L2Entry::Standard(host) | L2Entry::ZeroAllocated(host) => {
-                    // Follow the run while both sides carry on.
-                    let mut next = host.get() + cluster_size;
-                    let is_zero = matches!(entry, L2Entry::ZeroAllocated(_));
-                    let expected = |next| {
-                        let next = HostOffset::new(next);
-                        if is_zero { L2Entry::ZeroAllocated(next) } else { L2Entry::Standard(next) }
-                    };
-                    while index < self.count
-                        && self.format.decode(be64(self.bytes, index)) == expected(next)
-                    {
-                        next += cluster_size;
-                        index += 1;
-                    }
-                    let place = self.place(host, first)?;
-                    if is_zero {
-                        self.check_zero_allowed(first)?;
-                        BlockStatus::Zero(self.zero(Some(place)))
-                    } else {
-                        self.data(place)
-                    }
+            let mut distance = cluster_size;
+            while let Some(&next) = entries.get(index)
+                && self.format.continues(entry, distance, u64::from_be_bytes(next))
+            {
+                distance += cluster_size;
+                index += 1;
+            }
+            let status = match self.format.decode(entry) {
+                L2Entry::Standard(host) => {
+                    self.check_place(host, first)?;
+                    self.data(HostPlace { file: self.data_role, offset: host })
                 }
-                L2Entry::Unallocated | L2Entry::ZeroPlain => {
-                    while index < self.count && self.format.decode(be64(self.bytes, index)) == entry
-                    {
-                        index += 1;
-                    }
-                    if entry == L2Entry::ZeroPlain {
-                        self.check_zero_allowed(first)?;
-                        BlockStatus::Zero(ZeroStatus::Plain)
-                    } else {
-                        BlockStatus::Unallocated(None)
-                    }
+                L2Entry::Unallocated => BlockStatus::Unallocated(None),
+                L2Entry::ZeroPlain => {
+                    self.check_zero_allowed(first)?;
+                    BlockStatus::Zero(ZeroStatus::Plain)
+                }
+                L2Entry::ZeroAllocated(host) => {
+                    self.check_zero_allowed(first)?;
+                    BlockStatus::Zero(self.zero(Some(self.place(host, first)?)))
                 }
                 L2Entry::Compressed { host, stream_length } => {
                     self.compressed(host, stream_length, first)?
@@ -230,25 +218,36 @@ impl L2Slice<'_> {
     }
 
     /// The place of the host cluster of entry `index`, checked.
-    #[inline]
     fn place(&self, host: HostOffset, index: usize) -> Result<HostPlace> {
+        self.check_place(host, index)?;
+        Ok(HostPlace { file: self.data_role, offset: host })
+    }
+
+    /// Checks the host cluster of entry `index`. Those that follow in its run have been
+    /// found by equal steps on both sides.
+    #[inline]
+    fn check_place(&self, host: HostOffset, index: usize) -> Result<()> {
+        let in_cluster = host.get() & (self.header.cluster_size() - 1);
+        let moved =
+            self.data_role == FileRole::DataFile && host.get() != self.guest_at(index).get();
+        if in_cluster != 0 || moved { Err(self.bad_place(host, index)) } else { Ok(()) }
+    }
+
+    #[cold]
+    fn bad_place(&self, host: HostOffset, index: usize) -> Error {
         if !host.is_multiple_of(self.header.cluster_size()) {
-            return Err(self.invalid(
+            return self.invalid(
                 index,
                 format!("has the host offset {host}, which is no multiple of the cluster size"),
-            ));
+            );
         }
-        // The run that starts here has been followed by equal steps on both sides.
-        if self.data_role == FileRole::DataFile && host.get() != self.guest_at(index).get() {
-            return Err(self.invalid(
-                index,
-                format!(
-                    "has the host offset {host} in the external data file, where only {} can be",
-                    self.guest_at(index)
-                ),
-            ));
-        }
-        Ok(HostPlace { file: self.data_role, offset: host })
+        self.invalid(
+            index,
+            format!(
+                "has the host offset {host} in the external data file, where only {} can be",
+                self.guest_at(index)
+            ),
+        )
     }
 
     #[inline]

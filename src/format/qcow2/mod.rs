@@ -166,6 +166,7 @@ impl ImageFormat for Qcow2Image {
         runs: &mut Vec<StatusRun>,
     ) -> Result<()> {
         mapping::status(self, range, scratch, runs)
+            .map_err(|error| error.at_path(self.source.path()))
     }
 }
 

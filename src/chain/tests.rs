@@ -1,0 +1,190 @@
+//! The fold against a model that asks the layers sector by sector.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::status::{Encryption, HostPlace};
+use crate::units::{HostOffset, SECTOR_SIZE};
+
+/// What one sector of a synthetic layer is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sector {
+    Unallocated,
+    Zero,
+    /// Data at this sector of the layer's file.
+    Data(u64),
+    Encrypted(u64),
+}
+
+/// A layer made of sectors.
+#[derive(Debug)]
+pub(crate) struct Synthetic(pub(crate) Vec<Sector>);
+
+impl ImageFormat for Synthetic {
+    fn format(&self) -> Format {
+        Format::Qcow2
+    }
+
+    fn virtual_size(&self) -> ByteLen {
+        ByteLen::new(self.0.len() as u64 * SECTOR_SIZE)
+    }
+
+    fn granularity(&self) -> u64 {
+        SECTOR_SIZE
+    }
+
+    fn status(&self, range: GuestRange, _: &mut Scratch, runs: &mut Vec<StatusRun>) -> Result<()> {
+        for (index, sector) in self.0.iter().enumerate() {
+            let place = |at: u64| HostPlace::in_image(HostOffset::new(at * SECTOR_SIZE));
+            let status = match *sector {
+                Sector::Unallocated => BlockStatus::Unallocated(None),
+                Sector::Zero => BlockStatus::Zero(ZeroStatus::Plain),
+                Sector::Data(at) => BlockStatus::Data(place(at)),
+                Sector::Encrypted(at) => {
+                    BlockStatus::Encrypted { place: place(at), cipher: Encryption::Luks }
+                }
+            };
+            let run = StatusRun {
+                start: GuestOffset::new(index as u64 * SECTOR_SIZE),
+                length: ByteLen::new(SECTOR_SIZE),
+                status,
+            };
+            runs.extend(run.clipped(range));
+        }
+        Ok(())
+    }
+}
+
+pub(crate) const FILE_SECTORS: u64 = 64;
+
+pub(crate) fn chain_of(layers: Vec<Vec<Sector>>) -> Chain {
+    let layer = |(depth, sectors)| Layer {
+        image: Box::new(Synthetic(sectors)),
+        source: Arc::new(Source::from_bytes(
+            format!("layer{depth}"),
+            vec![0; usize::try_from(FILE_SECTORS * SECTOR_SIZE).unwrap()],
+        )),
+        data_file: None,
+        declared_format: None,
+    };
+    Chain::new(layers.into_iter().enumerate().map(layer).collect()).unwrap()
+}
+
+fn sector() -> impl Strategy<Value = Sector> {
+    prop_oneof![
+        4 => Just(Sector::Unallocated),
+        1 => Just(Sector::Zero),
+        4 => (0..FILE_SECTORS).prop_map(Sector::Data),
+    ]
+}
+
+/// Layers of runs, so that there is something to join.
+pub(crate) fn layers() -> impl Strategy<Value = Vec<Vec<Sector>>> {
+    let run = (sector(), 1..6u64).prop_map(|(sector, length)| {
+        let step = |i| match sector {
+            Sector::Data(at) if at + length <= FILE_SECTORS => Sector::Data(at + i),
+            other => other,
+        };
+        (0..length).map(step).collect::<Vec<_>>()
+    });
+    let layer = prop::collection::vec(run, 1..12).prop_map(|runs| runs.concat());
+    prop::collection::vec(layer, 1..6)
+}
+
+/// Which layer answers for a sector, and how, by asking each in turn.
+pub(crate) fn model(layers: &[Vec<Sector>], sector: usize) -> (u32, Sector) {
+    for (depth, layer) in (0..).zip(layers) {
+        match layer.get(sector) {
+            Some(Sector::Unallocated) => {}
+            Some(&found) => return (depth, found),
+            // Past the end of a backing file: zeros, on its overlay's account.
+            None => return (depth - 1, Sector::Unallocated),
+        }
+    }
+    (u32::try_from(layers.len()).unwrap() - 1, Sector::Unallocated)
+}
+
+fn extents(chain: &Chain, range: GuestRange) -> Vec<Extent> {
+    let mut out = Vec::new();
+    chain
+        .for_each_extent(range, HoleQuery::AsQemu, &mut |extent| {
+            out.push(*extent);
+            Ok(())
+        })
+        .unwrap();
+    out
+}
+
+proptest! {
+    #[test]
+    fn folding_agrees_with_asking_sector_by_sector(layers in layers(), from in 0..20u64) {
+        let chain = chain_of(layers.clone());
+        let whole = chain.whole();
+        let range = GuestRange::new(GuestOffset::new(from * SECTOR_SIZE), whole.end);
+        let mut at = range.start;
+        let rows = extents(&chain, range);
+        for extent in &rows {
+            prop_assert_eq!(extent.start, at, "gapless and in order");
+            prop_assert!(!extent.length.is_zero());
+            for index in 0..extent.length.get() / SECTOR_SIZE {
+                let sector = usize::try_from(extent.start.get() / SECTOR_SIZE + index).unwrap();
+                let (depth, expected) = model(&layers, sector);
+                prop_assert_eq!(extent.depth, depth);
+                let got = match extent.mapping {
+                    Mapping::Data(place) => Sector::Data(place.offset.get() / SECTOR_SIZE + index),
+                    Mapping::Zero(ZeroCause::Layer(_)) => Sector::Zero,
+                    Mapping::Zero(_) => Sector::Unallocated,
+                    _ => Sector::Encrypted(0),
+                };
+                prop_assert_eq!(got, expected);
+            }
+            at = extent.end();
+        }
+        prop_assert_eq!(at, range.end.max(range.start));
+        for pair in rows.windows(2) {
+            prop_assert!(!pair[0].clone().absorb(&pair[1]), "neighbours are joined");
+        }
+    }
+
+    #[test]
+    fn windows_cover_the_range_in_order(from in 0..1u64 << 34, length in 0..1u64 << 34) {
+        let chain = chain_of(vec![vec![Sector::Zero]]);
+        let range = GuestRange::new(GuestOffset::new(from), GuestOffset::new(from + length));
+        let mut at = range.start;
+        for window in chain.windows(range) {
+            prop_assert_eq!(window.start, at);
+            prop_assert!(!window.is_empty());
+            at = window.end;
+        }
+        prop_assert_eq!(at, range.end);
+    }
+}
+
+#[test]
+fn a_thousand_empty_layers_leave_the_last_ones_rows() {
+    let mut layers = vec![vec![Sector::Unallocated; 8]; 1000];
+    layers.push(vec![Sector::Data(3); 8]);
+    let chain = chain_of(layers);
+    let rows = extents(&chain, chain.whole());
+    assert_eq!(rows.len(), 8, "the same sector eight times is no run");
+    assert!(rows.iter().all(|row| row.depth == 1000));
+}
+
+#[test]
+fn windows_come_back_in_order_and_the_first_error_stops_them() {
+    let chain = chain_of(vec![vec![Sector::Zero; 8]]);
+    let huge = GuestRange::new(GuestOffset::ZERO, GuestOffset::new(1 << 32));
+    let mut starts = Vec::new();
+    let outcome = chain.map_windows(
+        huge,
+        HoleQuery::AsQemu,
+        |window, _| window.start,
+        |start| {
+            starts.push(start);
+            if starts.len() == 100 { Err(Error::invalid("enough")) } else { Ok(()) }
+        },
+    );
+    assert!(outcome.is_err());
+    assert_eq!(starts.len(), 100);
+    assert!(starts.is_sorted());
+}
