@@ -189,7 +189,7 @@ impl Recipe {
 fn patterns() -> Outcome<&'static PathBuf> {
     static MADE: OnceLock<Outcome<PathBuf>> = OnceLock::new();
     let make = || -> std::io::Result<PathBuf> {
-        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("patterns");
+        let dir = test_dir().join("patterns");
         fs::create_dir_all(&dir)?;
         for index in 0..PATTERNS {
             let path = dir.join(format!("p{index}"));
@@ -545,6 +545,13 @@ impl Drawing<'_> {
     }
 }
 
+/// Where tests make their files: below the target directory, or in IMGDM_TEST_DIR,
+/// which may be on another file system.
+fn test_dir() -> PathBuf {
+    let target = || PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+    std::env::var_os("IMGDM_TEST_DIR").map_or_else(target, PathBuf::from)
+}
+
 /// A directory for one test's files. It goes away with the value, unless it is kept.
 ///
 /// # Errors
@@ -552,7 +559,7 @@ impl Drawing<'_> {
 pub(crate) fn scratch_dir(prefix: &str) -> Outcome<tempfile::TempDir> {
     tempfile::Builder::new()
         .prefix(&format!("{prefix}-"))
-        .tempdir_in(env!("CARGO_TARGET_TMPDIR"))
+        .tempdir_in(test_dir())
         .map_err(|error| format!("no directory for the test's files: {error}"))
 }
 

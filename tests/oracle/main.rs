@@ -13,6 +13,7 @@
 mod common;
 
 mod check;
+mod damaged;
 mod deep;
 mod far;
 mod imgdm;
