@@ -29,7 +29,7 @@ fn run_theme(
     theme: &Theme,
     check: impl Fn(&std::path::Path, &Recipe, &mut Rng) -> Outcome + Sync,
 ) {
-    let seed = setting("IMGDM_SEED").unwrap_or(0x696d_6764_6d);
+    let seed = setting("IMGDM_SEED").unwrap_or(0x0069_6d67_646d);
     let only = setting("IMGDM_CASE");
     let cases = only.map_or(setting("IMGDM_CASES").unwrap_or(cases), |case| case + 1);
     let next = AtomicU64::new(only.unwrap_or(0));
