@@ -322,14 +322,19 @@ impl Drawing<'_> {
         let dir = if self.rng.percent(20) { "sub/" } else { "" };
         let file = format!("{dir}l{level}.{format}");
 
-        let mut bits = self.rng.range(theme.cluster_bits.0, theme.cluster_bits.1);
+        // Mostly clusters so small that the disk has many.
+        let (least, greatest) = theme.cluster_bits;
+        let disk = below.as_ref().map_or(first_size, |below| below.size);
+        let many = u64::from(disk.max(1 << 12).ilog2() - 3).clamp(least, greatest);
+        let most_bits = if self.rng.percent(75) { many } else { greatest };
+        let mut bits = self.rng.range(least, most_bits);
         let extended = format == "qcow2" && bits >= 14 && self.rng.percent(theme.extended_l2);
         if format == "qcow" {
             bits = if below.is_some() { 9 } else { 12 };
         }
         // Small clusters in a large image cost QEMU much time.
         let most = theme.max_size.min(1 << (bits + 12).min(26));
-        let mut size = below.as_ref().map_or(first_size, |below| below.size).min(most);
+        let mut size = disk.min(most);
         if below.is_some() && self.rng.percent(theme.other_size) {
             size = self.any_size(most);
         }
@@ -449,7 +454,7 @@ impl Drawing<'_> {
         let mut taken = 0;
         for round in 0..self.rng.range(1, 3) {
             let (file, size) = (self.recipe.top().file.clone(), self.recipe.top().size);
-            let count = self.rng.range(2, 14);
+            let count = self.rng.range(3, 18);
             let compressed = shape.compressed && self.rng.percent(self.theme.compressed);
             let commands = (0..count).map(|_| self.command(shape, size, compressed)).collect();
             let io = Step::Io { format: shape.format, file: file.clone(), commands };
@@ -518,12 +523,12 @@ impl Drawing<'_> {
         }
         .min(size - SECTOR);
         let kind = self.rng.below(100);
-        let writes = kind < 55;
+        let writes = kind < 62;
         let most = match (writes, shape.format == "qcow" && shape.overlay) {
             // A qcow over a backing file has clusters of one sector.
             (_, true) => 16 << 10,
             (true, _) => (shape.cluster * 64).min(1 << 20).max(shape.cluster),
-            (false, _) => (size / 2).max(SECTOR),
+            (false, _) => (size / 6).max(SECTOR),
         };
         let length = match self.rng.below(4) {
             0 => SECTOR * self.rng.range(1, 9),
@@ -533,13 +538,13 @@ impl Drawing<'_> {
         };
         let length = length.next_multiple_of(SECTOR).min(most).min(size - at).max(SECTOR);
         match kind {
-            ..55 => {
+            ..62 => {
                 let pattern = self.rng.below(PATTERNS);
                 format!("write -s @PATTERNS@/p{pattern} {at} {length}")
             }
-            55..70 => format!("write -z {at} {length}"),
-            70..80 => format!("write -z -u {at} {length}"),
-            80..83 => format!("write -P 0 {at} {length}"),
+            62..74 => format!("write -z {at} {length}"),
+            74..82 => format!("write -z -u {at} {length}"),
+            82..85 => format!("write -P 0 {at} {length}"),
             _ => format!("discard {at} {length}"),
         }
     }

@@ -4,10 +4,11 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
-use crate::check::{check_image, check_reference};
-use crate::common::images::{MIXED, Recipe, Theme, scratch_dir};
+use crate::check::{check_image, check_reference, strings};
+use crate::common::images::{MIXED, Recipe, Step, Theme, scratch_dir};
 use crate::common::process::Outcome;
 use crate::common::rng::Rng;
+use crate::far::{check_steps, create, write};
 
 /// Threads that make and check images.
 const WORKERS: usize = 2;
@@ -117,4 +118,23 @@ themes! {
     preallocated: 30, Theme { depth: (1, 2), raw_base: 10, qcow: 0, preallocation: 100, ..MIXED };
     odd_raw_sizes: 20, Theme { depth: (1, 3), raw_base: 100, odd_size: 100, ..MIXED };
     compressed: 40, Theme { depth: (1, 3), raw_base: 30, qcow: 20, compressed: 60, ..MIXED };
+}
+
+/// Found by `data_files`: offset 0 of a data file is a place for data, and none for
+/// zeros, also where the entry has the COPIED bit and the next one a place.
+#[test]
+fn a_zero_cluster_at_offset_0_of_a_data_file_has_no_place_but_the_next_one_has() {
+    let dir = scratch_dir("zero-at-0").unwrap();
+    let options = ["cluster_size=4k", "data_file=x.data"];
+    let io = |commands: &[&str]| Step::Io {
+        format: "qcow2",
+        file: "x.qcow2".to_owned(),
+        commands: strings(commands),
+    };
+    let steps = vec![
+        create("x.qcow2", "qcow2", &options, None, 1 << 20),
+        write("x.qcow2", "qcow2", &[(0, 4 * 4096)]),
+        io(&["write -z 0 8192"]),
+    ];
+    check_steps(dir.path(), steps, &[("x.qcow2", "qcow2", Some("x.data"), 1 << 20)]);
 }
