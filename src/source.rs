@@ -28,6 +28,11 @@ pub struct FileId {
 }
 
 impl FileId {
+    /// What is at `path`, symbolic links followed; `None` where nothing can be seen there.
+    pub fn of_path(path: &Path) -> Option<Self> {
+        std::fs::metadata(path).ok().as_ref().map(Self::of)
+    }
+
     fn of(metadata: &Metadata) -> Self {
         if metadata.file_type().is_block_device() {
             Self { device: metadata.rdev(), inode: 0 }

@@ -31,6 +31,11 @@ impl DeviceRef {
     pub fn from_numbers(major: u32, minor: u32) -> Self {
         Self(format!("{major}:{minor}"))
     }
+
+    /// The name as it stands in a table line.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
 }
 
 impl fmt::Display for DeviceRef {

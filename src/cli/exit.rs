@@ -20,9 +20,7 @@ pub(crate) fn exit_code(error: &anyhow::Error) -> u8 {
     if is_broken_pipe(error) {
         return 0;
     }
-    let Some(error) = error.chain().find_map(|cause| cause.downcast_ref::<Error>()) else {
-        return FAILED;
-    };
+    let Some(error) = error.chain().find_map(ours) else { return FAILED };
     match error.kind() {
         ErrorKind::InvalidImage(_) | ErrorKind::Unsupported(_) => IMAGE_INVALID,
         ErrorKind::NotFound(_) | ErrorKind::SnapshotNotFound(_) | ErrorKind::NotAttached(_) => {
@@ -35,6 +33,23 @@ pub(crate) fn exit_code(error: &anyhow::Error) -> u8 {
         ErrorKind::CannotCreate(_) => CANNOT_CREATE,
         ErrorKind::KernelLacks(_) => KERNEL_LACKS,
         _ => FAILED,
+    }
+}
+
+/// The library's error in a cause, where it is one.
+fn ours<'e>(cause: &'e (dyn std::error::Error + 'static)) -> Option<&'e Error> {
+    #[cfg(feature = "device")]
+    if let Some(attach) = cause.downcast_ref::<imgdm::device::attach::AttachError>() {
+        return Some(&attach.cause);
+    }
+    cause.downcast_ref::<Error>()
+}
+
+/// The signal that stopped the work, where one did.
+pub(crate) fn interrupted_by(error: &anyhow::Error) -> Option<i32> {
+    match error.chain().find_map(ours)?.kind() {
+        ErrorKind::Interrupted(signal) => Some(*signal),
+        _ => None,
     }
 }
 

@@ -1,10 +1,18 @@
 //! The clap tree; one file a command.
 
+#[cfg(feature = "device")]
+mod attach;
+#[cfg(feature = "device")]
+mod detach;
 mod exit;
+#[cfg(feature = "device")]
+mod list;
 mod map;
 mod open;
 mod output;
 mod plan;
+#[cfg(feature = "device")]
+mod signal;
 mod table;
 
 use std::io::{self, Write};
@@ -20,6 +28,7 @@ use exit::exit_code;
 #[command(
     name = "imgdm",
     version,
+    max_term_width = 100,
     after_help = "Examples:\n  imgdm attach disk.qcow2        gives /dev/mapper/disk\n  imgdm plan disk.qcow2          says whether that will work, and what it takes\n  imgdm detach disk\n\nExit status: 0 done, 1 failed, 64 usage, 65 image invalid, 66 not found,\n69 the kernel lacks something, 73 cannot create, 75 in use,\n76 not representable, 77 permission."
 )]
 pub(crate) struct Cli {
@@ -36,6 +45,12 @@ enum Command {
     Map(map::Args),
     Plan(plan::Args),
     Table(table::Args),
+    #[cfg(feature = "device")]
+    Attach(attach::Args),
+    #[cfg(feature = "device")]
+    Detach(detach::Args),
+    #[cfg(feature = "device")]
+    List(list::Args),
 }
 
 /// What every command is told.
@@ -65,10 +80,17 @@ pub(crate) fn run() -> ExitCode {
         }
     };
     let globals = Globals { quiet: cli.quiet };
+    imgdm::device::raise_open_files_limit();
     let outcome = match cli.command {
         Command::Map(args) => map::run(&args, globals),
         Command::Plan(args) => plan::run(&args, globals),
         Command::Table(args) => table::run(&args, globals),
+        #[cfg(feature = "device")]
+        Command::Attach(args) => attach::run(&args, globals),
+        #[cfg(feature = "device")]
+        Command::Detach(args) => detach::run(&args, globals),
+        #[cfg(feature = "device")]
+        Command::List(args) => list::run(&args, globals),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -76,6 +98,10 @@ pub(crate) fn run() -> ExitCode {
             let code = exit_code(&error);
             if code != 0 {
                 let _ = writeln!(io::stderr(), "imgdm: {}", exit::message(&error));
+            }
+            #[cfg(feature = "device")]
+            if let Some(signal) = exit::interrupted_by(&error) {
+                signal::die_by(signal);
             }
             ExitCode::from(code)
         }

@@ -1,34 +1,428 @@
-//! The seam to the machine.
-pub mod fiemap {
-    /// x
-    #[derive(Debug)]
-    pub struct Fiemap;
-    impl crate::source::UnwrittenProbe for Fiemap {
-        fn unwritten(
-            &self,
-            _: &std::fs::File,
-            _: crate::units::HostOffset,
-            _: crate::units::HostOffset,
-        ) -> std::io::Result<Vec<(crate::units::HostOffset, crate::units::HostOffset)>> {
-            Ok(vec![])
-        }
-        fn nobody_writes(&self, _: &std::fs::File) -> bool {
-            false
+//! The seam to the machine: loop devices and device-mapper, real and fake.
+//!
+//! [`attach`] builds one tree that the kernel alone owns, [`detach`] takes it down,
+//! [`list`] reads what there is. All three speak to the machine through [`Kernel`]:
+//! the running one, or [`fake`], which records and can fail at any step.
+
+pub mod attach;
+mod compare;
+pub mod detach;
+pub mod fake;
+pub mod fault;
+pub mod fiemap;
+pub mod list;
+pub mod name;
+pub mod sys;
+pub mod udev;
+
+#[cfg(feature = "device")]
+mod dm;
+#[cfg(feature = "device")]
+pub mod linux;
+#[cfg(feature = "device")]
+mod loops;
+#[cfg(feature = "device")]
+mod nodes;
+
+use std::fmt;
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::time::Duration;
+pub use sys::raise_open_files_limit;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::source::FileId;
+use crate::table::TableLine;
+use crate::units::{ByteLen, Sectors};
+use name::{DmName, DmUuid, LoopRole};
+
+/// The `lo_sizelimit` of every loop of ours: above any file's size, so that it limits
+/// nothing, and below 2^63, so that the kernel takes it. By `ATTR{loop/sizelimit}` the
+/// udev rule knows our loops and hides the guest's signatures on them. 0x7fffff, "IMGDM".
+pub const LOOP_SIZE_LIMIT: u64 = 0x7fff_ff49_4d47_444d;
+
+/// How long device, inner devices and loops may take to go, and udev to do its part.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A block device by its numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DeviceNumber {
+    /// The driver.
+    pub major: u32,
+    /// The device.
+    pub minor: u32,
+}
+
+impl DeviceNumber {
+    /// From the C library's `dev_t`.
+    pub fn from_dev(dev: u64) -> Self {
+        let part = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
+        Self { major: part(nix::sys::stat::major(dev)), minor: part(nix::sys::stat::minor(dev)) }
+    }
+
+    /// As the C library's `dev_t`.
+    pub fn to_dev(self) -> u64 {
+        nix::sys::stat::makedev(u64::from(self.major), u64::from(self.minor))
+    }
+
+    /// From the kernel's `huge_encode_dev`, as ioctls carry it.
+    pub fn from_kernel(dev: u64) -> Self {
+        let part = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
+        Self {
+            major: part((dev & 0xf_ff00) >> 8),
+            minor: part((dev & 0xff) | ((dev >> 12) & 0xfff_ff00)),
         }
     }
 }
-pub mod name {
-    /// x
-    pub struct DmName(String);
-    impl DmName {
-        pub fn new(s: &str) -> crate::Result<Self> {
-            Ok(Self(s.into()))
+
+impl fmt::Display for DeviceNumber {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.major, self.minor)
+    }
+}
+
+/// What device-mapper says of one of its devices. Names and UUIDs of others can be
+/// any bytes; those that are not UTF-8 come with replacement characters.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// Its numbers.
+    pub number: DeviceNumber,
+    /// Its name.
+    pub name: String,
+    /// Its UUID, empty where it has none.
+    pub uuid: String,
+    /// How many have it open, devices stacked on it included.
+    pub open_count: u32,
+    /// It has a live table.
+    pub has_live_table: bool,
+    /// It goes at its last close.
+    pub deferred_remove: bool,
+    /// It takes no writes.
+    pub read_only: bool,
+}
+
+/// A line of a live table as the kernel prints it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LiveLine {
+    /// First sector.
+    pub start: u64,
+    /// Length in sectors.
+    pub length: u64,
+    /// The target's type.
+    pub kind: String,
+    /// Its parameters.
+    pub parameters: String,
+}
+
+/// What a loop device is bound to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoopInfo {
+    /// The file, by device and inode, or the block device by its numbers.
+    pub file: FileId,
+    /// Its `lo_file_name`.
+    pub label: String,
+    /// Its `lo_sizelimit`.
+    pub size_limit: u64,
+    /// It takes no writes.
+    pub read_only: bool,
+    /// It lets go of the file at its last close.
+    pub autoclear: bool,
+    /// It reads the file around the page cache.
+    pub direct_io: bool,
+    /// The file's path, where the kernel knows one.
+    pub path: Option<LoopPath>,
+    /// Changes each time that the device is bound, where the kernel counts that.
+    pub generation: Option<u64>,
+}
+
+impl LoopInfo {
+    /// What the loop is for; none for a loop of others.
+    pub fn role(&self) -> Option<LoopRole> {
+        LoopRole::parse(&self.label)
+    }
+}
+
+/// The path of a loop's file, which may be another's by now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoopPath {
+    /// The path by which the kernel knows the file, without its mark of deletion.
+    pub path: PathBuf,
+    /// What is at that path now.
+    pub state: PathState,
+}
+
+/// What is at the path of a file in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PathState {
+    /// The file itself.
+    Same,
+    /// Nothing: the file was unlinked.
+    Deleted,
+    /// Another file, or one that cannot be looked at.
+    Other,
+}
+
+/// How a loop device is to be set up. It is always read-only and lets go of the file
+/// at its last close.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoopOptions {
+    /// What it is for.
+    pub role: LoopRole,
+    /// Read the file around the page cache.
+    pub direct_io: bool,
+}
+
+/// A loop device that is held open.
+pub trait LoopHandle {
+    /// Its numbers.
+    fn number(&self) -> DeviceNumber;
+    /// Its size.
+    fn size(&self) -> Sectors;
+    /// The kernel reads the file around the page cache, as was asked.
+    fn direct_io(&self) -> bool;
+    /// As in [`LoopInfo::generation`].
+    fn generation(&self) -> Option<u64>;
+}
+
+/// Which of udev's rules are to pass over a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UdevRules {
+    /// Everything: blkid, LVM, links under /dev/disk.
+    Publish,
+    /// A node under /dev/mapper and a systemd unit, nothing that looks into the device.
+    HideContent,
+    /// As little as can be.
+    Hide,
+}
+
+/// Tells which device is meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceId<'a> {
+    /// The one of this name.
+    Name(&'a str),
+    /// The one of this UUID.
+    Uuid(&'a str),
+    /// The one of these numbers.
+    Number(DeviceNumber),
+}
+
+/// Gives the lines of a table to its argument, one by one.
+pub type Lines<'a> = dyn FnMut(&mut dyn FnMut(&TableLine) -> Result<()>) -> Result<()> + 'a;
+
+/// What imgdm wants of the machine.
+///
+/// Dropping a [`Node`](Self::Node) or a [`Loop`](Self::Loop) closes it, and with that
+/// removes a device that is marked for deferred removal, or clears the loop.
+pub trait Kernel {
+    /// While it lives, no other imgdm builds or cleans up.
+    type Lock;
+    /// A device-mapper device that is held open.
+    type Node;
+    /// A loop device that is held open.
+    type Loop: LoopHandle;
+
+    /// Makes sure that device-mapper, the loop driver and these targets are there,
+    /// loading modules and making control nodes where they are missing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::KernelLacks`], naming what is missing.
+    fn prepare(&self, targets: &[&str]) -> Result<()>;
+
+    /// Waits until no other imgdm builds or cleans up.
+    ///
+    /// # Errors
+    /// It took too long, or `interrupt` came.
+    fn lock(&self, interrupt: &Interrupt<'_>) -> Result<Self::Lock>;
+
+    /// Before a build: sees to it that the devices of this attachment which hold nothing
+    /// yet go even when this process is killed. It ends with the returned guard.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn guard(&self, lock: &Self::Lock, uuids: &[String]) -> Result<Box<dyn Guard>>;
+
+    /// All device-mapper devices.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn devices(&self) -> Result<Vec<DeviceInfo>>;
+
+    /// One device-mapper device; none where it is not there.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn device(&self, id: DeviceId<'_>) -> Result<Option<DeviceInfo>>;
+
+    /// The devices that the live table of this one lies on.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn dependencies(&self, id: DeviceId<'_>) -> Result<Vec<DeviceNumber>>;
+
+    /// The devices that lie on this one.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn dependents(&self, number: DeviceNumber) -> Result<Vec<DeviceNumber>>;
+
+    /// The live table.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn live_table(&self, uuid: &str) -> Result<Box<dyn Iterator<Item = LiveLine>>>;
+
+    /// Makes a device without a table.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn create(&self, name: &DmName, uuid: &DmUuid) -> Result<DeviceNumber>;
+
+    /// Loads a read-only table of `count` lines as the inactive one.
+    ///
+    /// # Errors
+    /// What the system or `lines` says.
+    fn load(&self, uuid: &str, count: u64, lines: &mut Lines<'_>) -> Result<()>;
+
+    /// Makes the inactive table the live one.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn resume(&self, uuid: &str, rules: UdevRules) -> Result<()>;
+
+    /// Opens a device for reading.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn open(&self, number: DeviceNumber) -> Result<Self::Node>;
+
+    /// Has a device that is open removed at its last close.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn defer_removal(&self, uuid: &str) -> Result<()>;
+
+    /// Takes that back.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn cancel_deferred_removal(&self, uuid: &str) -> Result<()>;
+
+    /// Removes a device; `Ok(false)` where it is open or not there.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn remove(&self, uuid: &str) -> Result<bool>;
+
+    /// True once a device-mapper device has let go of all it lay on.
+    fn is_gone(&self, number: DeviceNumber, uuid: &str) -> bool;
+
+    /// Binds a free loop device to a file, with the very descriptor that is given.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn set_up_loop(&self, file: &File, options: &LoopOptions) -> Result<Self::Loop>;
+
+    /// A sealed file of zeros in memory.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn zeros(&self, length: ByteLen) -> Result<File>;
+
+    /// What a loop device is bound to; none where it is to nothing or is no loop.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn loop_info(&self, number: DeviceNumber) -> Result<Option<LoopInfo>>;
+
+    /// Opens a loop device that is bound, so that it is cleared no earlier.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn open_loop(&self, number: DeviceNumber) -> Result<Self::Loop>;
+
+    /// True once the loop has let go of what it was bound to at `generation`.
+    fn loop_is_clear(&self, number: DeviceNumber, generation: Option<u64>) -> bool;
+
+    /// Size and logical block size of a block device.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn block_device(&self, number: DeviceNumber) -> Result<(Sectors, u32)>;
+
+    /// A moment, to tell udev's records from before it.
+    fn now(&self) -> u64;
+
+    /// Waits until udev has done its part, or does it where there is no udev; then
+    /// opens /dev/mapper/NAME. Records of udev from before `since` do not count; without
+    /// it udev is not waited for.
+    ///
+    /// # Errors
+    /// The path cannot be opened in the end, or `interrupt` came.
+    fn publish(
+        &self,
+        name: &str,
+        number: DeviceNumber,
+        since: Option<u64>,
+        interrupt: &Interrupt<'_>,
+    ) -> Result<PathBuf>;
+
+    /// Takes /dev/mapper/NAME away where udev has not.
+    fn unpublish(&self, name: &str, number: DeviceNumber);
+
+    /// Who has a block device open or mounted, in words.
+    fn holders(&self, number: DeviceNumber) -> Vec<String>;
+
+    /// Calls `done` again and again until it is true or the time is over; tells which.
+    fn wait(&self, patience: Duration, done: &mut dyn FnMut() -> bool) -> bool;
+}
+
+/// Watches over a build; see [`Kernel::guard`]. Dropping it ends the watch.
+pub trait Guard {}
+
+/// A signal that asks to stop, looked at between steps.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Interrupt<'a>(Option<&'a AtomicI32>);
+
+impl<'a> Interrupt<'a> {
+    /// The flag holds the signal's number, 0 as long as none came.
+    pub fn new(flag: &'a AtomicI32) -> Self {
+        Self(Some(flag))
+    }
+
+    /// Never interrupts.
+    pub fn never() -> Self {
+        Self(None)
+    }
+
+    /// Goes on, or not.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Interrupted`] once a signal came.
+    pub fn check(&self) -> Result<()> {
+        match self.0.map_or(0, |flag| flag.load(Ordering::Relaxed)) {
+            0 => Ok(()),
+            signal => Err(Error::new(ErrorKind::Interrupted(signal))),
         }
-        pub fn from_image(p: &std::path::Path, _: Option<&str>) -> crate::Result<Self> {
-            Ok(Self(p.to_string_lossy().into()))
-        }
-        pub fn as_str(&self) -> &str {
-            &self.0
-        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_numbers_keep_large_minors() {
+        let number = DeviceNumber { major: 253, minor: 0x1_2345 };
+        assert_eq!(DeviceNumber::from_dev(number.to_dev()), number);
+        // huge_encode_dev(253:0x12345)
+        assert_eq!(DeviceNumber::from_kernel(0x45 | 253 << 8 | 0x1_2300 << 12), number);
+    }
+
+    #[test]
+    fn the_loops_mark_limits_no_file() {
+        // XFS takes files of 8 EiB less one byte; nobody has one within 1 TiB of that.
+        assert!(LOOP_SIZE_LIMIT < 1 << 63 && LOOP_SIZE_LIMIT > (1 << 63) - (1 << 40));
+        assert!(include_str!("../../udev/59-imgdm.rules").contains(&LOOP_SIZE_LIMIT.to_string()));
     }
 }

@@ -1,0 +1,51 @@
+# The two commands are `make demo` and `make test`; each sees to what it needs.
+
+CARGO ?= cargo
+IMAGE ?=
+
+.PHONY: all build demo test lint test-host test-kernel bench clean help
+
+all: build
+
+help:
+	@echo 'make build        the release binary, target/release/imgdm'
+	@echo 'make demo         attach an example chain and compare it with qemu-img (IMAGE=path: your own)'
+	@echo 'make test         everything: lint, unit, CLI, oracle and property tests, kernel tier'
+	@echo 'make test-host    the tests that need no device-mapper'
+	@echo 'make test-kernel  the tests on a real kernel, in a User-Mode Linux guest'
+	@echo 'make bench        speed, as ratios to qemu-img and to the plain reads'
+
+build:
+	@scripts/setup build
+	$(CARGO) build --release --locked
+
+demo:
+	@scripts/setup demo
+	@scripts/demo $(if $(IMAGE),'$(IMAGE)')
+
+test:
+	@scripts/setup test
+	$(MAKE) lint
+	$(MAKE) test-host
+	$(MAKE) test-kernel
+
+lint:
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets --features fault-injection -- -D warnings
+	$(CARGO) clippy --locked --lib --bins --no-default-features -- -D warnings
+
+# The oracle compares hundreds of images: its code is built optimised.
+test-host:
+	$(CARGO) test --locked
+	$(CARGO) test --locked --no-default-features --lib --bins
+
+test-kernel:
+	tests/kernel/run
+	tests/kernel_udev/run
+
+bench:
+	@scripts/setup test
+	$(CARGO) bench --locked
+
+clean:
+	$(CARGO) clean

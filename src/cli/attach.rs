@@ -1,0 +1,129 @@
+//! `imgdm attach`: an image becomes /dev/mapper/NAME.
+
+use std::io::Write;
+
+use clap::ValueEnum;
+use imgdm::device::attach::{DirectIo, LayerFiles, Options, Request, attach};
+use imgdm::device::linux::LinuxKernel;
+use imgdm::device::udev;
+use imgdm::format::Format;
+use imgdm::open::open_chain;
+use imgdm::plan::{Plan, ZeroMode};
+
+use super::open::{FiemapArgs, OpenArgs, ZeroArgs, print_warnings};
+use super::table::device_name;
+use super::{Globals, signal};
+
+/// Attach an image as the read-only block device /dev/mapper/NAME
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  imgdm attach disk.qcow2                     prints /dev/mapper/disk\n  imgdm attach -l before-update disk.qcow2    its snapshot, as disk@before-update\n  imgdm attach --name golden /srv/base.raw\n\nNothing runs on: the kernel alone serves the device until 'imgdm detach NAME'.\nWhile it is attached, QEMU may read the image but not write to it."
+)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    open: OpenArgs,
+
+    /// Name of the device; without it, made of the image's name
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+
+    /// Read the files around the page cache
+    #[arg(long, value_enum, default_value_t, value_name = "MODE")]
+    direct_io: DirectIoChoice,
+
+    #[command(flatten)]
+    zero: ZeroArgs,
+
+    /// Map a block device without a loop device between. Gives up the locks once this
+    /// command ends, and the loop's guard against writes from devices stacked on top
+    #[arg(long)]
+    direct_block: bool,
+
+    /// Where the image is attached already but marked for removal at its last close, make
+    /// it stay
+    #[arg(long)]
+    keep: bool,
+
+    #[command(flatten)]
+    fiemap: FiemapArgs,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum DirectIoChoice {
+    /// Whichever serves best
+    #[default]
+    Auto,
+    /// Around it; an error where the file system can't
+    On,
+    /// Through it
+    Off,
+}
+
+impl Args {
+    fn options(&self) -> Options {
+        Options {
+            direct_io: match self.direct_io {
+                DirectIoChoice::Auto => DirectIo::Auto,
+                DirectIoChoice::On => DirectIo::On,
+                DirectIoChoice::Off => DirectIo::Off,
+            },
+            direct_block: self.direct_block,
+            publish: false,
+            plan_bits: plan_bits(self.zero.mode(), self.fiemap),
+        }
+    }
+}
+
+/// The plan's options as the bits that the device's UUID carries.
+fn plan_bits(zero: ZeroMode, fiemap: FiemapArgs) -> u16 {
+    let zero = match zero {
+        ZeroMode::Auto => 0,
+        ZeroMode::Dm => 1,
+        ZeroMode::Loop => 2,
+    };
+    zero | u16::from(fiemap.no_fiemap) << 2
+}
+
+pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
+    let mut policy = args.open.policy();
+    args.fiemap.apply(&mut policy);
+    let opened = open_chain(&args.open.image, &policy)?;
+    print_warnings(&opened.warnings, globals);
+    let chain = &opened.chain;
+    let name = device_name(chain, args.name.as_deref())?;
+    let plan = Plan::new(chain, args.zero.options())?;
+    plan.check_attachable().map_err(|error| error.at_path(&args.open.image))?;
+    for path in plan.unheld_files() {
+        globals.warn(format_args!(
+            "{}: a file under 512 bytes can't be held: nothing keeps it from being changed",
+            super::output::show_path(path)
+        ));
+    }
+    let has_raw = chain.layers().iter().any(|layer| layer.image.format() == Format::Raw);
+    if has_raw && udev::looks_into_loops() {
+        globals.warn(
+            "udev will look into the loop devices of raw layers and may show or activate what the guest has on them: install udev/59-imgdm.rules in /etc/udev/rules.d",
+        );
+    }
+    let layers: Vec<_> = chain
+        .layers()
+        .iter()
+        .map(|layer| LayerFiles::of(layer, layer.image.format().name()))
+        .collect();
+    let snapshot = chain.layers()[0].image.snapshot();
+    let kernel = LinuxKernel::new();
+    let attachment = attach(
+        &kernel,
+        &Request {
+            name: &name,
+            layers: &layers,
+            snapshot: snapshot.map(|s| (s.id.as_str(), s.name.as_str())),
+            tables: &plan,
+            options: args.options(),
+            keep: args.keep,
+            interrupt: signal::catch()?,
+        },
+    )?;
+    writeln!(std::io::stdout(), "{}", attachment.path.display())?;
+    Ok(())
+}

@@ -1,0 +1,78 @@
+//! `imgdm detach`: the device, its loop devices and locks go.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use imgdm::device::detach::{detach, detach_all, find};
+use imgdm::device::linux::LinuxKernel;
+use imgdm::source::FileId;
+use imgdm::{Error, ErrorKind};
+
+use super::output::show_path;
+use super::{Globals, signal};
+
+/// Detach an image; returns when device, loop devices and locks are gone
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  imgdm detach disk\n  imgdm detach ./disk.qcow2\n  imgdm detach --all\n\nAn argument with a slash is a path (of the device or of the image), else a NAME."
+)]
+pub(crate) struct Args {
+    /// What to detach: a NAME, /dev/mapper/NAME, or the path of an image
+    #[arg(value_name = "NAME|PATH", required_unless_present = "all", conflicts_with = "all")]
+    target: Option<PathBuf>,
+
+    /// Detach everything that is not in use
+    #[arg(long)]
+    all: bool,
+
+    /// If the device is in use, leave its removal to the last close, and do not wait
+    #[arg(long)]
+    deferred: bool,
+
+    /// Where nothing is attached, succeed
+    #[arg(long)]
+    if_attached: bool,
+}
+
+pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
+    let kernel = LinuxKernel::new();
+    let interrupt = signal::catch()?;
+    let Some(target) = &args.target else {
+        let mut busy = 0;
+        let results = detach_all(&kernel, args.deferred, &interrupt)?;
+        for (name, result) in &results {
+            if let Err(error) = result {
+                busy += 1;
+                let name = imgdm::error::printable(name);
+                writeln!(std::io::stderr(), "imgdm: {name}: {error}")?;
+            }
+        }
+        if results.is_empty() && !args.if_attached {
+            return Err(nothing_attached().into());
+        }
+        anyhow::ensure!(busy == 0, "{busy} of {} could not be detached", results.len());
+        return Ok(());
+    };
+    match find(&kernel, target, FileId::of_path(target)) {
+        Ok(attached) => Ok(detach(&kernel, &attached, args.deferred, &interrupt)?),
+        Err(error) if args.if_attached && is_not_attached(&error) => Ok(()),
+        Err(error) => {
+            if is_not_attached(&error)
+                && !imgdm::open::is_path(target.as_os_str())
+                && target.exists()
+            {
+                let hint = show_path(target);
+                globals.warn(format_args!("for the image of that name, write ./{hint}"));
+            }
+            Err(error.into())
+        }
+    }
+}
+
+fn nothing_attached() -> Error {
+    Error::new(ErrorKind::NotAttached("nothing is attached".to_owned()))
+}
+
+fn is_not_attached(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::NotAttached(_) | ErrorKind::KernelLacks(_))
+}

@@ -1,0 +1,152 @@
+//! `imgdm list`: what is attached.
+
+use std::io::Write;
+
+use imgdm::device::linux::LinuxKernel;
+use imgdm::device::list::{Attached, list};
+use imgdm::device::name::LoopRole;
+use imgdm::device::{LoopPath, PathState};
+use imgdm::error::printable;
+use imgdm::status::FileRole;
+
+use super::Globals;
+use super::output::{JsonPath, OutputFormat, print_json, show_path, stdout};
+
+/// List what is attached, as the kernel tells it
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  imgdm list\n  imgdm list --output=json | jq -r '.[].name'")]
+pub(crate) struct Args {
+    /// How to print
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    output: OutputFormat,
+}
+
+#[derive(serde::Serialize)]
+struct JsonAttached {
+    name: String,
+    device: String,
+    uuid: String,
+    /// Bytes.
+    size: u64,
+    image: Option<JsonLoopPath>,
+    snapshot: Option<String>,
+    depth: u32,
+    loops: Vec<JsonLoop>,
+    open_count: u32,
+    deferred_remove: bool,
+}
+
+#[derive(serde::Serialize)]
+struct JsonLoop {
+    device: String,
+    /// Which layer's file it shows; none for the zeros.
+    layer: Option<u32>,
+    role: &'static str,
+    direct_io: bool,
+    file: Option<JsonLoopPath>,
+}
+
+#[derive(serde::Serialize)]
+struct JsonLoopPath {
+    #[serde(flatten)]
+    path: JsonPath,
+    /// What is at the path now: the file itself, nothing (it was unlinked), or another.
+    state: &'static str,
+}
+
+pub(crate) fn run(args: &Args, _globals: Globals) -> anyhow::Result<()> {
+    let attached = list(&LinuxKernel::new())?;
+    match args.output {
+        OutputFormat::Json => print_json(&attached.iter().map(json).collect::<Vec<_>>()),
+        OutputFormat::Human => print_human(&attached),
+    }
+}
+
+fn json_loop_path(path: &LoopPath) -> JsonLoopPath {
+    JsonLoopPath { path: JsonPath::from(path.path.as_path()), state: state_name(path.state) }
+}
+
+fn state_name(state: PathState) -> &'static str {
+    match state {
+        PathState::Same => "same",
+        PathState::Deleted => "deleted",
+        PathState::Other => "other",
+    }
+}
+
+fn bytes(attached: &Attached) -> u64 {
+    attached.size.to_bytes().unwrap_or(u64::MAX)
+}
+
+fn json(attached: &Attached) -> JsonAttached {
+    let loops = attached.loops.iter().map(|each| {
+        let (layer, role) = match each.info.role() {
+            Some(LoopRole::File { layer, role: FileRole::Image, .. }) => (Some(layer), "image"),
+            Some(LoopRole::File { layer, role: FileRole::DataFile, .. }) => {
+                (Some(layer), "data-file")
+            }
+            Some(LoopRole::Zero) => (None, "zero"),
+            None => (None, "unknown"),
+        };
+        JsonLoop {
+            device: format!("/dev/loop{}", each.number.minor),
+            layer,
+            role,
+            direct_io: each.info.direct_io,
+            file: each.info.path.as_ref().map(json_loop_path),
+        }
+    });
+    JsonAttached {
+        name: attached.name.clone(),
+        device: attached.path.display().to_string(),
+        uuid: attached.uuid.to_string(),
+        size: bytes(attached),
+        image: attached.image.as_ref().map(json_loop_path),
+        snapshot: attached.snapshot.clone(),
+        depth: attached.depth,
+        loops: loops.collect(),
+        open_count: attached.open_count,
+        deferred_remove: attached.deferred_remove,
+    }
+}
+
+fn print_human(all: &[Attached]) -> anyhow::Result<()> {
+    let mut out = stdout()?;
+    if !all.is_empty() {
+        writeln!(
+            out,
+            "{:<20} {:>15} {:>5} {:>5} {:>5}  IMAGE",
+            "NAME", "SIZE", "DEPTH", "LOOPS", "OPEN"
+        )?;
+    }
+    for attached in all {
+        let mut image = match &attached.image {
+            None => "(block device)".to_owned(),
+            Some(path) => {
+                let note = match path.state {
+                    PathState::Same => "",
+                    PathState::Deleted => " (deleted)",
+                    PathState::Other => " (another file is there now)",
+                };
+                format!("{}{note}", show_path(&path.path))
+            }
+        };
+        if let Some(snapshot) = &attached.snapshot {
+            image.push_str(&format!(", snapshot {}", printable(snapshot)));
+        }
+        if attached.deferred_remove {
+            image.push_str(" (goes at its last close)");
+        }
+        writeln!(
+            out,
+            "{:<20} {:>15} {:>5} {:>5} {:>5}  {image}",
+            printable(&attached.name),
+            bytes(attached),
+            attached.depth,
+            attached.loops.len(),
+            attached.open_count
+        )?;
+    }
+    out.flush()?;
+    Ok(())
+}

@@ -1,0 +1,405 @@
+//! Device-mapper's ioctls (linux/dm-ioctl.h).
+//!
+//! Spoken directly and not through a library, for four reasons: a table is written once
+//! into the ioctl's own buffer as it streams in (a table of a million lines takes 64 MiB
+//! and not three times that); nothing of it, keys included, goes to a log; other
+//! people's devices with names that are not ASCII are no error; and the flags for udev
+//! go without the semaphore of libdevmapper's protocol, whose wait has no end where
+//! `dmsetup` is missing and which a kill leaves behind.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStringExt;
+
+use nix::errno::Errno;
+use nix::libc;
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+
+use super::sys::{DM_HEADER_LENGTH, dm_ioctl};
+use super::{DeviceId, DeviceInfo, DeviceNumber, LiveLine, UdevRules};
+use crate::error::{Error, ErrorKind, Result};
+use crate::table::{TableLine, Target};
+
+// Commands.
+const LIST_DEVICES: u8 = 2;
+const DEV_CREATE: u8 = 3;
+const DEV_REMOVE: u8 = 4;
+const DEV_SUSPEND: u8 = 6;
+const DEV_STATUS: u8 = 7;
+const TABLE_LOAD: u8 = 9;
+const TABLE_DEPS: u8 = 11;
+const TABLE_STATUS: u8 = 12;
+const LIST_VERSIONS: u8 = 13;
+const TARGET_MSG: u8 = 14;
+
+// Flags.
+const READONLY: u32 = 1 << 0;
+const STATUS_TABLE: u32 = 1 << 4;
+const ACTIVE_PRESENT: u32 = 1 << 5;
+const BUFFER_FULL: u32 = 1 << 8;
+const DEFERRED_REMOVE: u32 = 1 << 17;
+
+// Flags for udev's rules, in the upper half of the event number (libdevmapper.h).
+const UDEV_DISABLE_SUBSYSTEM_RULES: u32 = 0x02;
+const UDEV_DISABLE_DISK_RULES: u32 = 0x04;
+const UDEV_DISABLE_OTHER_RULES: u32 = 0x08;
+const UDEV_PRIMARY_SOURCE: u32 = 0x40;
+
+/// `struct dm_ioctl`.
+#[repr(C)]
+#[derive(Clone, FromBytes, IntoBytes, KnownLayout, Immutable)]
+struct Header {
+    version: [u32; 3],
+    data_size: u32,
+    data_start: u32,
+    target_count: u32,
+    open_count: i32,
+    flags: u32,
+    event_nr: u32,
+    padding: u32,
+    dev: u64,
+    name: [u8; 128],
+    uuid: [u8; 129],
+    data: [u8; 7],
+}
+
+const _: () = assert!(size_of::<Header>() == DM_HEADER_LENGTH);
+
+/// `struct dm_target_spec`.
+#[repr(C)]
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable)]
+struct TargetSpec {
+    sector_start: u64,
+    length: u64,
+    status: i32,
+    next: u32,
+    target_type: [u8; 16],
+}
+
+const SPEC_LENGTH: usize = size_of::<TargetSpec>();
+
+/// Copies a C string with its NUL; EINVAL where it does not fit.
+fn put(field: &mut [u8], text: &str) -> io::Result<()> {
+    if text.len() >= field.len() || text.as_bytes().contains(&0) {
+        return Err(Errno::EINVAL.into());
+    }
+    field[..text.len()].copy_from_slice(text.as_bytes());
+    Ok(())
+}
+
+/// The bytes up to the NUL.
+fn until_nul(field: &[u8]) -> &[u8] {
+    field.split(|&byte| byte == 0).next().unwrap_or(field)
+}
+
+fn text(field: &[u8]) -> String {
+    String::from_utf8_lossy(until_nul(field)).into_owned()
+}
+
+impl Header {
+    fn new(id: Option<DeviceId<'_>>) -> io::Result<Self> {
+        let mut header = Self::new_zeroed();
+        header.version = [4, 0, 0];
+        header.data_start = u32::try_from(DM_HEADER_LENGTH).unwrap_or(0);
+        match id {
+            None => {}
+            Some(DeviceId::Name(name)) => put(&mut header.name, name)?,
+            Some(DeviceId::Uuid(uuid)) => put(&mut header.uuid[..128], uuid)?,
+            Some(DeviceId::Number(number)) => {
+                let (major, minor) = (u64::from(number.major), u64::from(number.minor));
+                header.dev = (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12);
+            }
+        }
+        Ok(header)
+    }
+
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            number: DeviceNumber::from_kernel(self.dev),
+            name: text(&self.name),
+            uuid: text(&self.uuid),
+            open_count: u32::try_from(self.open_count).unwrap_or(0),
+            has_live_table: self.flags & ACTIVE_PRESENT != 0,
+            deferred_remove: self.flags & DEFERRED_REMOVE != 0,
+            read_only: self.flags & READONLY != 0,
+        }
+    }
+}
+
+/// The control device, opened.
+#[derive(Debug)]
+pub(crate) struct Dm {
+    control: File,
+}
+
+/// What an ioctl gave: the header, and the whole buffer.
+type Answer = (Header, Vec<u8>);
+
+impl Dm {
+    pub(crate) fn new(control: File) -> Self {
+        Self { control }
+    }
+
+    /// One ioctl with `input` after the header; the answer's buffer grows until it fits.
+    fn call(&self, command: u8, header: &Header, input: &[u8], room: usize) -> io::Result<Answer> {
+        let mut room = room.max(input.len()).max(16 << 10);
+        loop {
+            let mut buffer = vec![0; DM_HEADER_LENGTH + room];
+            buffer[..DM_HEADER_LENGTH].copy_from_slice(header.as_bytes());
+            buffer[DM_HEADER_LENGTH..DM_HEADER_LENGTH + input.len()].copy_from_slice(input);
+            let answer = self.run(command, &mut buffer)?;
+            if answer.flags & BUFFER_FULL == 0 {
+                return Ok((answer, buffer));
+            }
+            room = room.checked_mul(2).ok_or(Errno::EOVERFLOW)?;
+        }
+    }
+
+    fn run(&self, command: u8, buffer: &mut [u8]) -> io::Result<Header> {
+        dm_ioctl(self.control.as_fd(), command, buffer)?;
+        Header::read_from_prefix(buffer).map(|(header, _)| header).map_err(|_| Errno::EINVAL.into())
+    }
+
+    fn simple(&self, command: u8, header: &Header) -> io::Result<Header> {
+        Ok(self.call(command, header, &[], 0)?.0)
+    }
+
+    /// Names and numbers of all devices.
+    pub(crate) fn list(&self) -> io::Result<Vec<(OsString, DeviceNumber)>> {
+        let (header, buffer) = self.call(LIST_DEVICES, &Header::new(None)?, &[], 0)?;
+        let mut devices = Vec::new();
+        let mut rest = data(&header, &buffer);
+        // struct dm_name_list: dev, distance to the next, name.
+        while let Some((dev, tail)) = take_u64(rest) {
+            let Some((next, name)) = take_u32(tail) else { break };
+            if dev != 0 {
+                let name = OsString::from_vec(until_nul(name).to_vec());
+                devices.push((name, DeviceNumber::from_kernel(dev)));
+            }
+            match usize::try_from(next).ok().filter(|&next| next > 0) {
+                Some(next) => rest = rest.get(next..).unwrap_or(&[]),
+                None => break,
+            }
+        }
+        Ok(devices)
+    }
+
+    /// Names of the targets that are there.
+    pub(crate) fn targets(&self) -> io::Result<Vec<String>> {
+        let (header, buffer) = self.call(LIST_VERSIONS, &Header::new(None)?, &[], 0)?;
+        let mut targets = Vec::new();
+        let mut rest = data(&header, &buffer);
+        // struct dm_target_versions: distance to the next, version, name.
+        while let Some((next, tail)) = take_u32(rest) {
+            let Some(name) = tail.get(12..) else { break };
+            targets.push(text(name));
+            match usize::try_from(next).ok().filter(|&next| next > 0) {
+                Some(next) => rest = rest.get(next..).unwrap_or(&[]),
+                None => break,
+            }
+        }
+        Ok(targets)
+    }
+
+    /// One device; none where it is not there.
+    pub(crate) fn info(&self, id: DeviceId<'_>) -> io::Result<Option<DeviceInfo>> {
+        match self.simple(DEV_STATUS, &Header::new(Some(id))?) {
+            Ok(header) => Ok(Some(header.info())),
+            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    pub(crate) fn create(&self, name: &str, uuid: &str) -> io::Result<DeviceNumber> {
+        let mut header = Header::new(Some(DeviceId::Name(name)))?;
+        put(&mut header.uuid[..128], uuid)?;
+        Ok(self.simple(DEV_CREATE, &header)?.info().number)
+    }
+
+    pub(crate) fn resume(&self, uuid: &str, rules: UdevRules) -> io::Result<()> {
+        let mut header = Header::new(Some(DeviceId::Uuid(uuid)))?;
+        let flags = UDEV_PRIMARY_SOURCE
+            | match rules {
+                UdevRules::Publish => 0,
+                UdevRules::HideContent => UDEV_DISABLE_DISK_RULES,
+                UdevRules::Hide => {
+                    UDEV_DISABLE_SUBSYSTEM_RULES
+                        | UDEV_DISABLE_DISK_RULES
+                        | UDEV_DISABLE_OTHER_RULES
+                }
+            };
+        header.event_nr = flags << 16;
+        self.simple(DEV_SUSPEND, &header).map(drop)
+    }
+
+    /// Removes a device, or with `deferred` has it removed at its last close.
+    pub(crate) fn remove(&self, uuid: &str, deferred: bool) -> io::Result<()> {
+        let mut header = Header::new(Some(DeviceId::Uuid(uuid)))?;
+        header.flags = if deferred { DEFERRED_REMOVE } else { 0 };
+        self.simple(DEV_REMOVE, &header).map(drop)
+    }
+
+    pub(crate) fn message(&self, uuid: &str, message: &str) -> io::Result<()> {
+        let header = Header::new(Some(DeviceId::Uuid(uuid)))?;
+        let mut input = 0u64.to_ne_bytes().to_vec(); // To the device, not to a sector's target.
+        input.extend_from_slice(message.as_bytes());
+        input.push(0);
+        self.call(TARGET_MSG, &header, &input, 0).map(drop)
+    }
+
+    /// What the live table lies on.
+    pub(crate) fn dependencies(&self, id: DeviceId<'_>) -> io::Result<Vec<DeviceNumber>> {
+        let (header, buffer) = self.call(TABLE_DEPS, &Header::new(Some(id))?, &[], 0)?;
+        let Some((count, rest)) = take_u32(data(&header, &buffer)) else { return Ok(Vec::new()) };
+        let mut rest = rest.get(4..).unwrap_or(&[]);
+        let mut devices = Vec::new();
+        for _ in 0..count {
+            let Some((dev, tail)) = take_u64(rest) else { break };
+            devices.push(DeviceNumber::from_kernel(dev));
+            rest = tail;
+        }
+        Ok(devices)
+    }
+
+    /// The live table, line by line out of the kernel's answer.
+    pub(crate) fn live_table(&self, uuid: &str) -> io::Result<LiveTable> {
+        let mut header = Header::new(Some(DeviceId::Uuid(uuid)))?;
+        let lines = self.simple(DEV_STATUS, &header)?.target_count;
+        header.flags = STATUS_TABLE;
+        let room = usize::try_from(lines).unwrap_or(0).saturating_mul(SPEC_LENGTH + 32);
+        let (answer, buffer) = self.call(TABLE_STATUS, &header, &[], room)?;
+        let start = usize::try_from(answer.data_start).unwrap_or(buffer.len());
+        Ok(LiveTable { buffer, start, at: start, left: answer.target_count })
+    }
+
+    /// Loads a read-only table as the inactive one.
+    pub(crate) fn load(&self, uuid: &str, table: TableBuffer) -> io::Result<()> {
+        let mut header = Header::new(Some(DeviceId::Uuid(uuid)))?;
+        header.flags = READONLY;
+        header.target_count = table.count;
+        let mut buffer = table.buffer;
+        buffer[..DM_HEADER_LENGTH].copy_from_slice(header.as_bytes());
+        self.run(TABLE_LOAD, &mut buffer).map(drop)
+    }
+}
+
+/// What follows the header in an answer.
+fn data<'b>(header: &Header, buffer: &'b [u8]) -> &'b [u8] {
+    let start = usize::try_from(header.data_start).unwrap_or(usize::MAX);
+    let end = usize::try_from(header.data_size).unwrap_or(usize::MAX).min(buffer.len());
+    buffer.get(start..end).unwrap_or(&[])
+}
+
+fn take_u32(bytes: &[u8]) -> Option<(u32, &[u8])> {
+    let (first, rest) = bytes.split_first_chunk()?;
+    Some((u32::from_ne_bytes(*first), rest))
+}
+
+fn take_u64(bytes: &[u8]) -> Option<(u64, &[u8])> {
+    let (first, rest) = bytes.split_first_chunk()?;
+    Some((u64::from_ne_bytes(*first), rest))
+}
+
+/// A table on its way to the kernel, in the ioctl's own form.
+pub(crate) struct TableBuffer {
+    buffer: Vec<u8>,
+    count: u32,
+}
+
+impl TableBuffer {
+    /// Room for about `lines` lines.
+    pub(crate) fn with_capacity(lines: u64) -> Self {
+        let lines = usize::try_from(lines).unwrap_or(0).min(1 << 20);
+        let mut buffer = Vec::with_capacity(DM_HEADER_LENGTH + lines * (SPEC_LENGTH + 24));
+        buffer.resize(DM_HEADER_LENGTH, 0);
+        Self { buffer, count: 0 }
+    }
+
+    /// Appends a line.
+    pub(crate) fn push(&mut self, line: &TableLine) -> Result<()> {
+        let full = || Error::new(ErrorKind::NotRepresentable("the table is too large".to_owned()));
+        let at = self.buffer.len();
+        let mut spec = TargetSpec::new_zeroed();
+        spec.sector_start = line.start.get();
+        spec.length = line.length.get();
+        put(&mut spec.target_type, line.target.kind()).map_err(|_| full())?;
+        self.buffer.extend_from_slice(spec.as_bytes());
+        if let Target::Linear { device, offset } = &line.target {
+            self.buffer.extend_from_slice(device.as_str().as_bytes());
+            self.buffer.push(b' ');
+            let mut digits = itoa::Buffer::new();
+            self.buffer.extend_from_slice(digits.format(offset.get()).as_bytes());
+        }
+        self.buffer.push(0);
+        let end = DM_HEADER_LENGTH + (self.buffer.len() - DM_HEADER_LENGTH).next_multiple_of(8);
+        self.buffer.resize(end, 0);
+        let next = u32::try_from(end - at).map_err(|_| full())?;
+        // `next` counts from the line's own start.
+        self.buffer[at + 20..at + 24].copy_from_slice(&next.to_ne_bytes());
+        self.count = self.count.checked_add(1).ok_or_else(full)?;
+        Ok(())
+    }
+}
+
+/// The lines of a live table.
+pub(crate) struct LiveTable {
+    buffer: Vec<u8>,
+    start: usize,
+    at: usize,
+    left: u32,
+}
+
+impl Iterator for LiveTable {
+    type Item = LiveLine;
+
+    fn next(&mut self) -> Option<LiveLine> {
+        self.left = self.left.checked_sub(1)?;
+        let (spec, parameters) = TargetSpec::read_from_prefix(self.buffer.get(self.at..)?).ok()?;
+        let line = LiveLine {
+            start: spec.sector_start,
+            length: spec.length,
+            kind: text(&spec.target_type),
+            parameters: text(parameters).trim_end().to_owned(),
+        };
+        // Here `next` counts from the start of the whole answer.
+        self.at = self.start.checked_add(usize::try_from(spec.next).ok()?)?;
+        Some(line)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::table::Table;
+
+    #[test]
+    fn a_table_is_laid_out_as_the_kernel_reads_it() {
+        let table: Table = "0 8 linear 7:0 2048\n8 16 zero\n".parse().unwrap();
+        let mut buffer = TableBuffer::with_capacity(2);
+        for line in table.lines() {
+            buffer.push(line).unwrap();
+        }
+        assert_eq!(buffer.count, 2);
+        let lines = &buffer.buffer[DM_HEADER_LENGTH..];
+        assert_eq!(lines.len() % 8, 0);
+        let (first, parameters) = TargetSpec::read_from_prefix(lines).unwrap();
+        assert_eq!((first.sector_start, first.length), (0, 8));
+        assert_eq!(text(&first.target_type), "linear");
+        assert_eq!(text(parameters), "7:0 2048");
+        let second = &lines[usize::try_from(first.next).unwrap()..];
+        let (second, parameters) = TargetSpec::read_from_prefix(second).unwrap();
+        assert_eq!((second.sector_start, second.length), (8, 16));
+        assert_eq!(text(&second.target_type), "zero");
+        assert_eq!(text(parameters), "");
+    }
+
+    #[test]
+    fn names_too_long_for_the_kernel_are_an_error() {
+        let name = "x".repeat(128);
+        assert!(Header::new(Some(DeviceId::Name(&name))).is_err());
+        assert!(Header::new(Some(DeviceId::Uuid(&name))).is_err());
+        assert!(Header::new(Some(DeviceId::Name("a\0b"))).is_err());
+    }
+}

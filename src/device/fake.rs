@@ -1,0 +1,526 @@
+//! A kernel in memory, for tests: it records what is asked of it, can fail or panic at
+//! any step, and removes devices and clears loops by the real one's rules.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use super::name::{DmName, DmUuid};
+use super::{
+    DeviceId, DeviceInfo, DeviceNumber, Guard, Interrupt, Kernel, Lines, LiveLine, LoopHandle,
+    LoopInfo, LoopOptions, LoopPath, PathState, UdevRules,
+};
+use crate::error::{Error, ErrorKind, Result};
+use crate::source::FileId;
+use crate::table::{TableLine, Target};
+use crate::units::{ByteLen, SECTOR_SIZE, Sectors};
+
+const DM_MAJOR: u32 = 253;
+const LOOP_MAJOR: u32 = 7;
+
+/// A device of the fake kernel.
+#[derive(Debug, Default, Clone)]
+pub struct FakeDevice {
+    /// Its name.
+    pub name: String,
+    /// Its UUID.
+    pub uuid: String,
+    /// Its live table.
+    pub live: Option<Vec<TableLine>>,
+    /// Its inactive table.
+    pub inactive: Option<Vec<TableLine>>,
+    /// It goes at its last close.
+    pub deferred: bool,
+    /// How many descriptors are open on it.
+    pub descriptors: u32,
+}
+
+/// A loop device of the fake kernel.
+#[derive(Debug, Clone)]
+pub struct FakeLoop {
+    /// What it is bound to.
+    pub info: LoopInfo,
+    /// Its size.
+    pub size: Sectors,
+    /// How many descriptors are open on it.
+    pub descriptors: u32,
+}
+
+/// What there is.
+#[derive(Debug, Default)]
+pub struct State {
+    /// All devices by their minor number.
+    pub devices: BTreeMap<u32, FakeDevice>,
+    /// All bound loop devices by their minor number.
+    pub loops: BTreeMap<u32, FakeLoop>,
+    /// What was asked that changes something, in order.
+    pub calls: Vec<String>,
+    /// The name under which a device is published.
+    pub published: Vec<String>,
+    locked: bool,
+    fail_at: Option<usize>,
+    panic_at: Option<usize>,
+    generation: u64,
+}
+
+fn reference(line: &TableLine) -> Option<DeviceNumber> {
+    let Target::Linear { device, .. } = &line.target else { return None };
+    let (major, minor) = device.as_str().split_once(':')?;
+    Some(DeviceNumber { major: major.parse().ok()?, minor: minor.parse().ok()? })
+}
+
+impl State {
+    fn users(&self, number: DeviceNumber) -> u32 {
+        let tables = self.devices.values().flat_map(|d| [&d.live, &d.inactive]).flatten();
+        let users = tables.filter(|t| t.iter().any(|line| reference(line) == Some(number)));
+        u32::try_from(users.count()).unwrap_or(u32::MAX)
+    }
+
+    fn open_count(&self, minor: u32) -> u32 {
+        let own = self.devices.get(&minor).map_or(0, |device| device.descriptors);
+        own + self.users(DeviceNumber { major: DM_MAJOR, minor })
+    }
+
+    /// Removes what goes by itself, until nothing more does.
+    fn settle(&mut self) {
+        loop {
+            let device = self
+                .devices
+                .iter()
+                .find(|(minor, device)| device.deferred && self.open_count(**minor) == 0);
+            if let Some(minor) = device.map(|(&minor, _)| minor) {
+                self.devices.remove(&minor);
+                continue;
+            }
+            let free = self.loops.iter().find(|(minor, each)| {
+                let number = DeviceNumber { major: LOOP_MAJOR, minor: **minor };
+                each.info.autoclear && each.descriptors == 0 && self.users(number) == 0
+            });
+            let Some(minor) = free.map(|(&minor, _)| minor) else { return };
+            self.loops.remove(&minor);
+        }
+    }
+
+    fn find(&self, id: DeviceId<'_>) -> Option<u32> {
+        self.devices
+            .iter()
+            .find(|(minor, device)| match id {
+                DeviceId::Name(name) => device.name == name,
+                DeviceId::Uuid(uuid) => device.uuid == uuid,
+                DeviceId::Number(number) => {
+                    number == DeviceNumber { major: DM_MAJOR, minor: **minor }
+                }
+            })
+            .map(|(&minor, _)| minor)
+    }
+}
+
+/// The fake kernel.
+#[derive(Debug, Default, Clone)]
+pub struct FakeKernel(Rc<RefCell<State>>);
+
+/// Anything of the fake kernel that is held open.
+#[derive(Debug)]
+pub struct FakeHandle {
+    state: Rc<RefCell<State>>,
+    number: DeviceNumber,
+    size: Sectors,
+    generation: u64,
+}
+
+impl Drop for FakeHandle {
+    fn drop(&mut self) {
+        let mut state = self.state.borrow_mut();
+        let minor = self.number.minor;
+        if self.number.major == LOOP_MAJOR {
+            if let Some(each) = state.loops.get_mut(&minor) {
+                each.descriptors = each.descriptors.saturating_sub(1);
+            }
+        } else if let Some(device) = state.devices.get_mut(&minor) {
+            device.descriptors = device.descriptors.saturating_sub(1);
+        }
+        state.settle();
+    }
+}
+
+impl LoopHandle for FakeHandle {
+    fn number(&self) -> DeviceNumber {
+        self.number
+    }
+
+    fn size(&self) -> Sectors {
+        self.size
+    }
+
+    fn direct_io(&self) -> bool {
+        false
+    }
+
+    fn generation(&self) -> Option<u64> {
+        Some(self.generation)
+    }
+}
+
+/// The lock of the fake kernel.
+#[derive(Debug)]
+pub struct FakeLock(Rc<RefCell<State>>);
+
+impl Drop for FakeLock {
+    fn drop(&mut self) {
+        self.0.borrow_mut().locked = false;
+    }
+}
+
+struct NoGuard;
+impl Guard for NoGuard {}
+
+impl FakeKernel {
+    /// A kernel without devices.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Has the call of this number, from 0, fail.
+    pub fn fail_at(&self, call: usize) {
+        self.0.borrow_mut().fail_at = Some(call);
+    }
+
+    /// Has the call of this number panic: everything is then closed with nothing of the
+    /// roll-back run, as when a process is killed.
+    pub fn panic_at(&self, call: usize) {
+        self.0.borrow_mut().panic_at = Some(call);
+    }
+
+    /// Looks at what there is.
+    pub fn with<T>(&self, look: impl FnOnce(&State) -> T) -> T {
+        look(&self.0.borrow())
+    }
+
+    /// Changes what there is.
+    pub fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = self.0.borrow_mut();
+        let result = change(&mut state);
+        state.settle();
+        result
+    }
+
+    /// Notes a call that changes something, and fails where that was asked for.
+    fn call(&self, what: String) -> Result<()> {
+        let mut state = self.0.borrow_mut();
+        let number = state.calls.len();
+        state.calls.push(what);
+        if state.panic_at == Some(number) {
+            drop(state);
+            std::panic::resume_unwind(Box::new("killed"));
+        }
+        if state.fail_at == Some(number) {
+            return Err(Error::new(ErrorKind::Io(format!("fault injected into call {number}"))));
+        }
+        Ok(())
+    }
+
+    fn name_of(&self, uuid: &str) -> String {
+        let state = self.0.borrow();
+        let minor = state.find(DeviceId::Uuid(uuid));
+        minor.map_or_else(|| "?".to_owned(), |minor| state.devices[&minor].name.clone())
+    }
+
+    fn on_device<T>(
+        &self,
+        uuid: &str,
+        change: impl FnOnce(&mut State, u32) -> Result<T>,
+    ) -> Result<T> {
+        let mut state = self.0.borrow_mut();
+        let Some(minor) = state.find(DeviceId::Uuid(uuid)) else {
+            return Err(Error::new(ErrorKind::Io(format!("no device {uuid}"))));
+        };
+        let result = change(&mut state, minor)?;
+        state.settle();
+        Ok(result)
+    }
+
+    fn handle(&self, number: DeviceNumber, size: Sectors, generation: u64) -> FakeHandle {
+        FakeHandle { state: Rc::clone(&self.0), number, size, generation }
+    }
+}
+
+fn refused(what: &str) -> Error {
+    Error::new(ErrorKind::Io(what.to_owned()))
+}
+
+impl Kernel for FakeKernel {
+    type Lock = FakeLock;
+    type Node = FakeHandle;
+    type Loop = FakeHandle;
+
+    fn prepare(&self, _targets: &[&str]) -> Result<()> {
+        self.call("prepare".to_owned())
+    }
+
+    fn lock(&self, interrupt: &Interrupt<'_>) -> Result<FakeLock> {
+        interrupt.check()?;
+        self.call("lock".to_owned())?;
+        let mut state = self.0.borrow_mut();
+        assert!(!state.locked, "the lock is taken already");
+        state.locked = true;
+        Ok(FakeLock(Rc::clone(&self.0)))
+    }
+
+    fn guard(&self, _lock: &FakeLock, _uuids: &[String]) -> Result<Box<dyn Guard>> {
+        Ok(Box::new(NoGuard))
+    }
+
+    fn devices(&self) -> Result<Vec<DeviceInfo>> {
+        let minors: Vec<u32> = self.0.borrow().devices.keys().copied().collect();
+        let mut devices = Vec::new();
+        for minor in minors {
+            let number = DeviceNumber { major: DM_MAJOR, minor };
+            devices.extend(self.device(DeviceId::Number(number))?);
+        }
+        Ok(devices)
+    }
+
+    fn device(&self, id: DeviceId<'_>) -> Result<Option<DeviceInfo>> {
+        let state = self.0.borrow();
+        Ok(state.find(id).map(|minor| {
+            let device = &state.devices[&minor];
+            DeviceInfo {
+                number: DeviceNumber { major: DM_MAJOR, minor },
+                name: device.name.clone(),
+                uuid: device.uuid.clone(),
+                open_count: state.open_count(minor),
+                has_live_table: device.live.is_some(),
+                deferred_remove: device.deferred,
+                read_only: true,
+            }
+        }))
+    }
+
+    fn dependencies(&self, id: DeviceId<'_>) -> Result<Vec<DeviceNumber>> {
+        let state = self.0.borrow();
+        let device = state.find(id).and_then(|minor| state.devices.get(&minor));
+        let live = device.and_then(|device| device.live.as_ref());
+        let mut found: Vec<_> = live.into_iter().flatten().filter_map(reference).collect();
+        found.sort_unstable();
+        found.dedup();
+        Ok(found)
+    }
+
+    fn dependents(&self, number: DeviceNumber) -> Result<Vec<DeviceNumber>> {
+        let state = self.0.borrow();
+        let above = state.devices.iter().filter(|(_, device)| {
+            device.live.iter().flatten().any(|line| reference(line) == Some(number))
+        });
+        Ok(above.map(|(&minor, _)| DeviceNumber { major: DM_MAJOR, minor }).collect())
+    }
+
+    fn live_table(&self, uuid: &str) -> Result<Box<dyn Iterator<Item = LiveLine>>> {
+        let state = self.0.borrow();
+        let minor = state.find(DeviceId::Uuid(uuid));
+        let live = minor.and_then(|minor| state.devices[&minor].live.clone()).unwrap_or_default();
+        Ok(Box::new(live.into_iter().map(|line| LiveLine {
+            start: line.start.get(),
+            length: line.length.get(),
+            kind: line.target.kind().to_owned(),
+            parameters: line.target.parameters(),
+        })))
+    }
+
+    fn create(&self, name: &DmName, uuid: &DmUuid) -> Result<DeviceNumber> {
+        self.call(format!("create {name}"))?;
+        let mut state = self.0.borrow_mut();
+        assert!(state.locked, "devices are made under the lock");
+        let (name, uuid) = (name.as_str().to_owned(), uuid.to_string());
+        if state.find(DeviceId::Name(&name)).or(state.find(DeviceId::Uuid(&uuid))).is_some() {
+            return Err(Error::new(ErrorKind::CannotCreate(format!("{name} is taken"))));
+        }
+        let minor = (0..).find(|minor| !state.devices.contains_key(minor)).unwrap_or(0);
+        state.devices.insert(minor, FakeDevice { name, uuid, ..FakeDevice::default() });
+        Ok(DeviceNumber { major: DM_MAJOR, minor })
+    }
+
+    fn load(&self, uuid: &str, _count: u64, lines: &mut Lines<'_>) -> Result<()> {
+        let mut table = Vec::new();
+        lines(&mut |line| {
+            table.push(line.clone());
+            Ok(())
+        })?;
+        self.call(format!("load {} {}", self.name_of(uuid), table.len()))?;
+        self.on_device(uuid, |state, minor| {
+            for number in table.iter().filter_map(reference) {
+                let there = match number.major {
+                    DM_MAJOR => state.devices.contains_key(&number.minor),
+                    _ => state.loops.contains_key(&number.minor),
+                };
+                if !there {
+                    return Err(refused("the table lies on a device that is not there"));
+                }
+            }
+            if let Some(device) = state.devices.get_mut(&minor) {
+                device.inactive = Some(table);
+            }
+            Ok(())
+        })
+    }
+
+    fn resume(&self, uuid: &str, rules: UdevRules) -> Result<()> {
+        self.call(format!("resume {} {rules:?}", self.name_of(uuid)))?;
+        self.on_device(uuid, |state, minor| {
+            if let Some(device) = state.devices.get_mut(&minor)
+                && let Some(table) = device.inactive.take()
+            {
+                device.live = Some(table);
+            }
+            Ok(())
+        })
+    }
+
+    fn open(&self, number: DeviceNumber) -> Result<FakeHandle> {
+        self.call(format!("open {number}"))?;
+        let mut state = self.0.borrow_mut();
+        let Some(device) = state.devices.get_mut(&number.minor) else {
+            return Err(refused("no such device"));
+        };
+        if device.live.is_none() && device.inactive.is_none() {
+            return Err(refused("a device has no node before its first table"));
+        }
+        device.descriptors += 1;
+        drop(state);
+        Ok(self.handle(number, Sectors::default(), 0))
+    }
+
+    fn defer_removal(&self, uuid: &str) -> Result<()> {
+        self.call(format!("defer {}", self.name_of(uuid)))?;
+        self.on_device(uuid, |state, minor| {
+            if let Some(device) = state.devices.get_mut(&minor) {
+                device.deferred = true;
+            }
+            Ok(())
+        })
+    }
+
+    fn cancel_deferred_removal(&self, uuid: &str) -> Result<()> {
+        self.call(format!("cancel {}", self.name_of(uuid)))?;
+        self.on_device(uuid, |state, minor| {
+            if let Some(device) = state.devices.get_mut(&minor) {
+                device.deferred = false;
+            }
+            Ok(())
+        })
+    }
+
+    fn remove(&self, uuid: &str) -> Result<bool> {
+        self.call(format!("remove {}", self.name_of(uuid)))?;
+        let mut state = self.0.borrow_mut();
+        let Some(minor) = state.find(DeviceId::Uuid(uuid)) else { return Ok(false) };
+        if state.open_count(minor) > 0 {
+            return Ok(false);
+        }
+        state.devices.remove(&minor);
+        state.settle();
+        Ok(true)
+    }
+
+    fn is_gone(&self, number: DeviceNumber, uuid: &str) -> bool {
+        let state = self.0.borrow();
+        state.devices.get(&number.minor).is_none_or(|device| device.uuid != uuid)
+    }
+
+    fn set_up_loop(&self, file: &File, options: &LoopOptions) -> Result<FakeHandle> {
+        let label = options.role.file_name();
+        self.call(format!("loop {label}"))?;
+        let metadata = file.metadata().map_err(|error| Error::io("stat", error))?;
+        let file_id = if metadata.file_type().is_block_device() {
+            FileId { device: metadata.rdev(), inode: 0 }
+        } else {
+            FileId { device: metadata.dev(), inode: metadata.ino() }
+        };
+        let mut state = self.0.borrow_mut();
+        let minor = (0..).find(|minor| !state.loops.contains_key(minor)).unwrap_or(0);
+        state.generation += 1;
+        let generation = state.generation;
+        let size = Sectors::new(metadata.len() / SECTOR_SIZE);
+        let path = PathBuf::from(format!("/images/{label}"));
+        let info = LoopInfo {
+            file: file_id,
+            label,
+            size_limit: super::LOOP_SIZE_LIMIT,
+            read_only: true,
+            autoclear: true,
+            direct_io: false,
+            path: Some(LoopPath { path, state: PathState::Same }),
+            generation: Some(generation),
+        };
+        state.loops.insert(minor, FakeLoop { info, size, descriptors: 1 });
+        drop(state);
+        Ok(self.handle(DeviceNumber { major: LOOP_MAJOR, minor }, size, generation))
+    }
+
+    fn zeros(&self, length: ByteLen) -> Result<File> {
+        self.call("zeros".to_owned())?;
+        super::sys::sealed_zeros(length.get()).map_err(|error| Error::io("zeros", error))
+    }
+
+    fn loop_info(&self, number: DeviceNumber) -> Result<Option<LoopInfo>> {
+        if number.major != LOOP_MAJOR {
+            return Ok(None);
+        }
+        Ok(self.0.borrow().loops.get(&number.minor).map(|each| each.info.clone()))
+    }
+
+    fn open_loop(&self, number: DeviceNumber) -> Result<FakeHandle> {
+        let mut state = self.0.borrow_mut();
+        let Some(each) = state.loops.get_mut(&number.minor) else {
+            return Err(refused("no such loop device"));
+        };
+        each.descriptors += 1;
+        let (size, generation) = (each.size, each.info.generation.unwrap_or(0));
+        drop(state);
+        Ok(self.handle(number, size, generation))
+    }
+
+    fn loop_is_clear(&self, number: DeviceNumber, generation: Option<u64>) -> bool {
+        let state = self.0.borrow();
+        state.loops.get(&number.minor).is_none_or(|each| each.info.generation != generation)
+    }
+
+    fn block_device(&self, _number: DeviceNumber) -> Result<(Sectors, u32)> {
+        Ok((Sectors::new(1 << 32), 512))
+    }
+
+    fn now(&self) -> u64 {
+        0
+    }
+
+    fn publish(
+        &self,
+        name: &str,
+        _number: DeviceNumber,
+        _since: Option<u64>,
+        interrupt: &Interrupt<'_>,
+    ) -> Result<PathBuf> {
+        interrupt.check()?;
+        self.call(format!("publish {name}"))?;
+        self.0.borrow_mut().published.push(name.to_owned());
+        Ok(Path::new("/dev/mapper").join(name))
+    }
+
+    fn unpublish(&self, name: &str, _number: DeviceNumber) {
+        self.0.borrow_mut().published.retain(|published| published != name);
+    }
+
+    fn holders(&self, number: DeviceNumber) -> Vec<String> {
+        let state = self.0.borrow();
+        let device = state.devices.get(&number.minor);
+        let descriptors = device.map_or(0, |device| device.descriptors);
+        (0..descriptors).map(|n| format!("process {n}")).collect()
+    }
+
+    fn wait(&self, _patience: Duration, done: &mut dyn FnMut() -> bool) -> bool {
+        done()
+    }
+}

@@ -1,0 +1,431 @@
+//! The running kernel.
+
+use std::cell::OnceCell;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::libc;
+use nix::time::{ClockId, clock_gettime};
+
+use super::dm::{Dm, TableBuffer};
+use super::name::{DmName, DmUuid};
+use super::nodes::{self, DEVICE_MAPPER, LOOP, MAPPER};
+use super::{
+    DeviceId, DeviceInfo, DeviceNumber, Guard, Interrupt, Kernel, Lines, LiveLine, LoopInfo,
+    LoopOptions, PATIENCE, UdevRules, loops, sys, udev,
+};
+use crate::error::{Error, ErrorKind, Result, printable};
+use crate::units::{ByteLen, SECTOR_SIZE, Sectors};
+
+/// How long another imgdm may build before we give up waiting for it.
+const LOCK_PATIENCE: Duration = Duration::from_secs(120);
+
+/// The kernel that runs, with its control devices opened when they are first needed.
+#[derive(Debug, Default)]
+pub struct LinuxKernel {
+    dm: OnceCell<Dm>,
+    loop_control: OnceCell<File>,
+}
+
+/// An open device-mapper device.
+#[derive(Debug)]
+pub struct Node(#[expect(dead_code, reason = "held open, not read")] File);
+
+impl LinuxKernel {
+    /// Opens nothing yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn dm(&self) -> Result<&Dm> {
+        if let Some(dm) = self.dm.get() {
+            return Ok(dm);
+        }
+        let dm = Dm::new(DEVICE_MAPPER.open()?);
+        Ok(self.dm.get_or_init(|| dm))
+    }
+
+    fn loop_control(&self) -> Result<&File> {
+        if let Some(control) = self.loop_control.get() {
+            return Ok(control);
+        }
+        let control = LOOP.open()?;
+        Ok(self.loop_control.get_or_init(|| control))
+    }
+}
+
+/// Turns the error of a device-mapper ioctl into ours.
+fn failed<'a>(what: &'a str, device: &'a str) -> impl FnOnce(io::Error) -> Error + 'a {
+    move |error| {
+        if matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM)) {
+            let message = format!("cannot {what} '{}': this needs root", printable(device));
+            return Error::new(ErrorKind::PermissionDenied(message)).with_source(error);
+        }
+        let hint = match error.raw_os_error() {
+            Some(libc::EINVAL) => " (the kernel log says why)",
+            _ => "",
+        };
+        Error::io(format!("cannot {what} '{}'{hint}", printable(device)), error)
+    }
+}
+
+fn sysfs(number: DeviceNumber) -> PathBuf {
+    format!("/sys/dev/block/{number}").into()
+}
+
+impl Kernel for LinuxKernel {
+    type Lock = Flock<File>;
+    type Node = Node;
+    type Loop = loops::Loop;
+
+    fn prepare(&self, targets: &[&str]) -> Result<()> {
+        self.loop_control()?;
+        let dm = self.dm()?;
+        let known = || dm.targets().map_err(failed("ask for the targets of", "device-mapper"));
+        let mut there = known()?;
+        for target in targets {
+            if !there.iter().any(|known| known == target) {
+                nodes::modprobe(&format!("dm-{target}"));
+                there = known()?;
+            }
+            if !there.iter().any(|known| known == target) {
+                return Err(Error::new(ErrorKind::KernelLacks(format!(
+                    "the kernel lacks device-mapper's target '{target}' (module dm-{target})"
+                ))));
+            }
+        }
+        Ok(())
+    }
+
+    fn lock(&self, interrupt: &Interrupt<'_>) -> Result<Self::Lock> {
+        let mut file = DEVICE_MAPPER.open()?;
+        let end = Instant::now() + LOCK_PATIENCE;
+        loop {
+            interrupt.check()?;
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => return Ok(lock),
+                Err((back, Errno::EWOULDBLOCK | Errno::EINTR)) if Instant::now() < end => {
+                    file = back;
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                Err((_, Errno::EWOULDBLOCK)) => {
+                    return Err(Error::new(ErrorKind::InUse(format!(
+                        "another imgdm has been at work for more than {} s",
+                        LOCK_PATIENCE.as_secs()
+                    )))
+                    .at_path("/dev/mapper/control"));
+                }
+                Err((_, errno)) => {
+                    return Err(
+                        Error::io("cannot lock", errno.into()).at_path("/dev/mapper/control")
+                    );
+                }
+            }
+        }
+    }
+
+    fn guard(&self, _lock: &Self::Lock, _uuids: &[String]) -> Result<Box<dyn Guard>> {
+        Ok(Box::new(()))
+    }
+
+    fn devices(&self) -> Result<Vec<DeviceInfo>> {
+        let dm = self.dm()?;
+        let listed = dm.list().map_err(failed("list the devices of", "device-mapper"))?;
+        let mut devices = Vec::new();
+        for (name, number) in listed {
+            let name = name.to_string_lossy();
+            let info = dm.info(DeviceId::Number(number));
+            devices.extend(info.map_err(failed("look at the device", &name))?);
+        }
+        Ok(devices)
+    }
+
+    fn device(&self, id: DeviceId<'_>) -> Result<Option<DeviceInfo>> {
+        let shown = match id {
+            DeviceId::Name(text) | DeviceId::Uuid(text) => text.to_owned(),
+            DeviceId::Number(number) => number.to_string(),
+        };
+        self.dm()?.info(id).map_err(failed("look at the device", &shown))
+    }
+
+    fn dependencies(&self, id: DeviceId<'_>) -> Result<Vec<DeviceNumber>> {
+        match self.dm()?.dependencies(id) {
+            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(Vec::new()),
+            other => other.map_err(failed("look below the device", "of imgdm")),
+        }
+    }
+
+    fn dependents(&self, number: DeviceNumber) -> Result<Vec<DeviceNumber>> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir(sysfs(number).join("holders")).into_iter().flatten().flatten() {
+            let Ok(text) = fs::read_to_string(entry.path().join("dev")) else { continue };
+            let mut parts = text.trim().split(':').map(str::parse);
+            if let (Some(Ok(major)), Some(Ok(minor))) = (parts.next(), parts.next()) {
+                found.push(DeviceNumber { major, minor });
+            }
+        }
+        Ok(found)
+    }
+
+    fn live_table(&self, uuid: &str) -> Result<Box<dyn Iterator<Item = LiveLine>>> {
+        let table = self.dm()?.live_table(uuid).map_err(failed("read the table of", uuid))?;
+        Ok(Box::new(table))
+    }
+
+    fn create(&self, name: &DmName, uuid: &DmUuid) -> Result<DeviceNumber> {
+        let created = self.dm()?.create(name.as_str(), &uuid.to_string());
+        created.map_err(|error| match error.raw_os_error() {
+            Some(libc::EBUSY) => {
+                let message = format!("the device name '{name}' or its UUID is taken");
+                Error::new(ErrorKind::CannotCreate(message)).with_source(error)
+            }
+            _ => failed("create the device", name.as_str())(error),
+        })
+    }
+
+    fn load(&self, uuid: &str, count: u64, lines: &mut Lines<'_>) -> Result<()> {
+        let mut table = TableBuffer::with_capacity(count);
+        lines(&mut |line| table.push(line))?;
+        self.dm()?.load(uuid, table).map_err(failed("load a table into", uuid))
+    }
+
+    fn resume(&self, uuid: &str, rules: UdevRules) -> Result<()> {
+        self.dm()?.resume(uuid, rules).map_err(failed("resume the device", uuid))
+    }
+
+    fn open(&self, number: DeviceNumber) -> Result<Node> {
+        let path = PathBuf::from(format!("/dev/dm-{}", number.minor));
+        match nodes::open_block(number, &path) {
+            Ok(file) => Ok(Node(file)),
+            Err(error) => Err(Error::io("cannot open the device", error).at_path(path)),
+        }
+    }
+
+    fn defer_removal(&self, uuid: &str) -> Result<()> {
+        self.dm()?.remove(uuid, true).map_err(failed("mark for removal", uuid))
+    }
+
+    fn cancel_deferred_removal(&self, uuid: &str) -> Result<()> {
+        let message = "@cancel_deferred_remove";
+        self.dm()?.message(uuid, message).map_err(failed("make permanent the device", uuid))
+    }
+
+    fn remove(&self, uuid: &str) -> Result<bool> {
+        match self.dm()?.remove(uuid, false) {
+            Ok(()) => Ok(true),
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EBUSY | libc::ENXIO) => Ok(false),
+                _ => Err(failed("remove the device", uuid)(error)),
+            },
+        }
+    }
+
+    fn is_gone(&self, number: DeviceNumber, uuid: &str) -> bool {
+        // The device leaves device-mapper's list first, then lets go of what it lay on,
+        // and only then leaves sysfs.
+        match self.device(DeviceId::Number(number)) {
+            Ok(Some(info)) => info.uuid != uuid,
+            Ok(None) => !sysfs(number).exists(),
+            Err(_) => false,
+        }
+    }
+
+    fn set_up_loop(&self, file: &File, options: &LoopOptions) -> Result<loops::Loop> {
+        loops::set_up(self.loop_control()?, file, options)
+    }
+
+    fn zeros(&self, length: ByteLen) -> Result<File> {
+        sys::sealed_zeros(length.get()).map_err(|e| Error::io("cannot make a memory file", e))
+    }
+
+    fn loop_info(&self, number: DeviceNumber) -> Result<Option<LoopInfo>> {
+        if loops::is_loop(number) { loops::info(number) } else { Ok(None) }
+    }
+
+    fn open_loop(&self, number: DeviceNumber) -> Result<loops::Loop> {
+        loops::open(number)
+    }
+
+    fn loop_is_clear(&self, number: DeviceNumber, generation: Option<u64>) -> bool {
+        loops::is_clear(number, generation)
+    }
+
+    fn block_device(&self, number: DeviceNumber) -> Result<(Sectors, u32)> {
+        // From sysfs where it is there: an open device is a busy one for others.
+        let attribute = |name: &str| -> Option<u64> {
+            fs::read_to_string(sysfs(number).join(name)).ok()?.trim().parse().ok()
+        };
+        let block = attribute("queue/logical_block_size")
+            .or_else(|| attribute("../queue/logical_block_size"))
+            .and_then(|block| u32::try_from(block).ok());
+        if let (Some(size), Some(block)) = (attribute("size"), block) {
+            return Ok((Sectors::new(size), block));
+        }
+        let name = fs::read_link(sysfs(number)).ok();
+        let name = name.as_deref().and_then(Path::file_name).map(PathBuf::from);
+        let path = Path::new("/dev").join(name.unwrap_or_default());
+        let ask = || {
+            let file = nodes::open_block(number, &path)?;
+            let size = sys::block_device_size(file.as_fd())?;
+            let block = sys::logical_block_size(file.as_fd())?;
+            Ok((Sectors::new(size / SECTOR_SIZE), block))
+        };
+        ask().map_err(|error| Error::io("cannot look at the block device", error).at_path(&path))
+    }
+
+    fn now(&self) -> u64 {
+        let Ok(now) = clock_gettime(ClockId::CLOCK_MONOTONIC) else { return 0 };
+        let micros = now.tv_sec().saturating_mul(1_000_000).saturating_add(now.tv_nsec() / 1000);
+        u64::try_from(micros).unwrap_or(0)
+    }
+
+    fn publish(
+        &self,
+        name: &str,
+        number: DeviceNumber,
+        since: Option<u64>,
+        interrupt: &Interrupt<'_>,
+    ) -> Result<PathBuf> {
+        let path = Path::new(MAPPER).join(name);
+        if let Some(since) = since
+            && udev::is_running()
+            && udev::has_device_mapper_rules()
+        {
+            let mut stopped = Ok(());
+            let done = self.wait(PATIENCE, &mut || {
+                stopped = interrupt.check();
+                stopped.is_err()
+                    || (udev::Record::of(number).is_some_and(|record| record.is_done(since))
+                        && nodes::number_at(&path) == Some(number))
+            });
+            stopped?;
+            if !done {
+                let seconds = PATIENCE.as_secs();
+                log::warn!("udev has not made {} in {seconds} s", path.display());
+            }
+        }
+        let failed = |error| Error::io("cannot make or open the device's node", error);
+        nodes::make_link(name, number).map_err(|error| failed(error).at_path(&path))?;
+        let opened = File::open(&path).and_then(|file| file.metadata());
+        match opened {
+            Ok(metadata) if metadata.rdev() == number.to_dev() => Ok(path),
+            Ok(_) => Err(failed(Errno::ENXIO.into()).at_path(path)),
+            Err(error) => Err(failed(error).at_path(path)),
+        }
+    }
+
+    fn unpublish(&self, name: &str, number: DeviceNumber) {
+        let path = Path::new(MAPPER).join(name);
+        if udev::is_running() && udev::has_device_mapper_rules() {
+            self.wait(PATIENCE, &mut || {
+                path.symlink_metadata().is_err() && udev::Record::of(number).is_none()
+            });
+        }
+        // Unless it is another device's by now.
+        if matches!(self.device(DeviceId::Name(name)), Ok(None)) {
+            nodes::remove_link(name, number);
+        }
+    }
+
+    fn holders(&self, number: DeviceNumber) -> Vec<String> {
+        let mut holders = Vec::new();
+        for above in self.dependents(number).unwrap_or_default() {
+            holders.push(match self.device(DeviceId::Number(above)) {
+                Ok(Some(info)) => format!("the device '{}'", printable(&info.name)),
+                _ => format!("the block device {above}"),
+            });
+        }
+        holders.extend(mounts(number));
+        holders.extend(processes(number));
+        holders
+    }
+
+    fn wait(&self, patience: Duration, done: &mut dyn FnMut() -> bool) -> bool {
+        let end = Instant::now() + patience;
+        let mut pause = Duration::from_millis(1);
+        loop {
+            if done() {
+                return true;
+            }
+            if Instant::now() >= end {
+                return false;
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Guard for () {}
+
+/// Undoes the octal escapes of /proc/*/mountinfo.
+fn unescape(field: &str) -> String {
+    let mut out = field.to_owned();
+    for (escape, plain) in [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")] {
+        out = out.replace(escape, plain);
+    }
+    out
+}
+
+/// Where a block device is mounted, in any mount namespace.
+fn mounts(number: DeviceNumber) -> Vec<String> {
+    let wanted = number.to_string();
+    let mut found = Vec::new();
+    let mut seen = std::collections::BTreeSet::new();
+    for pid in pids() {
+        let namespace = fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
+        if namespace.is_some_and(|namespace| !seen.insert(namespace)) {
+            continue;
+        }
+        let Ok(list) = fs::read_to_string(format!("/proc/{pid}/mountinfo")) else { continue };
+        for line in list.lines() {
+            // ID, parent, major:minor, root, mount point, ... - type, source, ...
+            let fields: Vec<_> = line.split(' ').collect();
+            let source = fields.iter().position(|&field| field == "-").map(|at| at + 2);
+            // btrfs shows a number of its own: its source tells.
+            let is_it = fields.get(2).is_some_and(|&field| field == wanted)
+                || source.and_then(|at| fields.get(at)).is_some_and(|source| {
+                    source.starts_with("/dev/")
+                        && nodes::number_at(Path::new(&unescape(source))) == Some(number)
+                });
+            if let (true, Some(point)) = (is_it, fields.get(4)) {
+                let holder = format!("the mount {}", printable(&unescape(point)));
+                if !found.contains(&holder) {
+                    found.push(holder);
+                }
+            }
+        }
+    }
+    found
+}
+
+fn pids() -> impl Iterator<Item = u32> {
+    fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+}
+
+/// Which other processes have a block device open.
+fn processes(number: DeviceNumber) -> Vec<String> {
+    let mut found = Vec::new();
+    for pid in pids().filter(|&pid| pid != std::process::id()) {
+        let open =
+            fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten().any(|entry| {
+                fs::metadata(entry.path())
+                    .is_ok_and(|m| m.file_type().is_block_device() && m.rdev() == number.to_dev())
+            });
+        if open {
+            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            found.push(format!("process {pid} ({})", printable(name.trim_end())));
+        }
+    }
+    found
+}

@@ -1,0 +1,227 @@
+//! Loop devices: bound in one step, read-only, let go at the last close.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::libc;
+
+use super::nodes::open_block;
+use super::sys::{self, LOOP_AUTOCLEAR, LOOP_DIRECT_IO, LOOP_READ_ONLY, LoopInfo64};
+use super::{
+    DeviceNumber, LOOP_SIZE_LIMIT, LoopHandle, LoopInfo, LoopOptions, LoopPath, PathState,
+};
+use crate::error::{Error, ErrorKind, Result};
+use crate::source::FileId;
+use crate::units::{SECTOR_SIZE, Sectors};
+
+/// The loop driver's major number (Documentation/admin-guide/devices.txt).
+const LOOP_MAJOR: u32 = 7;
+/// How often another process may take the free loop device before us.
+const ATTEMPTS: u32 = 200;
+
+/// A loop device that is held open.
+#[derive(Debug)]
+pub struct Loop {
+    number: DeviceNumber,
+    size: Sectors,
+    direct_io: bool,
+    generation: Option<u64>,
+    _device: File,
+}
+
+impl LoopHandle for Loop {
+    fn number(&self) -> DeviceNumber {
+        self.number
+    }
+
+    fn size(&self) -> Sectors {
+        self.size
+    }
+
+    fn direct_io(&self) -> bool {
+        self.direct_io
+    }
+
+    fn generation(&self) -> Option<u64> {
+        self.generation
+    }
+}
+
+impl Loop {
+    fn held(number: DeviceNumber, device: File) -> io::Result<Self> {
+        let size = sys::block_device_size(device.as_fd())?;
+        let status = sys::loop_status(device.as_fd())?;
+        Ok(Self {
+            number,
+            size: Sectors::new(size / SECTOR_SIZE),
+            direct_io: status.flags & LOOP_DIRECT_IO != 0,
+            generation: generation(number),
+            _device: device,
+        })
+    }
+}
+
+/// Device and inode as `stat` gives them, from a loop's status.
+fn file_id(info: &LoopInfo64) -> FileId {
+    if info.rdevice != 0 {
+        return FileId { device: DeviceNumber::from_kernel(info.rdevice).to_dev(), inode: 0 };
+    }
+    FileId { device: DeviceNumber::from_kernel(info.device).to_dev(), inode: info.inode }
+}
+
+fn node(number: DeviceNumber) -> PathBuf {
+    format!("/dev/loop{}", number.minor).into()
+}
+
+fn sysfs(number: DeviceNumber, attribute: &str) -> PathBuf {
+    format!("/sys/block/loop{}/{attribute}", number.minor).into()
+}
+
+fn generation(number: DeviceNumber) -> Option<u64> {
+    fs::read_to_string(sysfs(number, "diskseq")).ok()?.trim().parse().ok()
+}
+
+/// True for the number of a loop device.
+pub(crate) fn is_loop(number: DeviceNumber) -> bool {
+    number.major == LOOP_MAJOR
+}
+
+/// Binds a free loop device to `file`.
+pub(crate) fn set_up(control: &File, file: &File, options: &LoopOptions) -> Result<Loop> {
+    let mut info = LoopInfo64::ZERO;
+    info.size_limit = LOOP_SIZE_LIMIT;
+    info.flags = LOOP_READ_ONLY | LOOP_AUTOCLEAR;
+    if options.direct_io {
+        info.flags |= LOOP_DIRECT_IO;
+    }
+    let label = options.role.file_name();
+    let length = label.len().min(info.file_name.len() - 1);
+    info.file_name[..length].copy_from_slice(&label.as_bytes()[..length]);
+
+    let failed = |error| Error::io("cannot set up a loop device", error);
+    for _ in 0..ATTEMPTS {
+        let minor = sys::loop_get_free(control.as_fd()).map_err(failed)?;
+        let number = DeviceNumber { major: LOOP_MAJOR, minor };
+        let device = match open_block(number, &node(number)) {
+            Ok(device) => device,
+            // Removed again by another process.
+            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => continue,
+            Err(error) => return Err(failed(error)),
+        };
+        // 512 whatever lies below: the largest of all becomes the attachment's, and its
+        // segments are aligned to no more than a sector.
+        match sys::loop_configure(device.as_fd(), file.as_fd(), 512, info) {
+            Ok(()) => {
+                return Loop::held(number, device).map_err(failed);
+            }
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EBUSY) => std::thread::sleep(Duration::from_millis(2)),
+                Some(libc::ENOTTY) => {
+                    let message = "the kernel lacks LOOP_CONFIGURE, which came with Linux 5.8";
+                    return Err(Error::new(ErrorKind::KernelLacks(message.to_owned())));
+                }
+                _ => return Err(failed(error)),
+            },
+        }
+    }
+    Err(Error::new(ErrorKind::InUse(format!(
+        "other processes took the free loop device {ATTEMPTS} times"
+    ))))
+}
+
+/// Opens a loop device that is bound.
+pub(crate) fn open(number: DeviceNumber) -> Result<Loop> {
+    let path = node(number);
+    let failed = |error| Error::io("cannot open the loop device", error).at_path(&path);
+    let device = open_block(number, &path).map_err(failed)?;
+    Loop::held(number, device).map_err(failed)
+}
+
+/// What a loop device is bound to.
+pub(crate) fn info(number: DeviceNumber) -> Result<Option<LoopInfo>> {
+    let path = node(number);
+    let failed = |error| Error::io("cannot look at the loop device", error).at_path(&path);
+    let none = |error: &io::Error| {
+        matches!(error.raw_os_error(), Some(libc::ENXIO | libc::ENOENT | libc::ENODEV))
+    };
+    let generation = generation(number);
+    let status = match open_block(number, &path).and_then(|file| sys::loop_status(file.as_fd())) {
+        Ok(status) => status,
+        Err(error) if none(&error) => return Ok(None),
+        Err(error) => return Err(failed(error)),
+    };
+    let end = status.file_name.iter().position(|&b| b == 0).unwrap_or(status.file_name.len());
+    let file = file_id(&status);
+    Ok(Some(LoopInfo {
+        file,
+        label: String::from_utf8_lossy(&status.file_name[..end]).into_owned(),
+        size_limit: status.size_limit,
+        read_only: status.flags & LOOP_READ_ONLY != 0,
+        autoclear: status.flags & LOOP_AUTOCLEAR != 0,
+        direct_io: status.flags & LOOP_DIRECT_IO != 0,
+        path: fs::read(sysfs(number, "loop/backing_file")).ok().map(|raw| loop_path(&raw, file)),
+        generation,
+    }))
+}
+
+/// The path in `backing_file`, whose mark of deletion may be a part of a file's name.
+fn loop_path(raw: &[u8], file: FileId) -> LoopPath {
+    const DELETED: &[u8] = b" (deleted)";
+    let to_path = |bytes| PathBuf::from(std::ffi::OsStr::from_bytes(bytes));
+    let raw = raw.strip_suffix(b"\n").unwrap_or(raw);
+    let path = to_path(raw);
+    if id_at(&path) == Some(file) {
+        return LoopPath { path, state: PathState::Same };
+    }
+    match raw.strip_suffix(DELETED) {
+        Some(path) => LoopPath { path: to_path(path), state: PathState::Deleted },
+        None => LoopPath { path, state: PathState::Other },
+    }
+}
+
+/// What is at `path` now.
+fn id_at(path: &Path) -> Option<FileId> {
+    let metadata = fs::metadata(path).ok()?;
+    Some(if metadata.file_type().is_block_device() {
+        FileId { device: metadata.rdev(), inode: 0 }
+    } else {
+        FileId { device: metadata.dev(), inode: metadata.ino() }
+    })
+}
+
+/// True once the loop is not bound any more as it was at `generation`.
+pub(crate) fn is_clear(number: DeviceNumber, then: Option<u64>) -> bool {
+    let bound = if Path::new("/sys/block").exists() {
+        sysfs(number, "loop/backing_file").exists()
+    } else {
+        matches!(info(number), Ok(Some(_)))
+    };
+    !bound || (then.is_some() && generation(number) != then)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mark_of_deletion_can_be_part_of_a_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x (deleted)");
+        fs::write(&path, "x").unwrap();
+        let id = id_at(&path).unwrap();
+        let mut raw = path.as_os_str().as_bytes().to_vec();
+        raw.push(b'\n');
+        let found = loop_path(&raw, id);
+        assert_eq!((found.path.as_path(), found.state), (path.as_path(), PathState::Same));
+        let other = FileId { inode: id.inode + 1, ..id };
+        let found = loop_path(&raw, other);
+        assert_eq!(found.path, directory.path().join("x"));
+        assert_eq!(found.state, PathState::Deleted);
+        assert_eq!(loop_path(b"/nowhere\n\n", id).path, Path::new("/nowhere\n"));
+    }
+}

@@ -1,0 +1,354 @@
+//! The system calls that no library wraps: ioctls of device-mapper, loop devices and
+//! FIEMAP, and leases. The only `unsafe` of the crate; all of it is behind safe
+//! functions that hold for any argument.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::libc;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+/// Length of `struct dm_ioctl` (linux/dm-ioctl.h).
+pub(crate) const DM_HEADER_LENGTH: usize = 312;
+/// Where its `data_size` is: the length of the whole buffer.
+const DM_DATA_SIZE_AT: usize = 12;
+
+/// Hands `buffer` (a `struct dm_ioctl` and what follows it) to device-mapper; the
+/// answer comes back in it. Its `data_size` is set here.
+///
+/// # Errors
+/// What the kernel says; EINVAL for a buffer shorter than the header.
+pub(crate) fn dm_ioctl(control: BorrowedFd<'_>, command: u8, buffer: &mut [u8]) -> io::Result<()> {
+    let size = u32::try_from(buffer.len()).map_err(|_| Errno::EOVERFLOW)?;
+    if buffer.len() < DM_HEADER_LENGTH {
+        return Err(Errno::EINVAL.into());
+    }
+    buffer[DM_DATA_SIZE_AT..DM_DATA_SIZE_AT + 4].copy_from_slice(&size.to_ne_bytes());
+    let request = nix::request_code_readwrite!(0xfd, command, DM_HEADER_LENGTH);
+    // SAFETY: the kernel reads and writes at most `data_size` bytes from the pointer,
+    // which is the length of the exclusively borrowed buffer, set just above. Copies to
+    // and from user space need no alignment.
+    let result = unsafe { libc::ioctl(control.as_raw_fd(), request, buffer.as_mut_ptr()) };
+    Errno::result(result)?;
+    Ok(())
+}
+
+/// `struct loop_info64` (linux/loop.h).
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LoopInfo64 {
+    pub(crate) device: u64,
+    pub(crate) inode: u64,
+    pub(crate) rdevice: u64,
+    pub(crate) offset: u64,
+    pub(crate) size_limit: u64,
+    pub(crate) number: u32,
+    pub(crate) encrypt_type: u32,
+    pub(crate) encrypt_key_size: u32,
+    pub(crate) flags: u32,
+    pub(crate) file_name: [u8; 64],
+    pub(crate) crypt_name: [u8; 64],
+    pub(crate) encrypt_key: [u8; 32],
+    pub(crate) init: [u64; 2],
+}
+
+impl LoopInfo64 {
+    pub(crate) const ZERO: Self = Self {
+        device: 0,
+        inode: 0,
+        rdevice: 0,
+        offset: 0,
+        size_limit: 0,
+        number: 0,
+        encrypt_type: 0,
+        encrypt_key_size: 0,
+        flags: 0,
+        file_name: [0; 64],
+        crypt_name: [0; 64],
+        encrypt_key: [0; 32],
+        init: [0; 2],
+    };
+}
+
+/// `struct loop_config` (linux/loop.h).
+#[repr(C)]
+#[derive(Debug)]
+struct LoopConfig {
+    fd: u32,
+    block_size: u32,
+    info: LoopInfo64,
+    reserved: [u64; 8],
+}
+
+const _: () = assert!(size_of::<LoopInfo64>() == 232 && size_of::<LoopConfig>() == 304);
+
+/// LO_FLAGS_READ_ONLY.
+pub(crate) const LOOP_READ_ONLY: u32 = 1;
+/// LO_FLAGS_AUTOCLEAR.
+pub(crate) const LOOP_AUTOCLEAR: u32 = 4;
+/// LO_FLAGS_DIRECT_IO.
+pub(crate) const LOOP_DIRECT_IO: u32 = 16;
+
+const LOOP_GET_STATUS64: libc::c_ulong = 0x4C05;
+const LOOP_CONFIGURE: libc::c_ulong = 0x4C0A;
+const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4C82;
+
+/// The number of a free loop device, made where there is none (LOOP_CTL_GET_FREE).
+/// Another process can take it before it is configured.
+///
+/// # Errors
+/// What the kernel says.
+pub(crate) fn loop_get_free(control: BorrowedFd<'_>) -> io::Result<u32> {
+    // SAFETY: this command takes no argument.
+    let number = unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE) };
+    let number = Errno::result(number)?;
+    u32::try_from(number).map_err(|_| Errno::EOVERFLOW.into())
+}
+
+/// Binds `file` to a loop device in one step (LOOP_CONFIGURE, Linux 5.8).
+///
+/// # Errors
+/// What the kernel says: EBUSY where another process was faster.
+pub(crate) fn loop_configure(
+    device: BorrowedFd<'_>,
+    file: BorrowedFd<'_>,
+    block_size: u32,
+    info: LoopInfo64,
+) -> io::Result<()> {
+    let fd = u32::try_from(file.as_raw_fd()).map_err(|_| Errno::EBADF)?;
+    let config = LoopConfig { fd, block_size, info, reserved: [0; 8] };
+    // SAFETY: the kernel reads one loop_config from the pointer and writes nothing.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) };
+    Errno::result(result)?;
+    Ok(())
+}
+
+/// What a loop device is bound to (LOOP_GET_STATUS64).
+///
+/// # Errors
+/// What the kernel says: ENXIO where it is bound to nothing.
+pub(crate) fn loop_status(device: BorrowedFd<'_>) -> io::Result<LoopInfo64> {
+    let mut info = LoopInfo64::ZERO;
+    // SAFETY: the kernel writes one loop_info64, all of whose bit patterns are valid.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_GET_STATUS64, &raw mut info) };
+    Errno::result(result)?;
+    Ok(info)
+}
+
+const BLKGETSIZE64: libc::c_ulong = nix::request_code_read!(0x12, 114, size_of::<libc::size_t>());
+const BLKSSZGET: libc::c_ulong = 0x1268;
+
+/// Size of a block device in bytes (BLKGETSIZE64).
+///
+/// # Errors
+/// What the kernel says: ENOTTY for a file that is no block device.
+pub(crate) fn block_device_size(device: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut size = 0u64;
+    // SAFETY: the kernel writes 64 bits, whatever the request's name says of size_t.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), BLKGETSIZE64, &raw mut size) };
+    Errno::result(result)?;
+    Ok(size)
+}
+
+/// Logical block size of a block device in bytes (BLKSSZGET).
+///
+/// # Errors
+/// What the kernel says.
+pub(crate) fn logical_block_size(device: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut size: libc::c_int = 0;
+    // SAFETY: the kernel writes one int.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), BLKSSZGET, &raw mut size) };
+    Errno::result(result)?;
+    u32::try_from(size).map_err(|_| Errno::EINVAL.into())
+}
+
+/// An extent of a file (`struct fiemap_extent`, linux/fiemap.h).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct FiemapExtent {
+    pub(crate) logical: u64,
+    pub(crate) physical: u64,
+    pub(crate) length: u64,
+    pub(crate) reserved64: [u64; 2],
+    pub(crate) flags: u32,
+    pub(crate) reserved: [u32; 3],
+}
+
+/// Extents that one FIEMAP call asks for.
+const FIEMAP_EXTENTS: usize = 256;
+
+/// `struct fiemap` with room for its extents: to be kept and used again.
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct FiemapBuffer {
+    start: u64,
+    length: u64,
+    flags: u32,
+    mapped_extents: u32,
+    extent_count: u32,
+    reserved: u32,
+    extents: [FiemapExtent; FIEMAP_EXTENTS],
+}
+
+const _: () = assert!(size_of::<FiemapBuffer>() == 32 + 56 * FIEMAP_EXTENTS);
+
+const FS_IOC_FIEMAP: libc::c_ulong = nix::request_code_readwrite!(b'f', 11, 32);
+/// Write dirty pages out first: without it, data over preallocated space that is not
+/// yet on disk is called unwritten.
+const FIEMAP_FLAG_SYNC: u32 = 1;
+
+impl FiemapBuffer {
+    /// An empty one.
+    pub(crate) fn new() -> Box<Self> {
+        Box::new(Self {
+            start: 0,
+            length: 0,
+            flags: 0,
+            mapped_extents: 0,
+            extent_count: 0,
+            reserved: 0,
+            extents: [FiemapExtent::default(); FIEMAP_EXTENTS],
+        })
+    }
+
+    /// The first extents that meet `start .. start + length`, in order: at most as many
+    /// as there is room for.
+    ///
+    /// # Errors
+    /// What the kernel says: EOPNOTSUPP where the file system has no FIEMAP.
+    pub(crate) fn ask(
+        &mut self,
+        file: &File,
+        start: u64,
+        length: u64,
+    ) -> io::Result<&[FiemapExtent]> {
+        self.start = start;
+        self.length = length;
+        self.flags = FIEMAP_FLAG_SYNC;
+        self.mapped_extents = 0;
+        self.extent_count = u32::try_from(FIEMAP_EXTENTS).unwrap_or(0);
+        // SAFETY: the kernel writes the header and at most `extent_count` extents,
+        // which is what the struct holds; any bit pattern is valid for them.
+        let result =
+            unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FIEMAP, std::ptr::from_mut(self)) };
+        Errno::result(result)?;
+        let mapped = usize::try_from(self.mapped_extents).unwrap_or(0).min(FIEMAP_EXTENTS);
+        Ok(&self.extents[..mapped])
+    }
+}
+
+/// Who has a file open for writing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Writers {
+    /// Nobody, at the moment of asking.
+    Nobody,
+    /// Somebody.
+    Somebody,
+    /// The file system (or our privilege) does not let us know.
+    Unknown,
+}
+
+/// Which signal tells of a lease that is to be given up (asm-generic/fcntl.h).
+const F_SETSIG: libc::c_int = 10;
+
+/// Whether anybody has `file` open for writing, whatever locks they take or do not:
+/// a read lease is given only where nobody has. It is taken and given back at once.
+pub fn writers(file: &File) -> Writers {
+    let fd = file.as_raw_fd();
+    // SAFETY: fcntl with these commands takes an int and touches no memory of ours.
+    let set = |command: libc::c_int, value: libc::c_int| unsafe {
+        Errno::result(libc::fcntl(fd, command, value))
+    };
+    // Should somebody open the file for writing in the instant between, the kernel
+    // tells the lease's holder by SIGIO, which would end us: SIGURG is ignored.
+    if set(F_SETSIG, libc::SIGURG).is_err() {
+        return Writers::Unknown;
+    }
+    let answer = match set(libc::F_SETLEASE, libc::F_RDLCK) {
+        Ok(_) => Writers::Nobody,
+        Err(Errno::EAGAIN) => Writers::Somebody,
+        Err(_) => Writers::Unknown,
+    };
+    let released = answer != Writers::Nobody || set(libc::F_SETLEASE, libc::F_UNLCK).is_ok();
+    let _ = set(F_SETSIG, 0);
+    if released { answer } else { Writers::Unknown }
+}
+
+/// A file of zeros in memory that nobody can change any more, `length` bytes long. It
+/// takes no memory but for the pages that are read.
+///
+/// # Errors
+/// What the kernel says.
+pub(crate) fn sealed_zeros(length: u64) -> io::Result<File> {
+    const MFD_NOEXEC_SEAL: libc::c_uint = 8; // Linux 6.3
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let no_exec = flags | MFdFlags::from_bits_retain(MFD_NOEXEC_SEAL);
+    let fd = match memfd_create("imgdm-zero", no_exec) {
+        Err(Errno::EINVAL) => memfd_create("imgdm-zero", flags),
+        other => other,
+    }?;
+    let file = File::from(fd);
+    file.set_len(length)?;
+    fcntl(
+        &file,
+        FcntlArg::F_ADD_SEALS(
+            SealFlag::F_SEAL_SHRINK
+                | SealFlag::F_SEAL_GROW
+                | SealFlag::F_SEAL_WRITE
+                | SealFlag::F_SEAL_SEAL,
+        ),
+    )?;
+    Ok(file)
+}
+
+/// Lets this process have as many descriptors open as it may: a chain of 1024 images
+/// needs two each.
+pub fn raise_open_files_limit() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn a_writer_is_found_by_the_lease() {
+        let writer = tempfile::NamedTempFile::new().unwrap();
+        let reader = File::open(writer.path()).unwrap();
+        let answer = writers(&reader);
+        if answer == Writers::Unknown {
+            return; // No leases on this file system.
+        }
+        assert_eq!(answer, Writers::Somebody);
+        let path = writer.into_temp_path();
+        assert_eq!(writers(&reader), Writers::Nobody);
+        assert_eq!(writers(&reader), Writers::Nobody, "the lease was given back");
+        drop(path);
+    }
+
+    #[test]
+    fn sealed_zeros_cannot_be_written() {
+        let mut file = sealed_zeros(1 << 40).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 1 << 40);
+        assert!(file.write_all(b"x").is_err());
+        assert!(file.set_len(0).is_err());
+    }
+
+    #[test]
+    fn a_short_buffer_never_reaches_the_kernel() {
+        let file = File::open("/dev/null").unwrap();
+        let error = dm_ioctl(file.as_fd(), 0, &mut [0; 311]).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
+    }
+}

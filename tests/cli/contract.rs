@@ -1,0 +1,300 @@
+//! The same bad input to every command that opens an image: what it says, and with which
+//! exit status.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Output;
+
+use crate::images::{Qcow2, chain, command, imgdm};
+
+#[track_caller]
+fn assert_fails(output: &Output, status: i32, parts: &[&str]) {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(status), "{stderr}");
+    assert!(stderr.starts_with("imgdm: "), "{stderr}");
+    assert!(!stderr.contains("panicked"), "{stderr}");
+    for part in parts {
+        assert!(stderr.contains(part), "'{part}' is missing in: {stderr}");
+    }
+    // A map is printed as it is read, as qemu-img does: its headline may be out.
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    assert!(stdout.lines().all(|line| line.starts_with("Offset")), "{stdout}");
+}
+
+/// `imgdm COMMAND IMAGE` in a directory with the image written by `prepare`.
+fn on(command: &str, image: &Qcow2, more: &[&str]) -> Output {
+    let directory = tempfile::tempdir().unwrap();
+    image.write(directory.path(), "x.qcow2");
+    let arguments = [&[command], more, &["x.qcow2"]].concat();
+    imgdm(directory.path(), &arguments)
+}
+
+pub(super) fn missing_file(command: &str) {
+    let output = imgdm(Path::new("/"), &[command, "/nowhere/disk.qcow2"]);
+    assert_fails(&output, 66, &["/nowhere/disk.qcow2"]);
+}
+
+pub(super) fn no_argument(command: &str) {
+    let output = imgdm(Path::new("/"), &[command]);
+    assert_eq!(output.status.code(), Some(64));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("IMAGE"));
+}
+
+pub(super) fn unknown_option(command: &str) {
+    let output = imgdm(Path::new("/"), &[command, "--frobnicate", "x"]);
+    assert_eq!(output.status.code(), Some(64));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("--frobnicate"));
+}
+
+pub(super) fn unknown_format(command: &str) {
+    let output = imgdm(Path::new("/"), &[command, "-f", "vmdk", "x"]);
+    assert_eq!(output.status.code(), Some(64));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("vmdk"));
+}
+
+pub(super) fn help(command: &str) {
+    let output = imgdm(Path::new("/"), &[command, "--help"]);
+    assert_eq!(output.status.code(), Some(0));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("Example"));
+}
+
+pub(super) fn not_an_image_file(command: &str) {
+    let directory = tempfile::tempdir().unwrap();
+    let fifo = directory.path().join("fifo");
+    let status = std::process::Command::new("mkfifo").arg(&fifo).status().unwrap();
+    assert!(status.success());
+    for (path, what) in
+        [("/", "a directory"), ("fifo", "a FIFO"), ("/dev/null", "a character device")]
+    {
+        assert_fails(&imgdm(directory.path(), &[command, path]), 65, &[path, what]);
+    }
+}
+
+pub(super) fn garbage(command: &str) {
+    let directory = tempfile::tempdir().unwrap();
+    fs::write(directory.path().join("x"), b"this is no image").unwrap();
+    fs::write(directory.path().join("empty"), b"").unwrap();
+    for format in ["qcow2", "qcow", "cow"] {
+        for name in ["x", "empty"] {
+            let output = imgdm(directory.path(), &[command, "-f", format, name]);
+            assert_fails(&output, 65, &[name]);
+        }
+    }
+}
+
+pub(super) fn no_permission(command: &str) {
+    let directory = chain();
+    let image = directory.path().join("top.qcow2");
+    fs::set_permissions(&image, Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
+    let output = as_nobody(command, directory.path());
+    assert_fails(&output, 77, &["top.qcow2"]);
+}
+
+/// Runs `imgdm COMMAND top.qcow2` as a user who owns nothing; root may read anything.
+fn as_nobody(name: &str, directory: &Path) -> Output {
+    if nix::unistd::geteuid().is_root() {
+        // The binary may lie where only root gets to: a copy beside the image.
+        let copy = directory.join("imgdm");
+        fs::copy(env!("CARGO_BIN_EXE_imgdm"), &copy).unwrap();
+        let arguments = ["--reuid=65534", "--regid=65534", "--clear-groups"];
+        return std::process::Command::new("setpriv")
+            .args(arguments)
+            .arg(copy)
+            .args([name, "top.qcow2"])
+            .current_dir(directory)
+            .output()
+            .unwrap();
+    }
+    imgdm(directory, &[name, "top.qcow2"])
+}
+
+pub(super) fn no_such_snapshot(command: &str) {
+    assert_fails(
+        &on(command, &Qcow2::new(), &["-l", "yesterday"]),
+        66,
+        &["x.qcow2", "'yesterday'"],
+    );
+    let directory = chain();
+    let output = imgdm(directory.path(), &[command, "-l", "yesterday", "base.raw"]);
+    assert_fails(&output, 66, &["raw", "no internal snapshots"]);
+}
+
+pub(super) fn missing_backing_file(command: &str) {
+    let image = Qcow2::new().backing(Path::new("gone.raw"), Some("raw"));
+    assert_fails(&on(command, &image, &[]), 66, &["gone.raw", "backing file of x.qcow2"]);
+}
+
+pub(super) fn remote_backing_file(command: &str) {
+    let image = Qcow2::new().backing(Path::new("nbd://host/disk"), Some("raw"));
+    assert_fails(&on(command, &image, &[]), 65, &["x.qcow2", "'nbd'"]);
+}
+
+pub(super) fn unknown_backing_format(command: &str) {
+    let image = Qcow2::new().backing(Path::new("base.vmdk"), Some("vmdk"));
+    assert_fails(&on(command, &image, &[]), 65, &["x.qcow2", "vmdk"]);
+}
+
+pub(super) fn cycle(command: &str) {
+    let directory = tempfile::tempdir().unwrap();
+    Qcow2::new().backing(Path::new("b"), Some("qcow2")).write(directory.path(), "a");
+    Qcow2::new().backing(Path::new("./link"), Some("qcow2")).write(directory.path(), "b");
+    std::os::unix::fs::symlink("a", directory.path().join("link")).unwrap();
+    assert_fails(&imgdm(directory.path(), &[command, "a"]), 65, &["circle", "link"]);
+}
+
+pub(super) fn unknown_feature(command: &str) {
+    let mut image = Qcow2::new();
+    image.put(72, &(1u64 << 40).to_be_bytes());
+    assert_fails(&on(command, &image, &[]), 65, &["x.qcow2", "bit 40"]);
+}
+
+pub(super) fn corrupt_bit(command: &str) {
+    let mut image = Qcow2::new();
+    image.put(72, &2u64.to_be_bytes());
+    assert_fails(&on(command, &image, &[]), 65, &["marked corrupt"]);
+}
+
+pub(super) fn table_out_of_the_file(command: &str) {
+    let mut image = Qcow2::new();
+    image.put(40, &(1u64 << 50).to_be_bytes());
+    assert_fails(&on(command, &image, &[]), 65, &["x.qcow2: at offset 0x28", "L1 table"]);
+}
+
+pub(super) fn truncated(command: &str) {
+    for length in [0, 50, 104, 1000, 65536, 3 * 65536 + 512] {
+        let mut image = Qcow2::new().data(1);
+        image.bytes.truncate(length);
+        assert_fails(&on(command, &image, &["-f", "qcow2"]), 65, &["x.qcow2: at offset 0x"]);
+    }
+}
+
+pub(super) fn absurd_size(command: &str) {
+    let mut image = Qcow2::new();
+    image.put(24, &(1u64 << 62).to_be_bytes());
+    assert_fails(&on(command, &image, &[]), 65, &["L1 table has 1 entries"]);
+}
+
+/// One test for each pair.
+macro_rules! contract {
+    ($($command:ident: $($case:ident)*;)*) => {
+        $(mod $command {
+            $(#[test]
+            fn $case() {
+                super::$case(stringify!($command));
+            })*
+        })*
+    };
+}
+
+macro_rules! for_every_reader {
+    ($($command:ident)*) => {
+        contract! { $($command:
+            missing_file no_argument unknown_option unknown_format help not_an_image_file
+            garbage no_permission no_such_snapshot missing_backing_file remote_backing_file
+            unknown_backing_format cycle unknown_feature corrupt_bit table_out_of_the_file
+            truncated absurd_size;)* }
+    };
+}
+
+for_every_reader! { map plan table attach }
+
+#[test]
+fn an_undeclared_backing_format_is_refused_by_those_that_hand_the_bytes_on() {
+    let directory = chain();
+    Qcow2::new().backing(Path::new("base.raw"), None).write(directory.path(), "x.qcow2");
+    for name in ["table", "attach"] {
+        let output = imgdm(directory.path(), &[name, "x.qcow2"]);
+        assert_fails(&output, 65, &["base.raw", "--probe-backing"]);
+    }
+    let output = imgdm(directory.path(), &["map", "x.qcow2"]);
+    assert!(output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("no format is declared"));
+    let output = imgdm(directory.path(), &["--quiet", "map", "x.qcow2"]);
+    assert!(output.stderr.is_empty());
+    let output = imgdm(directory.path(), &["plan", "--output=json", "x.qcow2"]);
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["attachable"], false);
+    assert_eq!(report["obstacles"][0]["kind"], "undeclared-backing-format");
+    let output = imgdm(directory.path(), &["table", "--probe-backing", "x.qcow2"]);
+    assert!(output.status.success());
+}
+
+#[test]
+fn obstacles_are_all_listed_and_nothing_is_loaded() {
+    let directory = tempfile::tempdir().unwrap();
+    fs::write(directory.path().join("odd.raw"), vec![1; 700]).unwrap();
+    let compressed = 1 << 62 | 4 * 65536;
+    Qcow2::new()
+        .backing(Path::new("odd.raw"), Some("raw"))
+        .entry(3, compressed)
+        .entry(5, compressed)
+        .entry(8, 1 << 40)
+        .write(directory.path(), "x.qcow2");
+    let output = imgdm(directory.path(), &["plan", "--output=json", "x.qcow2"]);
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let found: Vec<_> = report["obstacles"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|o| {
+            (o["kind"].as_str().unwrap(), o["count"].as_u64(), o["first_guest_offset"].as_u64())
+        })
+        .collect();
+    assert_eq!(
+        found,
+        [
+            ("compressed", Some(2), Some(3 * 65536)),
+            ("past-end-of-file", Some(1), Some(8 * 65536)),
+            ("partial-sector", Some(1), Some(512)),
+        ]
+    );
+    for name in ["table", "attach"] {
+        let output = imgdm(directory.path(), &[name, "x.qcow2"]);
+        assert_fails(&output, 65, &["2, the first at guest offset 0x30000", "odd.raw"]);
+    }
+}
+
+#[test]
+fn compressed_clusters_alone_are_not_representable() {
+    let image = Qcow2::new().entry(3, 1 << 62 | 4 * 65536);
+    assert_fails(&on("table", &image, &[]), 76, &["compressed"]);
+    assert_fails(&on("attach", &image, &[]), 76, &["compressed"]);
+}
+
+#[test]
+fn detach_says_what_is_not_attached() {
+    let directory = chain();
+    let output = imgdm(directory.path(), &["detach", "no-such-name"]);
+    let status = output.status.code();
+    assert!(status == Some(66) || status == Some(69), "{output:?}");
+    let output = imgdm(directory.path(), &["detach", "--if-attached", "no-such-name"]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(imgdm(directory.path(), &["detach"]).status.code(), Some(64));
+    assert_eq!(imgdm(directory.path(), &["detach", "--all", "x"]).status.code(), Some(64));
+}
+
+#[test]
+fn names_are_refused_when_given_and_mended_when_made() {
+    let directory = chain();
+    for name in ["", ".", "..", "control", "-x", "a b", "a/b", &"x".repeat(101)] {
+        let output = imgdm(directory.path(), &["table", &format!("--name={name}"), "top.qcow2"]);
+        assert_eq!(output.status.code(), Some(64), "{name}: {output:?}");
+    }
+    fs::copy(directory.path().join("base.raw"), directory.path().join("a b.tar.raw")).unwrap();
+    let output = imgdm(directory.path(), &["table", "--output=json", "a b.tar.raw"]);
+    let table: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(table["name"], "a_b.tar");
+}
+
+#[test]
+fn a_full_disk_is_an_error() {
+    let directory = chain();
+    for name in ["map", "plan", "table"] {
+        let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let output = command(directory.path(), &[name, "top.qcow2"]).stdout(full).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("No space left"), "{output:?}");
+    }
+}
