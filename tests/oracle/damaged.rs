@@ -1,0 +1,548 @@
+//! Bad input: each is a clear error with a stable exit code, or is read as QEMU reads
+//! it; never a panic, a hang, or memory without bound.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+
+use nix::sys::stat::Mode;
+use nix::unistd::{geteuid, mkfifo};
+
+use crate::check::{convert, same, strings};
+use crate::common::images::{Step, scratch_dir};
+use crate::common::patch::{self, FEATURE_NAMES, OFFSET_MASK, Patch};
+use crate::common::process::{Outcome, Ran, run};
+use crate::common::qemu;
+use crate::common::rng::Rng;
+use crate::far::{create, recipe_of, write};
+use crate::imgdm::{
+    EX_INVALID, EX_MISSING, EX_NOT_REPRESENTABLE, EX_PERMISSION, PROGRAM, imgdm, refused, sound,
+};
+use crate::table::{Plan, compare};
+
+const SIZE: u64 = 1 << 20;
+const COMMANDS: [&str; 3] = ["map", "plan", "table"];
+
+/// An image with all tables, small ones: L1 and L2 tables, refcounts, two snapshots,
+/// a backing file.
+fn good(dir: &Path) {
+    let snapshot = |name: &str| Step::Snapshot {
+        action: "-c",
+        name: name.to_owned(),
+        file: "good.qcow2".to_owned(),
+    };
+    let steps = vec![
+        create("base.raw", "raw", &[], None, SIZE),
+        write("base.raw", "raw", &[(0, 65536)]),
+        create("good.qcow2", "qcow2", &["cluster_size=4k"], Some(("base.raw", "raw")), SIZE),
+        write("good.qcow2", "qcow2", &[(0, 512), (4096, 4096), (8192, 8192)]),
+        snapshot("first"),
+        write("good.qcow2", "qcow2", &[(4096, 512), (900_096 / 512 * 512, 4096)]),
+        snapshot("second"),
+        write("good.qcow2", "qcow2", &[(8192, 1024), (SIZE - 4096, 4096)]),
+    ];
+    recipe_of(steps, &[]).make(dir).unwrap();
+}
+
+/// Copies good.qcow2 to bad.qcow2 and opens that.
+fn bad(dir: &Path) -> Patch {
+    patch::copy(&dir.join("good.qcow2"), &dir.join("bad.qcow2")).unwrap();
+    Patch::open(&dir.join("bad.qcow2")).unwrap()
+}
+
+/// Each command on `args`, which must refuse with one of the codes, saying the words.
+fn all_refuse(dir: &Path, args: &[&str], codes: &[i32], words: &[&str]) {
+    for command in COMMANDS {
+        let mut line = vec![command];
+        line.extend_from_slice(args);
+        let ran = imgdm(dir, &line).unwrap();
+        refused(&ran, codes, words).unwrap_or_else(|error| panic!("{error}"));
+        assert!(ran.stdout.is_empty() || command == "map", "{}", ran.describe());
+    }
+}
+
+/// Runs a command in at most a GiB of address space.
+fn in_a_gib(dir: &Path, args: &[&str]) -> Outcome<Ran> {
+    let mut command = Command::new("prlimit");
+    command.current_dir(dir).args(["--as=1073741824", "--", PROGRAM]).args(args);
+    sound(run(&mut command)?)
+}
+
+/// The image is as good as one that nothing was done to.
+fn reads_like_qemu(dir: &Path, image: &str, extra: &[&str]) {
+    let line = ["map", "-f", "qcow2", "--output=json", image];
+    let mut ours = line.to_vec();
+    ours.extend_from_slice(extra);
+    same(&qemu::img(dir, &line).unwrap(), &imgdm(dir, &ours).unwrap()).unwrap();
+    convert(dir, "qcow2", image, "copy.raw").unwrap();
+    let mut ours = vec!["table", "--output=json", image];
+    ours.extend_from_slice(extra);
+    let ran = imgdm(dir, &ours).unwrap().ok().unwrap();
+    compare(&Plan::parse(&ran.stdout).unwrap(), &dir.join("copy.raw")).unwrap();
+}
+
+fn plan_json(dir: &Path, args: &[&str]) -> serde_json::Value {
+    let mut line = vec!["plan", "--output=json"];
+    line.extend_from_slice(args);
+    let ran = imgdm(dir, &line).unwrap().ok().unwrap();
+    serde_json::from_slice(&ran.stdout).unwrap()
+}
+
+#[test]
+fn a_dirty_image_is_read_and_plan_warns() {
+    let dir = scratch_dir("damaged").unwrap();
+    let dir = dir.path();
+    good(dir);
+    bad(dir).put_u64(patch::INCOMPATIBLE, 1).unwrap();
+    reads_like_qemu(dir, "bad.qcow2", &[]);
+    let plan = plan_json(dir, &["bad.qcow2"]);
+    assert_eq!(plan["attachable"], true, "{plan}");
+    assert_eq!(plan["warnings"][0]["kind"], "dirty", "{plan}");
+}
+
+#[test]
+fn a_corrupt_image_is_refused_unless_it_is_allowed() {
+    let dir = scratch_dir("damaged").unwrap();
+    let dir = dir.path();
+    good(dir);
+    bad(dir).put_u64(patch::INCOMPATIBLE, 2).unwrap();
+    all_refuse(dir, &["bad.qcow2"], &[EX_INVALID], &["bad.qcow2", "marked corrupt"]);
+    reads_like_qemu(dir, "bad.qcow2", &["--allow-corrupt"]);
+    let plan = plan_json(dir, &["--allow-corrupt", "bad.qcow2"]);
+    assert_eq!(plan["warnings"][0]["kind"], "corrupt", "{plan}");
+}
+
+#[test]
+fn an_unknown_feature_is_refused_by_the_name_that_the_image_gives_it() {
+    let dir = scratch_dir("damaged").unwrap();
+    let dir = dir.path();
+    good(dir);
+    // qemu-img leaves the table of names out where a cluster has no room for it.
+    let steps = vec![create("good.qcow2", "qcow2", &[], None, SIZE)];
+    recipe_of(steps, &[]).make(dir).unwrap();
+    let image = bad(dir);
+    let extensions = image.extensions().unwrap();
+    let (_, names, _) = *extensions.iter().find(|e| e.0 == FEATURE_NAMES).unwrap();
+    let mut entry = [0; 48];
+    entry[1] = 17;
+    entry[2..23].copy_from_slice(b"frobnicated clusters\0");
+    image.put(names, &entry).unwrap();
+    image.put_u64(patch::INCOMPATIBLE, 1 << 17).unwrap();
+    all_refuse(dir, &["bad.qcow2"], &[EX_INVALID], &["bad.qcow2", "frobnicated clusters"]);
+    image.put_u64(patch::INCOMPATIBLE, 1 << 43).unwrap();
+    all_refuse(dir, &["bad.qcow2"], &[EX_INVALID], &["bad.qcow2", "43"]);
+    // Unknown compatible and autoclear bits change nothing.
+    image.put_u64(patch::INCOMPATIBLE, 0).unwrap();
+    image.put_u64(patch::INCOMPATIBLE + 8, 1 << 43).unwrap();
+    image.put_u64(patch::INCOMPATIBLE + 16, 1 << 43).unwrap();
+    reads_like_qemu(dir, "bad.qcow2", &[]);
+}
+
+#[test]
+fn header_fields_that_make_no_sense_are_refused() {
+    let dir = scratch_dir("damaged").unwrap();
+    let dir = dir.path();
+    good(dir);
+    let fields: &[(&str, u64, &[u8])] = &[
+        ("version 0", patch::VERSION, &[0, 0, 0, 0]),
+        ("version 4", patch::VERSION, &[0, 0, 0, 4]),
+        ("clusters of 256 bytes", patch::CLUSTER_BITS, &[0, 0, 0, 8]),
+        ("clusters of 4 MiB", patch::CLUSTER_BITS, &[0, 0, 0, 22]),
+        ("clusters of 2^63 bytes", patch::CLUSTER_BITS, &[0, 0, 0, 63]),
+        ("clusters of 2^64 bytes", patch::CLUSTER_BITS, &[0, 0, 0, 64]),
+        ("the largest cluster_bits", patch::CLUSTER_BITS, &[255; 4]),
+        ("the largest size", patch::SIZE, &[255; 8]),
+        ("a size past the L1 table", patch::SIZE, &[0, 0, 1, 0, 0, 0, 0, 0]),
+        ("an unknown cipher", patch::CRYPT_METHOD, &[0, 0, 0, 3]),
+        ("an L1 table of no entry", patch::L1_ENTRIES, &[0; 4]),
+        ("the largest L1 table", patch::L1_ENTRIES, &[255; 4]),
+        ("an L1 table of 32 MiB", patch::L1_ENTRIES, &[0, 64, 0, 0]),
+        ("an unaligned L1 table", patch::L1_OFFSET, &[0, 0, 0, 0, 0, 0, 0x12, 8]),
+        ("an L1 table past the end", patch::L1_OFFSET, &[0, 0, 1, 0, 0, 0, 0, 0]),
+        ("an L1 table past 2^63", patch::L1_OFFSET, &[255, 255, 255, 255, 255, 255, 0xf0, 0]),
+        ("an unaligned refcount table", patch::REFCOUNT_OFFSET, &[0, 0, 0, 0, 0, 0, 0x12, 8]),
+        ("many snapshots", patch::SNAPSHOTS, &[255; 4]),
+        ("an unaligned snapshot table", patch::SNAPSHOTS_OFFSET, &[0, 0, 0, 0, 0, 0, 0x12, 8]),
+        ("refcounts of 2^99 bits", patch::REFCOUNT_ORDER, &[0, 0, 0, 99]),
+        ("a header of 3 bytes", patch::HEADER_LENGTH, &[0, 0, 0, 3]),
+        ("a header as long as memory", patch::HEADER_LENGTH, &[255; 4]),
+        ("a long backing name", patch::BACKING_LENGTH, &[0, 0, 4, 0]),
+        ("the longest backing name", patch::BACKING_LENGTH, &[255; 4]),
+        ("a backing name past the end", patch::BACKING_OFFSET, &[0, 0, 1, 0, 0, 0, 0, 0]),
+        ("an extension as long as memory", 116, &[255; 4]),
+    ];
+    let mut accepted = Vec::new();
+    for (what, at, bytes) in fields {
+        let image = bad(dir);
+        image.put(*at, bytes).unwrap();
+        // Whatever QEMU reads, it reads the same as we; whatever it refuses, we refuse.
+        let line = ["map", "--output=json", "-f", "qcow2", "bad.qcow2"];
+        let theirs = qemu::img_any(dir, &line).unwrap();
+        for command in COMMANDS {
+            let ran = in_a_gib(dir, &[command, "-f", "qcow2", "bad.qcow2"])
+                .unwrap_or_else(|error| panic!("{what}: {error}"));
+            if theirs.status.success() && ran.status.success() {
+                accepted.push(*what);
+                continue;
+            }
+            refused(&ran, &[EX_INVALID], &["bad.qcow2"])
+                .unwrap_or_else(|error| panic!("{what}: {error}"));
+            assert!(ran.stdout.is_empty(), "{what}: {}", ran.describe());
+        }
+        if theirs.status.success() {
+            let ours = imgdm(dir, &line).unwrap();
+            // What QEMU lets pass may be refused, but not be read as something else.
+            if ours.status.success() {
+                same(&theirs, &ours).unwrap_or_else(|error| panic!("{what}: {error}"));
+            }
+        }
+    }
+    accepted.dedup();
+    assert_eq!(accepted, Vec::<&str>::new(), "what is read all the same");
+}
+
+#[test]
+fn an_image_cut_off_anywhere_is_refused_or_read_as_qemu_reads_it() {
+    let dir = scratch_dir("damaged").unwrap();
+    let dir = dir.path();
+    good(dir);
+    let whole = fs::metadata(dir.join("good.qcow2")).unwrap().len();
+    let cuts = (0..128).step_by(4).chain((128..whole).step_by(512)).chain((1..whole).step_by(4001));
+    let mut refusals = 0;
+    for cut in cuts {
+        bad(dir).set_length(cut).unwrap();
+        let line = ["map", "--output=json", "-f", "qcow2", "bad.qcow2"];
+        let theirs = qemu::img_any(dir, &line).unwrap();
+        let ours = imgdm(dir, &line).unwrap();
+        if ours.status.success() {
+            same(&theirs, &ours).unwrap_or_else(|error| panic!("cut at {cut}: {error}"));
+        } else {
+            refused(&ours, &[EX_INVALID], &["bad.qcow2"])
+                .unwrap_or_else(|error| panic!("cut at {cut}: {error}"));
+            refusals += 1;
+        }
+        // Nothing that was cut off becomes a device: data past the end is an obstacle.
+        let ran = imgdm(dir, &["table", "--output=json", "-f", "qcow2", "bad.qcow2"]).unwrap();
+        if ran.status.success() {
+            convert(dir, "qcow2", "bad.qcow2", "copy.raw").unwrap();
+            compare(&Plan::parse(&ran.stdout).unwrap(), &dir.join("copy.raw"))
+                .unwrap_or_else(|error| panic!("cut at {cut}: {error}"));
+        } else {
+            refused(&ran, &[EX_INVALID, EX_NOT_REPRESENTABLE], &["bad.qcow2"])
+                .unwrap_or_else(|error| panic!("cut at {cut}: {error}"));
+        }
+    }
+    assert!(refusals > 30, "{refusals}");
+}
+
+#[test]
+fn an_image_cut_off_inside_a_table_is_refused_with_65() {
+    let dir = scratch_dir("damaged").unwrap();
+    let dir = dir.path();
+    good(dir);
+    let image = bad(dir);
+    let l2 = image.l2_entry(0).unwrap() / 4096 * 4096;
+    let tables = [
+        ("header", 0),
+        ("header extensions", 112),
+        ("L1 table", image.u64(patch::L1_OFFSET).unwrap()),
+        ("L2 table", l2),
+    ];
+    for (what, at) in tables {
+        for cut in [at + 4, at + 8] {
+            // What is in use further on is not what this is about: the table has to be
+            // the last in the file.
+            bad(dir).set_length(cut).unwrap();
+            for command in COMMANDS {
+                let ran = imgdm(dir, &[command, "-f", "qcow2", "bad.qcow2"]).unwrap();
+                refused(&ran, &[EX_INVALID], &["bad.qcow2"])
+                    .unwrap_or_else(|error| panic!("{what} cut at {cut}: {error}"));
+            }
+        }
+    }
+    // The snapshot table is read when a snapshot is asked for.
+    let image = bad(dir);
+    let at = image.u64(patch::SNAPSHOTS_OFFSET).unwrap();
+    image.set_length(at + 20).unwrap();
+    all_refuse(dir, &["-f", "qcow2", "-l", "second", "bad.qcow2"], &[EX_INVALID], &["bad.qcow2"]);
+}
+
+#[test]
+fn data_past_the_files_end_is_zero_to_map_as_to_qemu_and_an_obstacle_to_table() {
+    let dir = scratch_dir("damaged").unwrap();
+    let dir = dir.path();
+    good(dir);
+    let image = bad(dir);
+    let entry = image.l2_entry(8192).unwrap();
+    let old = image.u64(entry).unwrap();
+    let far = image.length().unwrap().next_multiple_of(4096) + (1 << 30);
+    image.put_u64(entry, (old & !OFFSET_MASK) | far).unwrap();
+    let line = strings(&["map", "-f", "qcow2", "--output=json", "bad.qcow2"]);
+    same(&qemu::img(dir, &line).unwrap(), &imgdm(dir, &line).unwrap()).unwrap();
+    let ran = imgdm(dir, &["table", "bad.qcow2"]).unwrap();
+    refused(&ran, &[EX_INVALID, EX_NOT_REPRESENTABLE], &["bad.qcow2"]).unwrap();
+    let plan = plan_json(dir, &["bad.qcow2"]);
+    assert_eq!(plan["attachable"], false, "{plan}");
+    assert_eq!(plan["obstacles"][0]["first_guest_offset"], 8192, "{plan}");
+}
+
+/// Puts `value` into the L1 or L2 entry for guest byte 0 and checks all commands.
+fn with_entry(name: &str, level: u32, value: u64, check: impl Fn(&Path)) {
+    let dir = scratch_dir("damaged").unwrap();
+    good(dir.path());
+    let image = bad(dir.path());
+    let entry = if level == 1 { image.l1_entry(0) } else { image.l2_entry(4096) };
+    image.put_u64(entry.unwrap(), value).unwrap();
+    println!("{name}: {value:#x}");
+    check(dir.path());
+}
+
+const COPIED: u64 = 1 << 63;
+
+#[test]
+fn an_unaligned_l1_or_l2_entry_is_refused_as_qemu_refuses_it() {
+    for (level, value) in [(1, COPIED | 0x1200), (2, COPIED | 0x1200), (2, COPIED | 0x0012_3600)] {
+        with_entry("unaligned", level, value, |dir| {
+            let line = ["map", "-f", "qcow2", "bad.qcow2"];
+            assert!(!qemu::img_any(dir, &line).unwrap().status.success());
+            all_refuse(dir, &["bad.qcow2"], &[EX_INVALID], &["bad.qcow2", "offset"]);
+        });
+    }
+}
+
+#[test]
+fn an_l2_table_past_the_files_end_is_refused_though_qemu_reads_zeros_there() {
+    for value in [COPIED | (1 << 40), 0x00ff_ffff_ffff_f000, COPIED | 0x10_0000] {
+        with_entry("past the end", 1, value, |dir| {
+            all_refuse(dir, &["bad.qcow2"], &[EX_INVALID], &["bad.qcow2", "L2 table"]);
+        });
+    }
+}
+
+#[test]
+fn an_l2_table_over_the_header_or_another_table_is_refused_or_read_as_qemu_reads_it() {
+    // At 0 there is "no L2 table" to QEMU, bit 63 or not.
+    for value in [COPIED, COPIED | 0x1000, COPIED | 0x2000, COPIED | 0x3000, 0x3000] {
+        with_entry("overlapping", 1, value, |dir| {
+            let line = ["map", "-f", "qcow2", "--output=json", "bad.qcow2"];
+            let (theirs, ours) = (qemu::img_any(dir, &line).unwrap(), imgdm(dir, &line).unwrap());
+            if ours.status.success() {
+                same(&theirs, &ours).unwrap();
+            } else {
+                refused(&ours, &[EX_INVALID], &["bad.qcow2"]).unwrap();
+            }
+        });
+    }
+}
+
+#[test]
+fn l2_entries_with_any_bit_set_are_refused_or_read_as_qemu_reads_them() {
+    let dir = scratch_dir("damaged").unwrap();
+    let dir = dir.path();
+    good(dir);
+    let entry = bad(dir).l2_entry(4096).unwrap();
+    let old = bad(dir).u64(entry).unwrap();
+    for bit in 0..64 {
+        bad(dir).put_u64(entry, old ^ (1 << bit)).unwrap();
+        let line = ["map", "-f", "qcow2", "--output=json", "bad.qcow2"];
+        let (theirs, ours) = (qemu::img_any(dir, &line).unwrap(), imgdm(dir, &line).unwrap());
+        if ours.status.success() {
+            same(&theirs, &ours).unwrap_or_else(|error| panic!("bit {bit}: {error}"));
+        } else {
+            refused(&ours, &[EX_INVALID], &["bad.qcow2"])
+                .unwrap_or_else(|error| panic!("bit {bit}: {error}"));
+        }
+        let ran = imgdm(dir, &["table", "--output=json", "bad.qcow2"]).unwrap();
+        if ran.status.success() {
+            convert(dir, "qcow2", "bad.qcow2", "copy.raw").unwrap();
+            compare(&Plan::parse(&ran.stdout).unwrap(), &dir.join("copy.raw"))
+                .unwrap_or_else(|error| panic!("bit {bit}: {error}"));
+        } else {
+            refused(&ran, &[EX_INVALID, EX_NOT_REPRESENTABLE], &["bad.qcow2"])
+                .unwrap_or_else(|error| panic!("bit {bit}: {error}"));
+        }
+    }
+}
+
+#[test]
+fn flipped_metadata_bytes_bring_no_panic_and_no_other_disk_than_qemus() {
+    let dir = scratch_dir("damaged").unwrap();
+    let dir = dir.path();
+    good(dir);
+    let mut rng = Rng::for_case(1, "flipped", 0);
+    let image = bad(dir);
+    let l1 = image.u64(patch::L1_OFFSET).unwrap();
+    let l2 = image.l2_entry(0).unwrap() / 4096 * 4096;
+    let snapshots = image.u64(patch::SNAPSHOTS_OFFSET).unwrap();
+    let (mut read, mut refusals) = (0, 0);
+    for case in 0..150 {
+        let image = bad(dir);
+        let mut flips = Vec::new();
+        for _ in 0..rng.range(1, 3) {
+            let at = match rng.below(5) {
+                0 | 1 => rng.below(160),
+                2 => l1 + rng.below(16),
+                3 => l2 + rng.below(64),
+                _ => snapshots + rng.below(120),
+            };
+            let [old] = image.bytes::<1>(at).unwrap();
+            let new = old ^ (1 << rng.below(8));
+            image.put(at, &[new]).unwrap();
+            flips.push((at, old, new));
+        }
+        let what = format!("case {case}: offset, old, new {flips:x?}");
+        let line = ["map", "-f", "qcow2", "--output=json", "bad.qcow2"];
+        let theirs = qemu::img_any(dir, &line).unwrap();
+        for extra in [&[][..], &["-l", "second"], &["-l", "first"]] {
+            for command in COMMANDS {
+                let mut args = vec![command, "-f", "qcow2", "--output=json", "bad.qcow2"];
+                args.extend_from_slice(extra);
+                let ran = in_a_gib(dir, &args).unwrap_or_else(|error| panic!("{what}: {error}"));
+                if !ran.status.success() {
+                    refusals += 1;
+                    let codes = [EX_INVALID, EX_MISSING, EX_NOT_REPRESENTABLE];
+                    refused(&ran, &codes, &["imgdm:"])
+                        .unwrap_or_else(|error| panic!("{what}: {error}"));
+                } else if command == "map" && extra.is_empty() && theirs.status.success() {
+                    read += 1;
+                    same(&theirs, &ran).unwrap_or_else(|error| panic!("{what}: {error}"));
+                }
+            }
+        }
+    }
+    assert!(read > 20 && refusals > 200, "{read} maps compared, {refusals} refusals");
+}
+
+#[test]
+fn things_that_are_no_image() {
+    let dir = scratch_dir("damaged").unwrap();
+    let dir = dir.path();
+    mkfifo(&dir.join("fifo"), Mode::S_IRWXU).unwrap();
+    fs::create_dir(dir.join("directory")).unwrap();
+    fs::write(dir.join("empty"), b"").unwrap();
+    fs::write(dir.join("garbage"), [0x5a; 5000]).unwrap();
+    for format in ["raw", "qcow2", "qcow"] {
+        all_refuse(dir, &["-f", format, "./fifo"], &[EX_INVALID], &["fifo", "FIFO"]);
+        all_refuse(dir, &["-f", format, "./directory"], &[EX_INVALID], &["directory"]);
+        all_refuse(dir, &["-f", format, "/dev/null"], &[EX_INVALID], &["/dev/null"]);
+    }
+    for format in ["qcow2", "qcow", "cow"] {
+        all_refuse(dir, &["-f", format, "empty"], &[EX_INVALID], &["empty"]);
+        all_refuse(dir, &["-f", format, "garbage"], &[EX_INVALID], &["garbage"]);
+    }
+    all_refuse(dir, &["missing"], &[EX_MISSING], &["missing"]);
+    all_refuse(dir, &["missing/missing"], &[EX_MISSING], &["missing"]);
+    all_refuse(dir, &["-f", "vmdk", "garbage"], &[64], &["vmdk"]);
+    // An empty raw image is a disk of no sector: qemu-img maps it; there is no such
+    // device.
+    for output in ["--output=json", "--output=human"] {
+        let line = ["map", "-f", "raw", output, "empty"];
+        same(&qemu::img(dir, &line).unwrap(), &imgdm(dir, &line).unwrap()).unwrap();
+    }
+    let ran = imgdm(dir, &["table", "-f", "raw", "empty"]).unwrap();
+    refused(&ran, &[EX_INVALID, EX_NOT_REPRESENTABLE], &["empty"]).unwrap();
+}
+
+#[test]
+fn a_missing_backing_or_data_file_is_named_with_the_overlay() {
+    let dir = scratch_dir("damaged").unwrap();
+    let dir = dir.path();
+    good(dir);
+    fs::rename(dir.join("base.raw"), dir.join("elsewhere.raw")).unwrap();
+    all_refuse(dir, &["good.qcow2"], &[EX_MISSING], &["base.raw", "good.qcow2"]);
+    let steps = vec![create("d.qcow2", "qcow2", &["data_file=d.data"], None, SIZE)];
+    recipe_of(steps, &[]).make(dir).unwrap();
+    fs::rename(dir.join("d.data"), dir.join("elsewhere.data")).unwrap();
+    all_refuse(dir, &["d.qcow2"], &[EX_MISSING], &["d.data", "d.qcow2"]);
+    imgdm(dir, &["table", "--data-file", "elsewhere.data", "d.qcow2"]).unwrap().ok().unwrap();
+    // A directory in its place.
+    fs::create_dir(dir.join("base.raw")).unwrap();
+    all_refuse(dir, &["good.qcow2"], &[EX_INVALID], &["base.raw", "directory"]);
+}
+
+#[test]
+fn a_file_that_may_not_be_read_is_77_and_named() {
+    let dir = scratch_dir("damaged").unwrap();
+    let dir = dir.path();
+    good(dir);
+    let open = |path: &Path, mode| {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    // Root may read all: as another user, who has to be able to reach program and image.
+    let place = tempfile::Builder::new().prefix("imgdm-oracle-").tempdir_in("/tmp").unwrap();
+    open(place.path(), 0o755);
+    for name in ["good.qcow2", "base.raw"] {
+        patch::copy(&dir.join(name), &place.path().join(name)).unwrap();
+    }
+    open(&place.path().join("base.raw"), 0o000);
+    let program = place.path().join("imgdm");
+    fs::copy(PROGRAM, &program).unwrap();
+    open(&program, 0o755);
+    let as_nobody = |args: &[&str]| {
+        let mut command = if geteuid().is_root() {
+            let mut command = Command::new("setpriv");
+            command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--"]).arg(&program);
+            command
+        } else {
+            Command::new(&program)
+        };
+        sound(run(command.current_dir(place.path()).args(args)).unwrap()).unwrap()
+    };
+    for command in COMMANDS {
+        let ran = as_nobody(&[command, "good.qcow2"]);
+        refused(&ran, &[EX_PERMISSION], &["base.raw", "good.qcow2"]).unwrap();
+        let ran = as_nobody(&[command, "-f", "raw", "base.raw"]);
+        refused(&ran, &[EX_PERMISSION], &["base.raw"]).unwrap();
+    }
+    // Readable, but another's: O_NOATIME is refused by the kernel, reading is not.
+    open(&place.path().join("base.raw"), 0o644);
+    for command in COMMANDS {
+        as_nobody(&[command, "good.qcow2"]).ok().unwrap();
+    }
+}
+
+#[test]
+fn a_snapshot_that_is_not_there_is_66() {
+    let dir = scratch_dir("damaged").unwrap();
+    let dir = dir.path();
+    good(dir);
+    for name in ["third", "3", "", "snapshot.id=first", "snapshot.name=1"] {
+        all_refuse(dir, &["-l", name, "good.qcow2"], &[EX_MISSING, 64], &["snapshot"]);
+    }
+    all_refuse(dir, &["-f", "raw", "-l", "first", "base.raw"], &[EX_MISSING], &["base.raw"]);
+}
+
+#[test]
+fn encrypted_images_are_mapped_and_not_representable_yet() {
+    for format in ["luks", "aes"] {
+        let dir = scratch_dir("damaged").unwrap();
+        let dir = dir.path();
+        let secret = ["--object", "secret,id=s,data=oracle"];
+        let options = format!("encrypt.format={format},encrypt.key-secret=s");
+        let options = if format == "luks" { options + ",encrypt.iter-time=10" } else { options };
+        let mut line = vec!["create", "-q", "-f", "qcow2"];
+        line.extend(secret);
+        line.extend(["-o", &options, "x.qcow2", "1M"]);
+        qemu::img(dir, &line).unwrap();
+        let image = "driver=qcow2,file.filename=x.qcow2,encrypt.key-secret=s";
+        let mut io = Command::new("qemu-io");
+        io.current_dir(dir).args(secret).args([
+            "--image-opts",
+            image,
+            "-c",
+            "write -P 5 65536 4096",
+        ]);
+        run(&mut io).unwrap().ok().unwrap();
+        for output in ["--output=json", "--output=human"] {
+            let mut line = vec!["map", output];
+            line.extend(secret);
+            line.extend(["--image-opts", image]);
+            let theirs = qemu::img_any(dir, &line).unwrap();
+            let ours = imgdm(dir, &["map", output, "x.qcow2"]).unwrap();
+            same(&theirs, &ours).unwrap_or_else(|error| panic!("{format}: {error}"));
+        }
+        let ran = imgdm(dir, &["table", "x.qcow2"]).unwrap();
+        refused(&ran, &[EX_NOT_REPRESENTABLE], &["x.qcow2", "encrypted"]).unwrap();
+    }
+}

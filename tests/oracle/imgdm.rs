@@ -1,0 +1,54 @@
+//! Running the program under test.
+
+use std::ffi::OsStr;
+use std::path::Path;
+use std::process::Command;
+
+use crate::common::process::{Outcome, Ran, run};
+
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_imgdm");
+
+/// Exit codes of imgdm.
+pub(crate) const EX_INVALID: i32 = 65;
+pub(crate) const EX_MISSING: i32 = 66;
+pub(crate) const EX_NOT_REPRESENTABLE: i32 = 76;
+pub(crate) const EX_PERMISSION: i32 = 77;
+
+/// Runs imgdm in `dir`.
+///
+/// # Errors
+/// It could not be run, did not end, was ended by a signal, or panicked.
+pub(crate) fn imgdm<S: AsRef<OsStr>>(dir: &Path, args: &[S]) -> Outcome<Ran> {
+    sound(run(Command::new(PROGRAM).current_dir(dir).args(args))?)
+}
+
+/// No end of imgdm that no input may bring about.
+///
+/// # Errors
+/// A signal or a panic ended it.
+pub(crate) fn sound(ran: Ran) -> Outcome<Ran> {
+    if ran.code().is_none_or(|code| code == 101) || ran.stderr.contains("panicked at") {
+        return Err(ran.describe());
+    }
+    Ok(ran)
+}
+
+/// Checks that imgdm gave up with one of these codes, with nothing on stdout but
+/// what a map had got to, and with words on stderr.
+///
+/// # Errors
+/// It did something else.
+pub(crate) fn refused(ran: &Ran, codes: &[i32], words: &[&str]) -> Outcome {
+    if !ran.code().is_some_and(|code| codes.contains(&code)) {
+        return Err(format!("should exit with one of {codes:?}:\n{}", ran.describe()));
+    }
+    for word in words {
+        if !ran.stderr.to_lowercase().contains(&word.to_lowercase()) {
+            return Err(format!("should say '{word}':\n{}", ran.describe()));
+        }
+    }
+    if ran.stderr.trim().is_empty() {
+        return Err(format!("should say why:\n{}", ran.describe()));
+    }
+    Ok(())
+}

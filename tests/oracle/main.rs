@@ -1,0 +1,24 @@
+//! The oracle tier: imgdm beside qemu-img, on images that QEMU's own tools made.
+//!
+//! `map` has to print the same bytes as `qemu-img map`; the table that imgdm plans,
+//! read over the image files as device-mapper would read it, has to be the disk that
+//! `qemu-img convert` writes. The images are drawn from a seed: `IMGDM_SEED` sets it,
+//! `IMGDM_CASES` how many of each kind, `IMGDM_CASE` picks a single one. A case that
+//! fails prints how its image was made, and keeps it.
+
+// Helpers outside of #[test] functions fail a test by panicking too.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod check;
+mod damaged;
+mod deep;
+mod far;
+mod imgdm;
+mod map;
+mod names;
+mod random;
+mod selftest;
+mod table;
