@@ -4,19 +4,22 @@
 //! resolved anew, one table's worth at a time, when they are printed or loaded.
 
 mod build;
+mod census;
+mod obstacle;
 mod segment;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use crate::chain::{Chain, Extents, HoleQuery};
-use crate::error::{Error, ErrorKind, Result, printable};
+use crate::chain::{Chain, HoleQuery};
+use crate::error::{Error, ErrorKind, Result};
 use crate::open::{Warning, WarningKind};
 use crate::units::{ByteLen, GuestOffset, GuestRange, SECTOR_SIZE, Sectors};
 
 use build::{Blocked, Facts, Piece, chain_files, cut};
+use census::Census;
+pub use obstacle::{Obstacle, ObstacleKind};
 pub use segment::{
     Backing, BackingId, Bindings, MAX_SEGMENTS_PER_TABLE, PlannedTable, Segment, SegmentTarget,
     TableId, TableRole, TableSource,
@@ -71,80 +74,6 @@ impl Default for PlanOptions {
     }
 }
 
-/// Why an image can't be attached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum ObstacleKind {
-    /// Compressed clusters.
-    Compressed,
-    /// Encrypted clusters.
-    Encrypted,
-    /// The last sector of a file is cut off: a loop device does not show it.
-    PartialSector,
-    /// A cluster that does not start on a sector boundary of its file.
-    Unaligned,
-    /// Clusters that lie wholly past the end of their file.
-    PastFileEnd,
-    /// A virtual disk of no bytes.
-    Empty,
-    /// A backing file without a declared format.
-    UndeclaredBackingFormat,
-    /// A file that somebody has open for writing.
-    InUse,
-}
-
-impl ObstacleKind {
-    /// A stable name for scripts.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Compressed => "compressed",
-            Self::Encrypted => "encrypted",
-            Self::PartialSector => "partial-sector",
-            Self::Unaligned => "unaligned",
-            Self::PastFileEnd => "past-end-of-file",
-            Self::Empty => "empty",
-            Self::UndeclaredBackingFormat => "undeclared-backing-format",
-            Self::InUse => "in-use",
-        }
-    }
-
-    fn describe(self) -> &'static str {
-        match self {
-            Self::Compressed => "compressed clusters",
-            Self::Encrypted => "encrypted clusters",
-            Self::PartialSector => "a last sector that the file holds only in part",
-            Self::Unaligned => "clusters that do not start on a sector of the file",
-            Self::PastFileEnd => "clusters past the end of the file (is it truncated?)",
-            Self::Empty => "a virtual disk of 0 bytes",
-            Self::UndeclaredBackingFormat => "a backing file without a declared format",
-            Self::InUse => "a program that may write to the file",
-        }
-    }
-}
-
-/// One kind of obstacle in one file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Obstacle {
-    /// What kind.
-    pub kind: ObstacleKind,
-    /// In which file.
-    pub path: PathBuf,
-    /// How many clusters (subclusters, sectors) are concerned; 1 where it is the file.
-    pub count: u64,
-    /// The first guest offset concerned; none where it is the whole file.
-    pub first: Option<GuestOffset>,
-}
-
-impl std::fmt::Display for Obstacle {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let path = printable(&self.path.to_string_lossy());
-        write!(f, "{path}: {}", self.kind.describe())?;
-        if let Some(first) = self.first {
-            write!(f, ": {}, the first at guest offset {first}", self.count)?;
-        }
-        Ok(())
-    }
-}
-
 /// How many segments of each target a plan has, over all its tables.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SegmentCounts {
@@ -185,145 +114,6 @@ pub struct Plan<'c> {
     unheld: Vec<PathBuf>,
 }
 
-/// What one window's pieces come to: the two at its ends may grow together with the
-/// neighbouring windows', those between are segments already.
-struct Tally {
-    window: GuestRange,
-    first: Option<Piece>,
-    last: Option<Piece>,
-    between: SegmentCounts,
-    longest_zero: Sectors,
-    used: Vec<bool>,
-    blocked: Vec<Blocked>,
-}
-
-impl Tally {
-    fn of(facts: &Facts, files: usize, window: GuestRange, extents: Extents<'_>) -> Self {
-        let mut tally = Self {
-            window,
-            first: None,
-            last: None,
-            between: SegmentCounts::default(),
-            longest_zero: Sectors::default(),
-            used: vec![false; files],
-            blocked: Vec::new(),
-        };
-        let Tally { first, between, longest_zero, used, .. } = &mut tally;
-        let (last, blocked) = cut(facts, extents, |piece| {
-            if first.is_none() {
-                *first = Some(*piece);
-            } else {
-                let segment = facts.segment(piece, GuestOffset::ZERO);
-                count(facts, &segment, between, longest_zero, used);
-            }
-        });
-        if tally.first.is_none() {
-            tally.first = last;
-        } else {
-            tally.last = last;
-        }
-        tally.blocked = blocked;
-        tally
-    }
-}
-
-#[inline(always)]
-fn count(
-    facts: &Facts,
-    segment: &Segment,
-    counts: &mut SegmentCounts,
-    longest_zero: &mut Sectors,
-    used: &mut [bool],
-) {
-    match segment.target {
-        SegmentTarget::Zero => counts.zero += 1,
-        SegmentTarget::Linear { backing, .. } => {
-            counts.linear += 1;
-            if backing == facts.zero_backing {
-                *longest_zero = (*longest_zero).max(segment.length);
-            } else if let Some(used) = used.get_mut(backing.0 as usize) {
-                *used = true;
-            }
-        }
-    }
-}
-
-/// Adds up the tallies, in guest order.
-struct Census<'f> {
-    chain: &'f Chain,
-    facts: &'f Facts,
-    holes: HoleQuery,
-    max_segments: u64,
-    pending: Option<Piece>,
-    counts: SegmentCounts,
-    longest_zero: Sectors,
-    used: Vec<bool>,
-    /// Where each table after the first starts.
-    splits: Vec<GuestOffset>,
-    blocked: BTreeMap<(BackingId, ObstacleKind), Blocked>,
-}
-
-impl Census<'_> {
-    fn take(&mut self, tally: Tally) -> Result<()> {
-        for blocked in &tally.blocked {
-            self.blocked
-                .entry((blocked.backing, blocked.kind))
-                .and_modify(|known| known.count += blocked.count)
-                .or_insert(*blocked);
-        }
-        if let Some(first) = tally.first {
-            self.piece(first);
-        }
-        let Some(last) = tally.last else { return Ok(()) };
-        self.flush();
-        let before = self.counts.total();
-        let between = tally.between.total();
-        if before.max(1).next_multiple_of(self.max_segments) < before + between {
-            self.find_splits(tally.window, before)?;
-        }
-        self.counts.linear += tally.between.linear;
-        self.counts.zero += tally.between.zero;
-        self.longest_zero = self.longest_zero.max(tally.longest_zero);
-        for (used, more) in self.used.iter_mut().zip(&tally.used) {
-            *used |= more;
-        }
-        self.pending = Some(last);
-        Ok(())
-    }
-
-    fn piece(&mut self, next: Piece) {
-        if self.pending.as_mut().is_some_and(|pending| pending.absorb(&next)) {
-            return;
-        }
-        self.flush();
-        self.pending = Some(next);
-    }
-
-    fn flush(&mut self) {
-        let Some(piece) = self.pending.take() else { return };
-        let before = self.counts.total();
-        if before > 0 && before.is_multiple_of(self.max_segments) {
-            self.splits.push(GuestOffset::new(piece.start));
-        }
-        let segment = self.facts.segment(&piece, GuestOffset::ZERO);
-        count(self.facts, &segment, &mut self.counts, &mut self.longest_zero, &mut self.used);
-    }
-
-    /// A table ends among the segments between a window's ends: looks where.
-    fn find_splits(&mut self, window: GuestRange, before: u64) -> Result<()> {
-        let mut starts = Vec::new();
-        let mut resolver = self.chain.resolver(self.holes);
-        cut(self.facts, resolver.resolve(window)?, |piece| starts.push(piece.start));
-        // The window's first and last piece are not among them.
-        for (index, &start) in (before..).zip(starts.iter().skip(1)) {
-            if index > 0 && index.is_multiple_of(self.max_segments) {
-                self.splits.push(GuestOffset::new(start));
-            }
-        }
-        Ok(())
-    }
-}
-
 impl<'c> Plan<'c> {
     /// Resolves the whole chain once and lays out the tables.
     ///
@@ -334,25 +124,9 @@ impl<'c> Plan<'c> {
             chain_files(chain).map(|(layer, role)| Backing::File { layer, role }).collect();
         let facts = Facts::new(chain, options);
         let files = backings.len();
-        let mut census = Census {
-            chain,
-            facts: &facts,
-            holes: options.holes,
-            max_segments: options.max_segments,
-            pending: None,
-            counts: SegmentCounts::default(),
-            longest_zero: Sectors::default(),
-            used: vec![false; files],
-            splits: Vec::new(),
-            blocked: BTreeMap::new(),
-        };
-        chain.map_windows(
-            chain.whole(),
-            options.holes,
-            |window, extents| Tally::of(&facts, files, window, extents),
-            |tally| census.take(tally),
-        )?;
-        census.flush();
+        // Room for the files that need a sector each in the last table.
+        let max_segments = options.max_segments.saturating_sub(files as u64).max(1);
+        let census = Census::of(chain, &facts, files, options.holes, max_segments)?;
         let Census { counts, longest_zero, used, splits, blocked, .. } = census;
         if longest_zero > Sectors::default() {
             backings.push(Backing::Zero { length: longest_zero });
@@ -361,7 +135,7 @@ impl<'c> Plan<'c> {
             chain,
             facts,
             holes: options.holes,
-            max_segments: options.max_segments,
+            max_segments,
             backings,
             tables: Vec::new(),
             stretches: Vec::new(),
@@ -577,14 +351,13 @@ impl TableSource for Plan<'_> {
     ) -> Result<()> {
         if let Some(stretch) = self.stretches.get(table.0 as usize) {
             self.for_each_guest_segment(stretch.guest, each)?;
-            let mut start = stretch.guest.length().get() / SECTOR_SIZE;
-            for &backing in &stretch.keepers {
+            let past_the_end = stretch.guest.length().get() / SECTOR_SIZE;
+            for (start, &backing) in (past_the_end..).zip(&stretch.keepers) {
                 each(Segment {
                     start: Sectors::new(start),
                     length: Sectors::new(1),
                     target: SegmentTarget::Linear { backing, offset: Sectors::default() },
                 })?;
-                start += 1;
             }
             return Ok(());
         }

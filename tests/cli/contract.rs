@@ -86,7 +86,7 @@ pub(super) fn garbage(command: &str) {
 pub(super) fn no_permission(command: &str) {
     let directory = chain();
     let image = directory.path().join("top.qcow2");
-    fs::set_permissions(&image, Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(&image, Permissions::from_mode(0o0)).unwrap();
     fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
     let output = as_nobody(command, directory.path());
     assert_fails(&output, 77, &["top.qcow2"]);
@@ -225,7 +225,7 @@ fn an_undeclared_backing_format_is_refused_by_those_that_hand_the_bytes_on() {
 fn obstacles_are_all_listed_and_nothing_is_loaded() {
     let directory = tempfile::tempdir().unwrap();
     fs::write(directory.path().join("odd.raw"), vec![1; 700]).unwrap();
-    let compressed = 1 << 62 | 4 * 65536;
+    let compressed = (1 << 62) | (4 * 65536);
     Qcow2::new()
         .backing(Path::new("odd.raw"), Some("raw"))
         .entry(3, compressed)
@@ -258,7 +258,7 @@ fn obstacles_are_all_listed_and_nothing_is_loaded() {
 
 #[test]
 fn compressed_clusters_alone_are_not_representable() {
-    let image = Qcow2::new().entry(3, 1 << 62 | 4 * 65536);
+    let image = Qcow2::new().entry(3, (1 << 62) | (4 * 65536));
     assert_fails(&on("table", &image, &[]), 76, &["compressed"]);
     assert_fails(&on("attach", &image, &[]), 76, &["compressed"]);
 }

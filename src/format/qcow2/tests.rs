@@ -30,7 +30,7 @@ impl Builder {
         image.u32(56, 1);
         image.u32(96, 4);
         image.u32(100, 104);
-        image.u64(2 * CLUSTER, 3 * CLUSTER | COPIED);
+        image.u64(2 * CLUSTER, (3 * CLUSTER) | COPIED);
         image
     }
 
@@ -85,7 +85,7 @@ const NONE: BlockStatus = BlockStatus::Unallocated(None);
 #[test]
 fn contiguous_clusters_are_one_run_cut_to_the_range() {
     let mut image = Builder::new(8);
-    image.l2(0, 4 * CLUSTER | COPIED).l2(1, 5 * CLUSTER).l2(3, 4 * CLUSTER | COPIED);
+    image.l2(0, (4 * CLUSTER) | COPIED).l2(1, 5 * CLUSTER).l2(3, (4 * CLUSTER) | COPIED);
     assert_eq!(
         image.status(512, 4 * CLUSTER + 1024).unwrap(),
         [
@@ -136,7 +136,7 @@ fn every_range_gives_its_part_of_the_whole() {
 #[test]
 fn zero_clusters_are_plain_or_keep_their_host_cluster() {
     let mut image = Builder::new(8);
-    image.l2(0, 1).l2(1, 1 | COPIED).l2(2, 4 * CLUSTER | 1 | COPIED);
+    image.l2(0, 1).l2(1, 1 | COPIED).l2(2, (4 * CLUSTER) | 1 | COPIED);
     let allocated = HostPlace::in_image(HostOffset::new(4 * CLUSTER));
     assert_eq!(
         image.status(0, 3 * CLUSTER).unwrap(),
@@ -172,7 +172,7 @@ fn subclusters_follow_the_bitmap_and_join_over_clusters() {
 #[test]
 fn an_encrypted_image_tells_no_offset_but_of_its_data() {
     let mut image = Builder::new(8);
-    image.u32(32, 2).l2(0, 4 * CLUSTER).l2(1, 5 * CLUSTER | 1);
+    image.u32(32, 2).l2(0, 4 * CLUSTER).l2(1, (5 * CLUSTER) | 1);
     let place = HostPlace::in_image(HostOffset::new(4 * CLUSTER));
     assert_eq!(
         image.status(0, 2 * CLUSTER).unwrap(),
@@ -350,7 +350,8 @@ fn a_snapshot_has_its_own_size_and_l1_table() {
 
 #[test]
 fn a_bad_snapshot_table_stops_only_those_who_ask_for_a_snapshot() {
-    let bad: [(&str, fn(&mut Builder)); 4] = [
+    type Change = fn(&mut Builder);
+    let bad: [(&str, Change); 4] = [
         ("extra data", |i| _ = i.u32(4 * CLUSTER + 36, 1025)),
         ("cluster boundary", |i| _ = i.u64(4 * CLUSTER, 5 * CLUSTER + 8)),
         ("too large", |i| _ = i.u32(4 * CLUSTER + 8, u32::MAX)),

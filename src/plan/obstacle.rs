@@ -1,0 +1,80 @@
+//! What stands in the way of attaching an image.
+
+use std::path::PathBuf;
+
+use crate::error::printable;
+use crate::units::GuestOffset;
+
+/// Why an image can't be attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ObstacleKind {
+    /// Compressed clusters.
+    Compressed,
+    /// Encrypted clusters.
+    Encrypted,
+    /// The last sector of a file is cut off: a loop device does not show it.
+    PartialSector,
+    /// A cluster that does not start on a sector boundary of its file.
+    Unaligned,
+    /// Clusters that lie wholly past the end of their file.
+    PastFileEnd,
+    /// A virtual disk of no bytes.
+    Empty,
+    /// A backing file without a declared format.
+    UndeclaredBackingFormat,
+    /// A file that somebody has open for writing.
+    InUse,
+}
+
+impl ObstacleKind {
+    /// A stable name for scripts.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Compressed => "compressed",
+            Self::Encrypted => "encrypted",
+            Self::PartialSector => "partial-sector",
+            Self::Unaligned => "unaligned",
+            Self::PastFileEnd => "past-end-of-file",
+            Self::Empty => "empty",
+            Self::UndeclaredBackingFormat => "undeclared-backing-format",
+            Self::InUse => "in-use",
+        }
+    }
+
+    fn describe(self) -> &'static str {
+        match self {
+            Self::Compressed => "compressed clusters",
+            Self::Encrypted => "encrypted clusters",
+            Self::PartialSector => "a last sector that the file holds only in part",
+            Self::Unaligned => "clusters that do not start on a sector of the file",
+            Self::PastFileEnd => "clusters past the end of the file (is it truncated?)",
+            Self::Empty => "a virtual disk of 0 bytes",
+            Self::UndeclaredBackingFormat => "a backing file without a declared format",
+            Self::InUse => "a program that may write to the file",
+        }
+    }
+}
+
+/// One kind of obstacle in one file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Obstacle {
+    /// What kind.
+    pub kind: ObstacleKind,
+    /// In which file.
+    pub path: PathBuf,
+    /// How many clusters (subclusters, sectors) are concerned; 1 where it is the file.
+    pub count: u64,
+    /// The first guest offset concerned; none where it is the whole file.
+    pub first: Option<GuestOffset>,
+}
+
+impl std::fmt::Display for Obstacle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let path = printable(&self.path.to_string_lossy());
+        write!(f, "{path}: {}", self.kind.describe())?;
+        if let Some(first) = self.first {
+            write!(f, ": {}, the first at guest offset {first}", self.count)?;
+        }
+        Ok(())
+    }
+}
