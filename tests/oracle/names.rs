@@ -35,13 +35,20 @@ fn plain_overlay() -> Step {
 
 /// Map and table of `image`, as it is named from `from`, against qemu-img's.
 fn check_from(from: &Path, image: &str) -> Outcome {
+    check_with(from, image, &[])
+}
+
+/// The same, with more arguments for table.
+fn check_with(from: &Path, image: &str, extra: &[&str]) -> Outcome {
     for output in ["--output=json", "--output=human"] {
         let line = strings(&["map", "-f", "qcow2", output, image]);
         same(&qemu::img(from, &line)?, &imgdm(from, &line)?)?;
     }
     let copy = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     convert(from, "qcow2", image, &copy.path().to_string_lossy())?;
-    let ran = imgdm(from, &["table", "--output=json", image])?.ok()?;
+    let mut line = vec!["table", "--output=json", image];
+    line.extend_from_slice(extra);
+    let ran = imgdm(from, &line)?.ok()?;
     compare(&Plan::parse(&ran.stdout)?, copy.path())
 }
 
@@ -107,11 +114,16 @@ fn names_with_odd_characters() {
     let dir = scratch_dir("names").unwrap();
     let dir = dir.path();
     base_and_overlay(dir, &plain_overlay());
-    for name in ["a b", "quo\"te'", "überlay", "a,b=c", "-dash", "perc%s", "back\\slash"] {
+    for name in ["a b", "quo\"te'", "überlay", "a,b=c", "perc%s", "back\\slash"] {
         let name = format!("./{name}.qcow2");
         fs::copy(dir.join("a/overlay.qcow2"), dir.join("a").join(&name)).unwrap();
         check_from(&dir.join("a"), &name).unwrap_or_else(|error| panic!("{name}: {error}"));
     }
+    // A device's name may not start with a dash: it takes another.
+    fs::copy(dir.join("a/overlay.qcow2"), dir.join("a/-dash.qcow2")).unwrap();
+    let ran = imgdm(&dir.join("a"), &["table", "./-dash.qcow2"]).unwrap();
+    refused(&ran, &[64], &["-dash", "--name"]).unwrap();
+    check_with(&dir.join("a"), "./-dash.qcow2", &["--name=dash"]).unwrap();
     // Not UTF-8.
     let name = OsStr::from_bytes(b"./\xff\xfe.qcow2");
     fs::copy(dir.join("a/overlay.qcow2"), dir.join("a").join(name)).unwrap();

@@ -67,6 +67,22 @@ fn has_data(plan: &Plan, copy: &Path, table: usize, segment: usize) -> bool {
         && sector.iter().any(|&byte| byte != 0)
 }
 
+/// Whether the file's bytes behind the segment are the disk's: where a small write
+/// made QEMU copy the rest of the cluster from the backing file, they are.
+fn carries_on(plan: &Plan, copy: &Path, table: usize, segment: usize) -> bool {
+    let part = &plan.tables[table].segments[segment];
+    let backing = plan.backings.iter().find(|backing| Some(backing.id) == part.backing);
+    let (Some(path), Some(offset)) = (backing.and_then(|b| b.path.as_ref()), part.offset) else {
+        return false;
+    };
+    let sector = |path: &Path, number: u64| {
+        let mut bytes = [0; 512];
+        let file = std::fs::File::open(path).unwrap();
+        file.read_exact_at(&mut bytes, number * SECTOR).map(|()| bytes).ok()
+    };
+    sector(path, offset + part.length) == sector(copy, part.start + part.length)
+}
+
 #[test]
 fn a_table_with_one_mutated_segment_is_seen() {
     let dir = scratch_dir("selftest").unwrap();
@@ -109,7 +125,7 @@ fn a_table_with_one_mutated_segment_is_seen() {
 
     let (tried, seen) = count(&plan, &copy, |mutant, t, s| {
         let segments = &mut mutant.tables[t].segments;
-        if s + 1 >= segments.len() || !data(t, s + 1) {
+        if s + 1 >= segments.len() || !data(t, s + 1) || carries_on(&plan, &copy, t, s) {
             return false;
         }
         segments[s].length += 1;
