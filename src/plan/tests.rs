@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::chain::Extents;
 use crate::chain::tests::{Sector, chain_of, layers, model};
 
 /// What a sector of a device reads, followed through the tables.

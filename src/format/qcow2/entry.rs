@@ -78,11 +78,11 @@ impl L2Format {
     /// own: on the host bytes that follow, or on none. Compressed clusters stand alone.
     #[inline]
     pub(super) fn followers(self, first: u64, rest: &[[u8; 8]]) -> usize {
-        if first & COMPRESSED != 0 {
-            return 0;
-        }
-        let on_host = first & OFFSET_MASK != 0 || (self.data_file && first & COPIED != 0);
-        let step = if on_host { 1 << self.cluster_bits } else { 0 };
+        let step = match self.decode(first) {
+            L2Entry::Compressed { .. } => return 0,
+            L2Entry::Standard(_) | L2Entry::ZeroAllocated(_) => 1 << self.cluster_bits,
+            L2Entry::Unallocated | L2Entry::ZeroPlain => 0,
+        };
         let mut expected = first & self.known;
         rest.iter()
             .take_while(|&&entry| {
