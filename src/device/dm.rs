@@ -17,7 +17,7 @@ use nix::errno::Errno;
 use nix::libc;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
-use super::sys::{DM_HEADER_LENGTH, dm_ioctl};
+use super::sys::{DM_HEADER_LENGTH, Removal, dm_ioctl};
 use super::{DeviceId, DeviceInfo, DeviceNumber, LiveLine, UdevRules};
 use crate::error::{Error, ErrorKind, Result};
 use crate::table::{TableLine, Target};
@@ -239,6 +239,13 @@ impl Dm {
         let mut header = Header::new(Some(DeviceId::Uuid(uuid)))?;
         header.flags = if deferred { DEFERRED_REMOVE } else { 0 };
         self.simple(DEV_REMOVE, &header).map(drop)
+    }
+
+    /// The ioctls by which a device is removed unless it has a live table, made up front.
+    pub(crate) fn removal(uuid: &str) -> io::Result<Removal> {
+        let mut header = [0; DM_HEADER_LENGTH];
+        header.copy_from_slice(Header::new(Some(DeviceId::Uuid(uuid)))?.as_bytes());
+        Ok(Removal { header, status: DEV_STATUS, remove: DEV_REMOVE })
     }
 
     pub(crate) fn message(&self, uuid: &str, message: &str) -> io::Result<()> {

@@ -130,8 +130,11 @@ impl Kernel for LinuxKernel {
         }
     }
 
-    fn guard(&self, _lock: &Self::Lock, _uuids: &[String]) -> Result<Box<dyn Guard>> {
-        Ok(Box::new(()))
+    fn guard(&self, lock: &Self::Lock, uuids: &[String]) -> Result<Box<dyn Guard>> {
+        let failed = |error| Error::io("cannot start a process that watches over the build", error);
+        let removals: io::Result<Vec<_>> = uuids.iter().rev().map(|uuid| Dm::removal(uuid)).collect();
+        let watch = removals.and_then(|removals| sys::watch(lock.as_fd(), &removals));
+        Ok(Box::new(watch.map_err(failed)?))
     }
 
     fn devices(&self) -> Result<Vec<DeviceInfo>> {
@@ -362,7 +365,7 @@ impl Kernel for LinuxKernel {
     }
 }
 
-impl Guard for () {}
+impl Guard for sys::Watch {}
 
 /// Undoes the octal escapes of /proc/*/mountinfo.
 fn unescape(field: &str) -> String {

@@ -2,6 +2,7 @@
 //! FIEMAP, and leases. The only `unsafe` of the crate; all of it is behind safe
 //! functions that hold for any argument.
 #![allow(unsafe_code)]
+#![cfg_attr(not(feature = "device"), allow(dead_code))]
 
 use std::fs::File;
 use std::io;
@@ -36,6 +37,113 @@ pub(crate) fn dm_ioctl(control: BorrowedFd<'_>, command: u8, buffer: &mut [u8]) 
     let result = unsafe { libc::ioctl(control.as_raw_fd(), request, buffer.as_mut_ptr()) };
     Errno::result(result)?;
     Ok(())
+}
+
+/// Where `flags` is in a `struct dm_ioctl`, and the one that says that there is a live
+/// table.
+const DM_FLAGS_AT: usize = 28;
+const DM_ACTIVE_PRESENT: u32 = 1 << 5;
+
+/// What the process that [`watch`] starts is to do about one device.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Removal {
+    /// A header that names the device.
+    pub(crate) header: [u8; DM_HEADER_LENGTH],
+    /// The command that asks for its status.
+    pub(crate) status: u8,
+    /// The command that removes it.
+    pub(crate) remove: u8,
+}
+
+/// A process that removes half-built devices should this one be killed.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    pid: nix::unistd::Pid,
+    pipe: File,
+}
+
+/// Starts a process that does nothing until this one dies, and then removes those of the
+/// devices that have no live table. It has `control` open and nothing else, so that a
+/// lock on it lasts until the work is done. Dropping the watch ends it.
+///
+/// It closes the one gap in what the kernel undoes by itself: a device can be marked for
+/// removal at its last close only while it is open, and opened only once it has a table.
+///
+/// # Errors
+/// What the system says.
+pub(crate) fn watch(control: BorrowedFd<'_>, removals: &[Removal]) -> io::Result<Watch> {
+    let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+    // SAFETY: the child may be a copy of one thread of several, so until it ends it calls
+    // nothing but system calls that are safe after fork: no allocation, no lock, no panic,
+    // no destructor, on buffers made beforehand.
+    match unsafe { nix::unistd::fork() }? {
+        nix::unistd::ForkResult::Parent { child } => {
+            drop(reader);
+            Ok(Watch { pid: child, pipe: File::from(writer) })
+        }
+        nix::unistd::ForkResult::Child => {
+            let (reader, control) = (reader.as_raw_fd(), control.as_raw_fd());
+            // SAFETY: as above; all arguments are plain numbers, or point to a buffer of
+            // this frame of the length given. The descriptors that are closed belong to
+            // values of the parent, none of which this process uses or drops any more.
+            unsafe {
+                libc::setsid();
+                for signal in
+                    [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGTSTP]
+                {
+                    libc::signal(signal, libc::SIG_IGN);
+                }
+                // Out of each other's way first, then to 0 and 1, and all others closed.
+                let reader = libc::fcntl(reader, libc::F_DUPFD, 3);
+                let control = libc::fcntl(control, libc::F_DUPFD, 3);
+                if libc::dup2(reader, 0) != 0 || libc::dup2(control, 1) != 1 {
+                    libc::_exit(1);
+                }
+                if libc::syscall(libc::SYS_close_range, 2, u32::MAX, 0) != 0 {
+                    libc::_exit(1);
+                }
+                let mut byte = 0u8;
+                loop {
+                    let got = libc::read(0, (&raw mut byte).cast(), 1);
+                    if got == 0 {
+                        break;
+                    }
+                    if got > 0 || Errno::last() != Errno::EINTR {
+                        libc::_exit(0);
+                    }
+                }
+                let control = BorrowedFd::borrow_raw(1);
+                for removal in removals {
+                    // Its dying process may have it open for a moment yet.
+                    for _ in 0..300 {
+                        // Anew each time: the kernel notes more in it than may be asked by.
+                        let mut buffer = removal.header;
+                        if dm_ioctl(control, removal.status, &mut buffer).is_err() {
+                            break;
+                        }
+                        let flags = buffer.get(DM_FLAGS_AT..DM_FLAGS_AT + 4);
+                        let flags = flags.and_then(|f| f.try_into().ok()).map(u32::from_ne_bytes);
+                        if flags.is_none_or(|flags| flags & DM_ACTIVE_PRESENT != 0) {
+                            break;
+                        }
+                        let mut buffer = removal.header;
+                        if dm_ioctl(control, removal.remove, &mut buffer).is_ok() {
+                            break;
+                        }
+                        libc::poll(std::ptr::null_mut(), 0, 10);
+                    }
+                }
+                libc::_exit(0);
+            }
+        }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        let _ = io::Write::write_all(&mut self.pipe, b"x");
+        while nix::sys::wait::waitpid(self.pid, None) == Err(Errno::EINTR) {}
+    }
 }
 
 /// `struct loop_info64` (linux/loop.h).
