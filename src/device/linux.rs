@@ -132,7 +132,8 @@ impl Kernel for LinuxKernel {
 
     fn guard(&self, lock: &Self::Lock, uuids: &[String]) -> Result<Box<dyn Guard>> {
         let failed = |error| Error::io("cannot start a process that watches over the build", error);
-        let removals: io::Result<Vec<_>> = uuids.iter().rev().map(|uuid| Dm::removal(uuid)).collect();
+        let removals: io::Result<Vec<_>> =
+            uuids.iter().rev().map(|uuid| Dm::removal(uuid)).collect();
         let watch = removals.and_then(|removals| sys::watch(lock.as_fd(), &removals));
         Ok(Box::new(watch.map_err(failed)?))
     }
