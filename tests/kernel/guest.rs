@@ -739,3 +739,10 @@ impl Drop for Mounted {
         }
     }
 }
+
+/// What `imgdm list --output=json` prints.
+#[track_caller]
+pub(crate) fn listed() -> Vec<serde_json::Value> {
+    let printed = imgdm(["list", "--output=json"]).ok();
+    serde_json::from_str(&printed).unwrap_or_else(|error| panic!("{error}: {printed}"))
+}
