@@ -2,6 +2,8 @@
 //! boots a guest for them.
 
 mod content;
+mod faults;
 mod guest;
 mod locks;
+mod names;
 mod readonly;

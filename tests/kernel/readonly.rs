@@ -20,7 +20,7 @@ struct State {
 
 impl State {
     fn of(path: &Path) -> Self {
-        drop_caches();
+        forget(path);
         let mut file = OpenOptions::new();
         let mut file = file.read(true).custom_flags(libc::O_NOATIME).open(path).unwrap();
         let mut bytes = Vec::new();
@@ -135,7 +135,7 @@ fn nothing_done_to_the_device_of_a_block_device_image_changes_the_block_device()
     write_image(&block, "qcow2", &["write -P 1 0 512k", "write -P 2 1M 64k"]);
     let wanted = qemu_content(&scratch, &block, &["-f", "qcow2"]);
     let start = |path: &Path| {
-        drop_caches();
+        forget(path);
         read_direct(path, 0, 8 << 20).unwrap()
     };
     let before = start(&block);
