@@ -139,6 +139,9 @@ impl Kernel for LinuxKernel {
     }
 
     fn devices(&self) -> Result<Vec<DeviceInfo>> {
+        if !DEVICE_MAPPER.is_there() {
+            return Ok(Vec::new());
+        }
         let dm = self.dm()?;
         let listed = dm.list().map_err(failed("list the devices of", "device-mapper"))?;
         let mut devices = Vec::new();
@@ -155,6 +158,9 @@ impl Kernel for LinuxKernel {
             DeviceId::Name(text) | DeviceId::Uuid(text) => text.to_owned(),
             DeviceId::Number(number) => number.to_string(),
         };
+        if !DEVICE_MAPPER.is_there() {
+            return Ok(None);
+        }
         self.dm()?.info(id).map_err(failed("look at the device", &shown))
     }
 
@@ -305,10 +311,12 @@ impl Kernel for LinuxKernel {
             let done = self.wait(PATIENCE, &mut || {
                 stopped = interrupt.check();
                 stopped.is_err()
-                    || (udev::Record::of(number).is_some_and(|record| record.is_done(since))
-                        && nodes::number_at(&path) == Some(number))
+                    || udev::Record::of(number).is_some_and(|record| record.is_done(since))
             });
             stopped?;
+            // Links come before the record: one that is not there now is in another
+            // mount namespace.
+            self.wait(Duration::from_millis(100), &mut || nodes::number_at(&path) == Some(number));
             if !done {
                 let seconds = PATIENCE.as_secs();
                 log::warn!("udev has not made {} in {seconds} s", path.display());
@@ -326,15 +334,17 @@ impl Kernel for LinuxKernel {
 
     fn unpublish(&self, name: &str, number: DeviceNumber) {
         let path = Path::new(MAPPER).join(name);
+        let gone = matches!(self.device(DeviceId::Name(name)), Ok(None));
         if udev::is_running() && udev::has_device_mapper_rules() {
+            // As long as the device is there, or another is by now, the link is udev's.
+            if !gone {
+                return;
+            }
             self.wait(PATIENCE, &mut || {
                 path.symlink_metadata().is_err() && udev::Record::of(number).is_none()
             });
         }
-        // Unless it is another device's by now.
-        if matches!(self.device(DeviceId::Name(name)), Ok(None)) {
-            nodes::remove_link(name, number);
-        }
+        nodes::remove_link(name, number);
     }
 
     fn holders(&self, number: DeviceNumber) -> Vec<String> {

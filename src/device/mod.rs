@@ -13,7 +13,6 @@ pub mod fiemap;
 pub mod list;
 pub mod name;
 pub mod sys;
-pub mod udev;
 
 #[cfg(feature = "device")]
 mod dm;
@@ -23,6 +22,8 @@ pub mod linux;
 mod loops;
 #[cfg(feature = "device")]
 mod nodes;
+#[cfg(feature = "device")]
+pub mod udev;
 
 use std::fmt;
 use std::fs::File;
@@ -138,7 +139,7 @@ pub struct LoopInfo {
 impl LoopInfo {
     /// What the loop is for; none for a loop of others.
     pub fn role(&self) -> Option<LoopRole> {
-        LoopRole::parse(&self.label)
+        (self.size_limit == LOOP_SIZE_LIMIT).then(|| LoopRole::parse(&self.label)).flatten()
     }
 }
 
@@ -366,7 +367,8 @@ pub trait Kernel {
         interrupt: &Interrupt<'_>,
     ) -> Result<PathBuf>;
 
-    /// Takes /dev/mapper/NAME away where udev has not.
+    /// Takes /dev/mapper/NAME away where udev does not: a stale one would mean another
+    /// device one day.
     fn unpublish(&self, name: &str, number: DeviceNumber);
 
     /// Who has a block device open or mounted, in words.
