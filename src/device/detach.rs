@@ -101,7 +101,10 @@ pub fn detach<K: Kernel>(
         for partition in &partitions {
             kernel.defer_removal(&partition.uuid)?;
         }
-        return kernel.defer_removal(&uuid);
+        kernel.defer_removal(&uuid)?;
+        drop(lock);
+        kernel.unpublish(&target.name, target.number);
+        return Ok(());
     }
 
     // The loops are held until all above has let go of them: then it is our own close

@@ -7,6 +7,8 @@ use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::name::{DmName, DmUuid};
@@ -64,6 +66,7 @@ pub struct State {
     locked: bool,
     fail_at: Option<usize>,
     panic_at: Option<usize>,
+    raise_at: Option<(usize, Arc<AtomicUsize>)>,
     generation: u64,
 }
 
@@ -195,6 +198,11 @@ impl FakeKernel {
         self.0.borrow_mut().panic_at = Some(call);
     }
 
+    /// Has the flag say SIGTERM from the call of this number on.
+    pub fn raise_at(&self, call: usize, flag: &Arc<AtomicUsize>) {
+        self.0.borrow_mut().raise_at = Some((call, Arc::clone(flag)));
+    }
+
     /// Looks at what there is.
     pub fn with<T>(&self, look: impl FnOnce(&State) -> T) -> T {
         look(&self.0.borrow())
@@ -213,6 +221,11 @@ impl FakeKernel {
         let mut state = self.0.borrow_mut();
         let number = state.calls.len();
         state.calls.push(what);
+        if let Some((at, flag)) = &state.raise_at
+            && *at == number
+        {
+            flag.store(usize::try_from(nix::libc::SIGTERM).unwrap_or_default(), Ordering::Relaxed);
+        }
         if state.panic_at == Some(number) {
             drop(state);
             std::panic::resume_unwind(Box::new("killed"));

@@ -21,6 +21,7 @@ use super::{
     LoopOptions, PATIENCE, UdevRules, loops, sys, udev,
 };
 use crate::error::{Error, ErrorKind, Result, printable};
+use crate::source::FileId;
 use crate::units::{ByteLen, SECTOR_SIZE, Sectors};
 
 /// How long another imgdm may build before we give up waiting for it.
@@ -139,6 +140,9 @@ impl Kernel for LinuxKernel {
     }
 
     fn devices(&self) -> Result<Vec<DeviceInfo>> {
+        if !DEVICE_MAPPER.is_there() {
+            return Ok(Vec::new());
+        }
         let dm = self.dm()?;
         let listed = dm.list().map_err(failed("list the devices of", "device-mapper"))?;
         let mut devices = Vec::new();
@@ -155,6 +159,9 @@ impl Kernel for LinuxKernel {
             DeviceId::Name(text) | DeviceId::Uuid(text) => text.to_owned(),
             DeviceId::Number(number) => number.to_string(),
         };
+        if !DEVICE_MAPPER.is_there() {
+            return Ok(None);
+        }
         self.dm()?.info(id).map_err(failed("look at the device", &shown))
     }
 
@@ -305,10 +312,12 @@ impl Kernel for LinuxKernel {
             let done = self.wait(PATIENCE, &mut || {
                 stopped = interrupt.check();
                 stopped.is_err()
-                    || (udev::Record::of(number).is_some_and(|record| record.is_done(since))
-                        && nodes::number_at(&path) == Some(number))
+                    || udev::Record::of(number).is_some_and(|record| record.is_done(since))
             });
             stopped?;
+            // Links come before the record: one that is not there now is in another
+            // mount namespace.
+            self.wait(Duration::from_millis(100), &mut || nodes::number_at(&path) == Some(number));
             if !done {
                 let seconds = PATIENCE.as_secs();
                 log::warn!("udev has not made {} in {seconds} s", path.display());
@@ -326,15 +335,17 @@ impl Kernel for LinuxKernel {
 
     fn unpublish(&self, name: &str, number: DeviceNumber) {
         let path = Path::new(MAPPER).join(name);
+        let gone = matches!(self.device(DeviceId::Name(name)), Ok(None));
         if udev::is_running() && udev::has_device_mapper_rules() {
+            // As long as the device is there, or another is by now, the link is udev's.
+            if !gone {
+                return;
+            }
             self.wait(PATIENCE, &mut || {
                 path.symlink_metadata().is_err() && udev::Record::of(number).is_none()
             });
         }
-        // Unless it is another device's by now.
-        if matches!(self.device(DeviceId::Name(name)), Ok(None)) {
-            nodes::remove_link(name, number);
-        }
+        nodes::remove_link(name, number);
     }
 
     fn holders(&self, number: DeviceNumber) -> Vec<String> {
@@ -345,6 +356,7 @@ impl Kernel for LinuxKernel {
                 _ => format!("the block device {above}"),
             });
         }
+        holders.extend(loops_over(number));
         holders.extend(mounts(number));
         holders.extend(processes(number));
         holders
@@ -375,6 +387,25 @@ fn unescape(field: &str) -> String {
         out = out.replace(escape, plain);
     }
     out
+}
+
+/// Loop devices over a block device: the kernel holds it for them, no process does.
+fn loops_over(number: DeviceNumber) -> Vec<String> {
+    let device = FileId { device: number.to_dev(), inode: 0 };
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Some(minor) = name.strip_prefix("loop").and_then(|n| n.parse().ok()) else { continue };
+        // Only those that are bound: opening a free one would make it stay.
+        if !entry.path().join("loop/backing_file").exists() {
+            continue;
+        }
+        let bound = loops::info(DeviceNumber { major: loops::LOOP_MAJOR, minor });
+        if bound.is_ok_and(|info| info.is_some_and(|info| info.file == device)) {
+            found.push(format!("the loop device /dev/{name}"));
+        }
+    }
+    found
 }
 
 /// Where a block device is mounted, in any mount namespace.

@@ -92,7 +92,8 @@ pub(super) fn attached<K: Kernel>(
             {
                 continue;
             }
-            if let Some(info) = kernel.loop_info(below)? {
+            // A loop of somebody else is a block device like any other (--direct-block).
+            if let Some(info) = kernel.loop_info(below)?.filter(|info| info.role().is_some()) {
                 loops.push(AttachedLoop { number: below, info });
                 continue;
             }

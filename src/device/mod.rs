@@ -13,7 +13,6 @@ pub mod fiemap;
 pub mod list;
 pub mod name;
 pub mod sys;
-pub mod udev;
 
 #[cfg(feature = "device")]
 mod dm;
@@ -23,11 +22,13 @@ pub mod linux;
 mod loops;
 #[cfg(feature = "device")]
 mod nodes;
+#[cfg(feature = "device")]
+pub mod udev;
 
 use std::fmt;
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -138,7 +139,7 @@ pub struct LoopInfo {
 impl LoopInfo {
     /// What the loop is for; none for a loop of others.
     pub fn role(&self) -> Option<LoopRole> {
-        LoopRole::parse(&self.label)
+        (self.size_limit == LOOP_SIZE_LIMIT).then(|| LoopRole::parse(&self.label)).flatten()
     }
 }
 
@@ -366,7 +367,8 @@ pub trait Kernel {
         interrupt: &Interrupt<'_>,
     ) -> Result<PathBuf>;
 
-    /// Takes /dev/mapper/NAME away where udev has not.
+    /// Takes /dev/mapper/NAME away where udev does not: a stale one would mean another
+    /// device one day.
     fn unpublish(&self, name: &str, number: DeviceNumber);
 
     /// Who has a block device open or mounted, in words.
@@ -381,11 +383,11 @@ pub trait Guard {}
 
 /// A signal that asks to stop, looked at between steps.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Interrupt<'a>(Option<&'a AtomicI32>);
+pub struct Interrupt<'a>(Option<&'a AtomicUsize>);
 
 impl<'a> Interrupt<'a> {
     /// The flag holds the signal's number, 0 as long as none came.
-    pub fn new(flag: &'a AtomicI32) -> Self {
+    pub fn new(flag: &'a AtomicUsize) -> Self {
         Self(Some(flag))
     }
 
@@ -401,7 +403,10 @@ impl<'a> Interrupt<'a> {
     pub fn check(&self) -> Result<()> {
         match self.0.map_or(0, |flag| flag.load(Ordering::Relaxed)) {
             0 => Ok(()),
-            signal => Err(Error::new(ErrorKind::Interrupted(signal))),
+            signal => {
+                let signal = i32::try_from(signal).unwrap_or_default();
+                Err(Error::new(ErrorKind::Interrupted(signal)))
+            }
         }
     }
 }

@@ -80,7 +80,11 @@ impl Control {
         };
         let missing = [libc::ENOENT, libc::ENODEV, libc::ENXIO];
         if !first.raw_os_error().is_some_and(|errno| missing.contains(&errno)) {
-            return Err(Error::io("cannot open the control device", first).at_path(self.path));
+            let message = match first.kind() {
+                io::ErrorKind::PermissionDenied => "this needs root",
+                _ => "cannot open the control device",
+            };
+            return Err(Error::io(message, first).at_path(self.path));
         }
         modprobe(self.module);
         if let Ok(file) = self.try_open() {
@@ -100,6 +104,11 @@ impl Control {
             );
             Error::new(ErrorKind::KernelLacks(message)).with_source(error)
         })
+    }
+
+    /// True where the driver is there already: nothing is loaded to find out.
+    pub(crate) fn is_there(&self) -> bool {
+        misc_number(self.misc).is_some() || !Path::new("/proc/misc").exists()
     }
 
     fn try_open(&self) -> io::Result<File> {

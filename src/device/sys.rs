@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -59,7 +60,7 @@ pub(crate) struct Removal {
 #[derive(Debug)]
 pub(crate) struct Watch {
     pid: nix::unistd::Pid,
-    pipe: File,
+    socket: UnixStream,
 }
 
 /// Starts a process that does nothing until this one dies, and then removes those of the
@@ -72,14 +73,14 @@ pub(crate) struct Watch {
 /// # Errors
 /// What the system says.
 pub(crate) fn watch(control: BorrowedFd<'_>, removals: &[Removal]) -> io::Result<Watch> {
-    let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+    let (reader, writer) = UnixStream::pair()?;
     // SAFETY: the child may be a copy of one thread of several, so until it ends it calls
     // nothing but system calls that are safe after fork: no allocation, no lock, no panic,
     // no destructor, on buffers made beforehand.
     match unsafe { nix::unistd::fork() }? {
         nix::unistd::ForkResult::Parent { child } => {
             drop(reader);
-            Ok(Watch { pid: child, pipe: File::from(writer) })
+            Ok(Watch { pid: child, socket: writer })
         }
         nix::unistd::ForkResult::Child => {
             let (reader, control) = (reader.as_raw_fd(), control.as_raw_fd());
@@ -141,7 +142,9 @@ pub(crate) fn watch(control: BorrowedFd<'_>, removals: &[Removal]) -> io::Result
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        let _ = io::Write::write_all(&mut self.pipe, b"x");
+        // No SIGPIPE, should it be gone already.
+        let flags = nix::sys::socket::MsgFlags::MSG_NOSIGNAL;
+        let _ = nix::sys::socket::send(self.socket.as_raw_fd(), b"x", flags);
         while nix::sys::wait::waitpid(self.pid, None) == Err(Errno::EINTR) {}
     }
 }

@@ -1,5 +1,6 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 
 use super::*;
 use crate::device::detach::{detach, detach_all, find};
@@ -204,15 +205,17 @@ fn a_kill_at_any_step_leaves_no_loop_and_no_table() {
 #[test]
 fn an_interruption_at_any_step_leaves_nothing() {
     let fixture = Fixture::new();
-    // The flag is looked at after each step: set from the start, the first look stops it.
-    static FLAG: AtomicI32 = AtomicI32::new(2);
-    let kernel = FakeKernel::new();
-    let error = fixture
-        .attach_with(&kernel, |request| request.interrupt = Interrupt::new(&FLAG))
-        .unwrap_err();
-    assert_eq!(*error.cause.kind(), ErrorKind::Interrupted(2));
-    assert!(is_empty(&kernel));
-    assert_eq!(FLAG.load(Ordering::Relaxed), 2);
+    for step in 0..21 {
+        let kernel = FakeKernel::new();
+        let flag = Arc::new(AtomicUsize::new(0));
+        kernel.raise_at(step, &flag);
+        let flag: &'static Arc<AtomicUsize> = Box::leak(Box::new(flag));
+        let interrupt = Interrupt::new(flag);
+        let error = fixture.attach_with(&kernel, |r| r.interrupt = interrupt).unwrap_err();
+        assert_eq!(*error.cause.kind(), ErrorKind::Interrupted(15), "step {step}");
+        assert!(error.leftovers.is_empty(), "step {step}: {error}");
+        assert!(is_empty(&kernel), "step {step}: {kernel:?}");
+    }
 }
 
 #[test]
