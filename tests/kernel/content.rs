@@ -89,7 +89,7 @@ fn a_version_2_overlay_keeps_to_its_declared_backing_format() {
     let scratch = Scratch::new();
     let base = scratch.path("base.raw");
     // A raw file that looks like a qcow2: were it probed, it would be taken for one.
-    let mut bytes = Random(5).bytes(MIB as usize);
+    let mut bytes = Random(5).bytes(1 << 20);
     bytes[..4].copy_from_slice(b"QFI\xfb");
     fs::write(&base, &bytes).unwrap();
     let options = ["-o", "compat=0.10", "-b", "base.raw", "-F", "raw"];

@@ -707,10 +707,13 @@ pub(crate) fn block_device() -> PathBuf {
     std::env::var_os("IMGDM_TEST_BLOCK").expect("IMGDM_TEST_BLOCK names no block device").into()
 }
 
-/// A file system made by `mkfs.KIND` in a file on a loop of its own, and mounted.
+/// A file system made by `mkfs.KIND` in a file, on a loop of its own, and mounted.
 #[derive(Debug)]
 pub(crate) struct Mounted {
     pub(crate) place: PathBuf,
+    /// The loop device, which stays bound while the file system is not mounted.
+    pub(crate) source: PathBuf,
+    kind: String,
     file: PathBuf,
 }
 
@@ -723,30 +726,33 @@ impl Mounted {
         File::create(&file).unwrap().set_len(size).unwrap();
         let force = if kind == "ext4" { "-F" } else { "-f" };
         tool(&format!("mkfs.{kind}"), args!["-q", force, &file]);
-        let mounted = Self { place: PathBuf::from(format!("/run/mounted{number}")), file };
-        fs::create_dir_all(&mounted.place).unwrap();
-        tool("mount", args!["-o", "loop", &mounted.file, &mounted.place]);
+        let source = tool("losetup", args!["--show", "-f", &file]).trim().into();
+        let place = PathBuf::from(format!("/run/mounted{number}"));
+        fs::create_dir_all(&place).unwrap();
+        let mounted = Self { place, source, kind: kind.to_owned(), file };
+        mounted.mount().unwrap();
         mounted
     }
 
-    /// Mounts it again after [`umount`](Self::umount).
-    #[track_caller]
-    pub(crate) fn mount(&self) {
-        tool("mount", args!["-o", "loop", &self.file, &self.place]);
+    /// By the system call: no program's start gives anybody time.
+    pub(crate) fn mount(&self) -> nix::Result<()> {
+        let (source, kind) = (Some(&self.source), Some(self.kind.as_str()));
+        let options: Option<&str> = None;
+        nix::mount::mount(source, &self.place, kind, nix::mount::MsFlags::empty(), options)
     }
 
-    pub(crate) fn umount(&self) -> Ran {
-        run(&mut command("umount", [&self.place]))
+    /// The same way.
+    pub(crate) fn umount(&self) -> nix::Result<()> {
+        nix::mount::umount(&self.place)
     }
 }
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        if self.umount().status.success() || !thread::panicking() {
-            let _ = fs::remove_file(&self.file);
-        } else {
-            let _ = run(&mut command("umount", args!["-l", &self.place]));
-        }
+        // Later than any test's assertion: what holds it is told by those.
+        let _ = nix::mount::umount2(&self.place, nix::mount::MntFlags::MNT_DETACH);
+        let _ = run(&mut command("losetup", [OsStr::new("-d"), self.source.as_os_str()]));
+        let _ = fs::remove_file(&self.file);
     }
 }
 
