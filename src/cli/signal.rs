@@ -1,24 +1,24 @@
 //! SIGINT and SIGTERM: noted, so that what is half built can be taken back first.
 
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, OnceLock};
 
 use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
+use signal_hook::flag;
 
 use imgdm::device::Interrupt;
 
-static SIGNAL: AtomicI32 = AtomicI32::new(0);
+static SIGNAL: OnceLock<Arc<AtomicUsize>> = OnceLock::new();
 
 /// From now on the two signals no longer end the process at once, but set the flag that
-/// this gives back.
+/// this gives back. The handler itself sets it: a signal that came before a step is seen
+/// by that step, which a thread that passes signals on could not promise.
 pub(crate) fn catch() -> anyhow::Result<Interrupt<'static>> {
-    let mut signals = Signals::new([SIGINT, SIGTERM])?;
-    std::thread::spawn(move || {
-        for signal in signals.forever() {
-            SIGNAL.store(signal, Ordering::Relaxed);
-        }
-    });
-    Ok(Interrupt::new(&SIGNAL))
+    let caught = SIGNAL.get_or_init(Arc::default);
+    for signal in [SIGINT, SIGTERM] {
+        flag::register_usize(signal, Arc::clone(caught), usize::try_from(signal)?)?;
+    }
+    Ok(Interrupt::new(caught))
 }
 
 /// Ends the process as the signal would have.

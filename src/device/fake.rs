@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::name::{DmName, DmUuid};
@@ -66,7 +66,7 @@ pub struct State {
     locked: bool,
     fail_at: Option<usize>,
     panic_at: Option<usize>,
-    raise_at: Option<(usize, Arc<AtomicI32>)>,
+    raise_at: Option<(usize, Arc<AtomicUsize>)>,
     generation: u64,
 }
 
@@ -199,7 +199,7 @@ impl FakeKernel {
     }
 
     /// Has the flag say SIGTERM from the call of this number on.
-    pub fn raise_at(&self, call: usize, flag: &Arc<AtomicI32>) {
+    pub fn raise_at(&self, call: usize, flag: &Arc<AtomicUsize>) {
         self.0.borrow_mut().raise_at = Some((call, Arc::clone(flag)));
     }
 
@@ -224,7 +224,7 @@ impl FakeKernel {
         if let Some((at, flag)) = &state.raise_at
             && *at == number
         {
-            flag.store(nix::libc::SIGTERM, Ordering::Relaxed);
+            flag.store(usize::try_from(nix::libc::SIGTERM).unwrap_or_default(), Ordering::Relaxed);
         }
         if state.panic_at == Some(number) {
             drop(state);

@@ -21,6 +21,7 @@ use super::{
     LoopOptions, PATIENCE, UdevRules, loops, sys, udev,
 };
 use crate::error::{Error, ErrorKind, Result, printable};
+use crate::source::FileId;
 use crate::units::{ByteLen, SECTOR_SIZE, Sectors};
 
 /// How long another imgdm may build before we give up waiting for it.
@@ -355,6 +356,7 @@ impl Kernel for LinuxKernel {
                 _ => format!("the block device {above}"),
             });
         }
+        holders.extend(loops_over(number));
         holders.extend(mounts(number));
         holders.extend(processes(number));
         holders
@@ -385,6 +387,25 @@ fn unescape(field: &str) -> String {
         out = out.replace(escape, plain);
     }
     out
+}
+
+/// Loop devices over a block device: the kernel holds it for them, no process does.
+fn loops_over(number: DeviceNumber) -> Vec<String> {
+    let device = FileId { device: number.to_dev(), inode: 0 };
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Some(minor) = name.strip_prefix("loop").and_then(|n| n.parse().ok()) else { continue };
+        // Only those that are bound: opening a free one would make it stay.
+        if !entry.path().join("loop/backing_file").exists() {
+            continue;
+        }
+        let bound = loops::info(DeviceNumber { major: loops::LOOP_MAJOR, minor });
+        if bound.is_ok_and(|info| info.is_some_and(|info| info.file == device)) {
+            found.push(format!("the loop device /dev/{name}"));
+        }
+    }
+    found
 }
 
 /// Where a block device is mounted, in any mount namespace.

@@ -20,7 +20,7 @@ use crate::source::FileId;
 use crate::units::{SECTOR_SIZE, Sectors};
 
 /// The loop driver's major number (Documentation/admin-guide/devices.txt).
-const LOOP_MAJOR: u32 = 7;
+pub(crate) const LOOP_MAJOR: u32 = 7;
 /// How often another process may take the free loop device before us.
 const ATTEMPTS: u32 = 200;
 

@@ -28,7 +28,7 @@ pub mod udev;
 use std::fmt;
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 pub use sys::raise_open_files_limit;
 
@@ -384,11 +384,11 @@ pub trait Guard {}
 
 /// A signal that asks to stop, looked at between steps.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Interrupt<'a>(Option<&'a AtomicI32>);
+pub struct Interrupt<'a>(Option<&'a AtomicUsize>);
 
 impl<'a> Interrupt<'a> {
     /// The flag holds the signal's number, 0 as long as none came.
-    pub fn new(flag: &'a AtomicI32) -> Self {
+    pub fn new(flag: &'a AtomicUsize) -> Self {
         Self(Some(flag))
     }
 
@@ -404,7 +404,10 @@ impl<'a> Interrupt<'a> {
     pub fn check(&self) -> Result<()> {
         match self.0.map_or(0, |flag| flag.load(Ordering::Relaxed)) {
             0 => Ok(()),
-            signal => Err(Error::new(ErrorKind::Interrupted(signal))),
+            signal => {
+                let signal = i32::try_from(signal).unwrap_or_default();
+                Err(Error::new(ErrorKind::Interrupted(signal)))
+            }
         }
     }
 }

@@ -4,8 +4,9 @@
 //! `dmsetup` is missing, and a kill leaves the semaphore behind. udev's own record of
 //! the device tells the same, and its age that it is not of an earlier device.
 
+use std::ffi::OsStr;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::{DeviceNumber, LOOP_SIZE_LIMIT};
 
@@ -23,14 +24,18 @@ pub fn is_running() -> bool {
     Path::new("/run/udev/control").exists()
 }
 
+/// The file of that name which counts: the one in the strongest directory, where an empty
+/// one, as a link to /dev/null, masks those below.
+fn rule_file(name: &OsStr) -> Option<PathBuf> {
+    let paths = RULE_DIRECTORIES.iter().map(|directory| Path::new(directory).join(name));
+    let first = paths.into_iter().find(|path| path.symlink_metadata().is_ok())?;
+    fs::metadata(&first).is_ok_and(|m| m.is_file() && m.len() > 0).then_some(first)
+}
+
 /// True where udev has device-mapper's rules, without which it makes no links in
 /// /dev/mapper.
 pub fn has_device_mapper_rules() -> bool {
-    RULE_DIRECTORIES.iter().any(|directory| {
-        ["55-dm.rules", "10-dm.rules"]
-            .iter()
-            .any(|name| fs::metadata(Path::new(directory).join(name)).is_ok_and(|m| m.len() > 0))
-    })
+    ["55-dm.rules", "10-dm.rules"].iter().any(|name| rule_file(OsStr::new(name)).is_some())
 }
 
 /// True where a rule tells udev to keep away from our loop devices (any rule that names
@@ -48,7 +53,9 @@ pub fn hides_our_loops() -> bool {
     RULE_DIRECTORIES.iter().any(|directory| {
         fs::read_dir(directory).into_iter().flatten().flatten().any(|entry| {
             let path = entry.path();
-            path.extension().is_some_and(|e| e == "rules") && has_mark(&path)
+            path.extension().is_some_and(|e| e == "rules")
+                && rule_file(&entry.file_name()).as_ref() == Some(&path)
+                && has_mark(&path)
         })
     })
 }

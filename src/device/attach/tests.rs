@@ -1,6 +1,6 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::AtomicI32;
+use std::sync::atomic::AtomicUsize;
 
 use super::*;
 use crate::device::detach::{detach, detach_all, find};
@@ -207,9 +207,9 @@ fn an_interruption_at_any_step_leaves_nothing() {
     let fixture = Fixture::new();
     for step in 0..21 {
         let kernel = FakeKernel::new();
-        let flag = Arc::new(AtomicI32::new(0));
+        let flag = Arc::new(AtomicUsize::new(0));
         kernel.raise_at(step, &flag);
-        let flag: &'static Arc<AtomicI32> = Box::leak(Box::new(flag));
+        let flag: &'static Arc<AtomicUsize> = Box::leak(Box::new(flag));
         let interrupt = Interrupt::new(flag);
         let error = fixture.attach_with(&kernel, |r| r.interrupt = interrupt).unwrap_err();
         assert_eq!(*error.cause.kind(), ErrorKind::Interrupted(15), "step {step}");

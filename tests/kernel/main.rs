@@ -1,0 +1,14 @@
+//! Tests on a real kernel with device-mapper, as root: run by `tests/kernel/run`, which
+//! boots a guest for them.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // All of it is tests and their helpers.
+
+mod again;
+mod content;
+mod cow;
+mod faults;
+mod guest;
+mod holes;
+mod locks;
+mod names;
+mod readonly;
+mod refused;

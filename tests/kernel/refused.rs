@@ -1,0 +1,195 @@
+//! What can't be attached is refused with a stable status, and nothing is left.
+
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::args;
+use crate::guest::*;
+
+/// `attach` must end with that status and say these words; nothing may be left.
+#[track_caller]
+fn assert_refused(image: &Path, options: &[&str], code: i32, words: &[&str]) {
+    let options = options.iter().map(std::ffi::OsString::from);
+    let line = std::iter::once("attach".into()).chain(options).chain([image.into()]);
+    let said = imgdm(line).refused(code);
+    for word in words {
+        assert!(said.contains(word), "no '{word}' in: {said}");
+    }
+    assert_nothing_left();
+}
+
+fn image(scratch: &Scratch) -> PathBuf {
+    let image = scratch.create("qcow2", &[], "disk.qcow2", "1M");
+    write_image(&image, "qcow2", &["write -P 1 0 512k"]);
+    image
+}
+
+#[test]
+fn all_that_cannot_be_mapped_is_refused_as_one_list() {
+    let scratch = Scratch::new();
+    let base = scratch.path("base.raw");
+    fs::write(&base, vec![7u8; 300_100]).unwrap();
+    let options = ["-b", "base.raw", "-F", "raw"];
+    let middle = scratch.create("qcow2", &options, "middle.qcow2", "1M");
+    write_image(&middle, "qcow2", &["write -c -P 3 64k 64k"]);
+    let top = scratch.path("top.qcow2");
+    let secret = "secret,id=key,data=correct";
+    let luks = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10";
+    let create = ["create", "-q", "-f", "qcow2", "--object", secret, "-o", luks];
+    let mut create = command("qemu-img", create);
+    run(create
+        .args(["-b", "middle.qcow2", "-F", "qcow2"])
+        .arg(&top)
+        .current_dir(scratch.directory()))
+    .ok();
+    let opts = format!(
+        "driver=qcow2,encrypt.format=luks,encrypt.key-secret=key,file.filename={}",
+        top.display()
+    );
+    let write = ["--object", secret, "-c", "write -P 5 128k 64k", "--image-opts", &opts];
+    run(command("qemu-io", write).current_dir(scratch.directory())).ok();
+
+    assert_refused(&middle, &[], 76, &["compressed", "middle.qcow2", "base.raw", "in part"]);
+    let words =
+        ["encrypted", "top.qcow2", "compressed", "middle.qcow2", "base.raw", "in part", "0x20000"];
+    assert_refused(&top, &[], 76, &words);
+}
+
+#[test]
+fn a_legacy_encrypted_image_is_refused() {
+    let scratch = Scratch::new();
+    let image = scratch.path("disk.qcow");
+    let secret = "secret,id=key,data=correct";
+    let options = "encrypt.format=aes,encrypt.key-secret=key";
+    let create = ["create", "-q", "-f", "qcow", "--object", secret, "-o", options];
+    run(command("qemu-img", create).arg(&image).arg("1M")).ok();
+    let opts = format!(
+        "driver=qcow,encrypt.format=aes,encrypt.key-secret=key,file.filename={}",
+        image.display()
+    );
+    run(&mut command("qemu-io", ["--object", secret, "-c", "write 0 64k", "--image-opts", &opts]))
+        .ok();
+    assert_refused(&image, &[], 76, &["encrypted", "disk.qcow"]);
+}
+
+#[test]
+fn truncated_and_damaged_images_are_refused() {
+    let scratch = Scratch::new();
+    let image = image(&scratch);
+    let whole = fs::read(&image).unwrap();
+    for length in [whole.len() / 2, 300_000, 70_000, 100, 3] {
+        fs::write(&image, &whole[..length]).unwrap();
+        assert_refused(&image, &["-f", "qcow2"], 65, &["disk.qcow2"]);
+    }
+    let damage: [(&str, u64, &[u8]); 5] = [
+        ("an unknown feature", 72, &[0, 0, 1, 0, 0, 0, 0, 0]),
+        ("the corrupt bit", 79, &[2]),
+        ("a cluster size of 2^63", 20, &[0, 0, 0, 63]),
+        ("a first table beyond the file", 40, &[0, 0, 1, 0, 0, 0, 0, 0]),
+        ("an absurd size", 24, &[0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xfe, 0]),
+    ];
+    for (what, offset, bytes) in damage {
+        fs::write(&image, &whole).unwrap();
+        OpenOptions::new().write(true).open(&image).unwrap().write_all_at(bytes, offset).unwrap();
+        eprintln!("{what}");
+        assert_refused(&image, &[], 65, &["disk.qcow2"]);
+    }
+}
+
+#[test]
+fn a_missing_file_backing_file_or_snapshot_is_66() {
+    let scratch = Scratch::new();
+    let base = image(&scratch);
+    let options = ["-b", "disk.qcow2", "-F", "qcow2"];
+    let overlay = scratch.create("qcow2", &options, "overlay.qcow2", "");
+    assert_refused(&base, &["-l", "none"], 66, &["none"]);
+    fs::remove_file(&base).unwrap();
+    assert_refused(&base, &[], 66, &["disk.qcow2"]);
+    assert_refused(&overlay, &[], 66, &["disk.qcow2", "overlay.qcow2"]);
+}
+
+#[test]
+fn what_is_no_image_is_refused() {
+    let scratch = Scratch::new();
+    let fifo = scratch.path("fifo");
+    tool("mkfifo", [&fifo]);
+    for (path, code) in [(scratch.directory(), None), (&fifo, None), (Path::new("/dev/null"), None)]
+    {
+        let ran = imgdm(args!["attach", path]);
+        assert!(!ran.status.success() && ran.status.code() != code, "{ran}");
+        assert!(matches!(ran.code(), Some(64..=78)), "{ran}");
+        assert_nothing_left();
+    }
+    let overlay = scratch.create("qcow2", &[], "loop.qcow2", "1M");
+    let rebase = ["rebase", "-u", "-b", "loop.qcow2", "-F", "qcow2"];
+    qemu_img(rebase.map(Into::into).into_iter().chain([overlay.clone().into_os_string()])).ok();
+    assert_refused(&overlay, &[], 65, &["circle"]);
+}
+
+/// imgdm as nobody.
+fn as_nobody(image: &Path) -> Ran {
+    let user = ["--reuid=65534", "--regid=65534", "--clear-groups", "--"];
+    let mut line = command("setpriv", user);
+    run(line.arg(imgdm_path()).arg("attach").arg(image))
+}
+
+#[test]
+fn without_permission_attach_is_77_and_names_what_it_may_not_open() {
+    let scratch = Scratch::new();
+    let image = image(&scratch);
+    fs::set_permissions(scratch.directory(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(&image, fs::Permissions::from_mode(0o644)).unwrap();
+    let said = as_nobody(&image).refused(77);
+    assert!(said.contains("/dev/") || said.contains("root"), "{said}");
+    fs::set_permissions(&image, fs::Permissions::from_mode(0o600)).unwrap();
+    let said = as_nobody(&image).refused(77);
+    assert!(said.contains("disk.qcow2"), "{said}");
+    assert_nothing_left();
+}
+
+#[test]
+fn a_name_that_device_mapper_or_udev_cannot_take_is_refused() {
+    let scratch = Scratch::new();
+    let image = image(&scratch);
+    for name in ["", ".", "..", "control", "-x", "a b", "a/b", "caf\u{e9}", &"x".repeat(101)] {
+        let ran = imgdm(args!["attach", format!("--name={name}"), &image]);
+        assert_eq!(ran.code(), Some(64), "{ran}");
+        assert_nothing_left();
+    }
+    let longest = "x".repeat(100);
+    attach(args!["--name", &longest, &image]).detach();
+}
+
+#[test]
+fn a_module_that_is_missing_is_loaded_or_named() {
+    let scratch = Scratch::new();
+    let image = image(&scratch);
+    let release = tool("uname", ["-r"]);
+    let modules = PathBuf::from("/lib/modules").join(release.trim());
+    let target = fs::read_link(&modules).unwrap();
+    let unload = || {
+        // The tests' own loops and devices are gone; dm-mod may have none.
+        let _ = run(&mut command("modprobe", ["-r", "dm-crypt", "dm-zero"]));
+        run(&mut command("modprobe", ["-r", "dm-mod"]))
+    };
+    let unloaded = unload();
+    if !unloaded.status.success() {
+        panic!("cannot unload device-mapper: {unloaded}");
+    }
+    let attached = attach([&image]);
+    attached.detach();
+
+    unload().ok();
+    fs::remove_file(&modules).unwrap();
+    let ran = imgdm(args!["attach", &image]);
+    let listed = imgdm(["list"]);
+    let detached = imgdm(["detach", "disk"]);
+    std::os::unix::fs::symlink(target, &modules).unwrap();
+    tool("modprobe", ["dm-mod"]);
+    let said = ran.refused(69);
+    assert!(said.contains("device-mapper"), "{said}");
+    // Nothing can be attached where nothing could be.
+    assert_eq!(listed.ok(), "");
+    assert_eq!(detached.code(), Some(66));
+}
