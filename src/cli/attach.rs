@@ -85,6 +85,7 @@ fn plan_bits(zero: ZeroMode, fiemap: FiemapArgs) -> u16 {
 }
 
 pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
+    signal::keep_from_workers()?;
     let mut policy = args.open.policy();
     args.fiemap.apply(&mut policy);
     let opened = open_chain(&args.open.image, &policy)?;

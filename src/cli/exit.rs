@@ -46,6 +46,7 @@ fn ours<'e>(cause: &'e (dyn std::error::Error + 'static)) -> Option<&'e Error> {
 }
 
 /// The signal that stopped the work, where one did.
+#[cfg(feature = "device")]
 pub(crate) fn interrupted_by(error: &anyhow::Error) -> Option<i32> {
     match error.chain().find_map(ours)?.kind() {
         ErrorKind::Interrupted(signal) => Some(*signal),

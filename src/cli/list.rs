@@ -5,7 +5,7 @@ use std::io::Write;
 use imgdm::device::linux::LinuxKernel;
 use imgdm::device::list::{Attached, list};
 use imgdm::device::name::LoopRole;
-use imgdm::device::{LoopPath, PathState};
+use imgdm::device::{LoopPath, PathState, loop_node};
 use imgdm::error::printable;
 use imgdm::status::FileRole;
 
@@ -89,7 +89,7 @@ fn json(attached: &Attached) -> JsonAttached {
             None => (None, "unknown"),
         };
         JsonLoop {
-            device: format!("/dev/loop{}", each.number.minor),
+            device: loop_node(each.number).display().to_string(),
             layer,
             role,
             direct_io: each.info.direct_io,

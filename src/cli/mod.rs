@@ -53,6 +53,24 @@ enum Command {
     List(list::Args),
 }
 
+/// What the library notes on the way and no caller is told, like a udev that is late.
+#[derive(Debug)]
+struct StderrLog(Globals);
+
+impl log::Log for StderrLog {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        metadata.level() <= log::Level::Warn
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if self.enabled(record.metadata()) {
+            self.0.warn(record.args());
+        }
+    }
+
+    fn flush(&self) {}
+}
+
 /// What every command is told.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Globals {
@@ -80,6 +98,9 @@ pub(crate) fn run() -> ExitCode {
         }
     };
     let globals = Globals { quiet: cli.quiet };
+    if log::set_boxed_logger(Box::new(StderrLog(globals))).is_ok() {
+        log::set_max_level(log::LevelFilter::Warn);
+    }
     imgdm::device::raise_open_files_limit();
     let outcome = match cli.command {
         Command::Map(args) => map::run(&args, globals),

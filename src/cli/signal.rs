@@ -3,10 +3,24 @@
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, OnceLock};
 
+use nix::sys::signal::{SigSet, Signal};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
 use imgdm::device::Interrupt;
+
+/// Lets only the main thread, which does the steps, take the two signals: taken by a
+/// worker, one that came before a step might be noted after it. To be called before
+/// there are workers.
+pub(crate) fn keep_from_workers() -> anyhow::Result<()> {
+    let block = |_| {
+        let set: SigSet = [Signal::SIGINT, Signal::SIGTERM].into_iter().collect();
+        // Where that fails, the handler runs there: late, but it runs.
+        let _ = set.thread_block();
+    };
+    rayon::ThreadPoolBuilder::new().start_handler(block).build_global()?;
+    Ok(())
+}
 
 static SIGNAL: OnceLock<Arc<AtomicUsize>> = OnceLock::new();
 

@@ -16,7 +16,7 @@ use super::fault;
 use super::name::{DeviceRole, DmName, DmUuid, FileIdentity, LoopRole, UUID_PREFIX};
 use super::{
     DeviceId, DeviceInfo, DeviceNumber, Interrupt, Kernel, LoopHandle, LoopOptions, PATIENCE,
-    UdevRules,
+    UdevRules, loop_node,
 };
 use crate::chain::Layer;
 use crate::error::{Error, ErrorKind, Result};
@@ -229,7 +229,6 @@ pub fn attach<K: Kernel>(kernel: &K, request: &Request<'_>) -> Result<Attachment
         already_attached,
     };
     if let Some(there) = already_attached(kernel, request, &uuid)? {
-        drop(lock);
         let path = kernel.publish(request.name.as_str(), there.number, None, interrupt)?;
         return Ok(attachment(path, there.number, true));
     }
@@ -242,8 +241,8 @@ pub fn attach<K: Kernel>(kernel: &K, request: &Request<'_>) -> Result<Attachment
         Err(cause) => return Err(build.undo(cause)),
     };
     drop(watch);
-    drop(lock);
-    // The descriptors stay open until here: so a late failure is undone the same way.
+    // The descriptors stay open until here: so a late failure is undone the same way. The
+    // lock is held too: nobody else makes or removes the node of that name meanwhile.
     let published = fault::point(format_args!("commit"))
         .and_then(|()| kernel.publish(request.name.as_str(), number, Some(since), interrupt))
         .and_then(|path| fault::point(format_args!("publish")).map(|()| path))
@@ -576,7 +575,7 @@ impl<K: Kernel> Build<'_, K> {
             let clear = || self.kernel.loop_is_clear(number, generation);
             if !self.kernel.wait(PATIENCE, &mut || clear()) {
                 let holders = self.kernel.holders(number);
-                leftovers.push(with_holders(format!("/dev/loop{}", number.minor), &holders));
+                leftovers.push(with_holders(loop_node(number).display().to_string(), &holders));
             }
         }
         AttachError { cause, leftovers }

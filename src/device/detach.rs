@@ -10,7 +10,9 @@ use std::time::Duration;
 use super::attach::{sweep, with_holders};
 use super::compare::describe;
 use super::list::{Attached, attached, list};
-use super::{DeviceId, DeviceInfo, DeviceNumber, Interrupt, Kernel, LoopHandle, PATIENCE};
+use super::{
+    DeviceId, DeviceInfo, DeviceNumber, Interrupt, Kernel, LoopHandle, PATIENCE, loop_node,
+};
 use crate::error::{Error, ErrorKind, Result, printable};
 use crate::source::FileId;
 
@@ -84,7 +86,9 @@ pub fn detach<K: Kernel>(
     deferred: bool,
     interrupt: &Interrupt<'_>,
 ) -> Result<()> {
-    let lock = kernel.lock(interrupt)?;
+    // Held to the end: a node that is taken away must not be that of another attachment,
+    // of the same name and with the number that came free.
+    let _lock = kernel.lock(interrupt)?;
     sweep(kernel)?;
     let uuid = target.uuid.to_string();
     let Some(device) = kernel.device(DeviceId::Uuid(&uuid))? else {
@@ -102,7 +106,6 @@ pub fn detach<K: Kernel>(
             kernel.defer_removal(&partition.uuid)?;
         }
         kernel.defer_removal(&uuid)?;
-        drop(lock);
         kernel.unpublish(&target.name, target.number);
         return Ok(());
     }
@@ -140,11 +143,10 @@ pub fn detach<K: Kernel>(
             // Somebody else's close cleared it, and lets go of the file just after.
             kernel.wait(Duration::from_millis(5), &mut || false);
         } else {
-            let what = format!("/dev/loop{}", each.number.minor);
+            let what = loop_node(each.number).display().to_string();
             left.push(with_holders(what, &kernel.holders(each.number)));
         }
     }
-    drop(lock);
     for partition in &partitions {
         kernel.unpublish(&partition.name, partition.number);
     }

@@ -395,12 +395,12 @@ fn loops_over(number: DeviceNumber) -> Vec<String> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
-        let Some(minor) = name.strip_prefix("loop").and_then(|n| n.parse().ok()) else { continue };
+        let Some(index) = name.strip_prefix("loop").and_then(|n| n.parse().ok()) else { continue };
         // Only those that are bound: opening a free one would make it stay.
         if !entry.path().join("loop/backing_file").exists() {
             continue;
         }
-        let bound = loops::info(DeviceNumber { major: loops::LOOP_MAJOR, minor });
+        let bound = loops::info(loops::number_of(index));
         if bound.is_ok_and(|info| info.is_some_and(|info| info.file == device)) {
             found.push(format!("the loop device /dev/{name}"));
         }

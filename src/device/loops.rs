@@ -14,13 +14,14 @@ use super::nodes::open_block;
 use super::sys::{self, LOOP_AUTOCLEAR, LOOP_DIRECT_IO, LOOP_READ_ONLY, LoopInfo64};
 use super::{
     DeviceNumber, LOOP_SIZE_LIMIT, LoopHandle, LoopInfo, LoopOptions, LoopPath, PathState,
+    loop_node,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::FileId;
 use crate::units::{SECTOR_SIZE, Sectors};
 
 /// The loop driver's major number (Documentation/admin-guide/devices.txt).
-pub(crate) const LOOP_MAJOR: u32 = 7;
+const LOOP_MAJOR: u32 = 7;
 /// How often another process may take the free loop device before us.
 const ATTEMPTS: u32 = 200;
 
@@ -74,12 +75,15 @@ fn file_id(info: &LoopInfo64) -> FileId {
     FileId { device: DeviceNumber::from_kernel(info.device).to_dev(), inode: info.inode }
 }
 
-fn node(number: DeviceNumber) -> PathBuf {
-    format!("/dev/loop{}", number.minor).into()
+/// The numbers of the loop device that LOOP_CTL_GET_FREE calls `index`.
+pub(crate) fn number_of(index: u32) -> DeviceNumber {
+    let text = fs::read_to_string(format!("/sys/block/loop{index}/dev")).unwrap_or_default();
+    let minor = text.trim().split_once(':').and_then(|(_, minor)| minor.parse().ok());
+    DeviceNumber { major: LOOP_MAJOR, minor: minor.unwrap_or(index) }
 }
 
 fn sysfs(number: DeviceNumber, attribute: &str) -> PathBuf {
-    format!("/sys/block/loop{}/{attribute}", number.minor).into()
+    format!("/sys/dev/block/{number}/{attribute}").into()
 }
 
 fn generation(number: DeviceNumber) -> Option<u64> {
@@ -105,9 +109,8 @@ pub(crate) fn set_up(control: &File, file: &File, options: &LoopOptions) -> Resu
 
     let failed = |error| Error::io("cannot set up a loop device", error);
     for _ in 0..ATTEMPTS {
-        let minor = sys::loop_get_free(control.as_fd()).map_err(failed)?;
-        let number = DeviceNumber { major: LOOP_MAJOR, minor };
-        let device = match open_block(number, &node(number)) {
+        let number = number_of(sys::loop_get_free(control.as_fd()).map_err(failed)?);
+        let device = match open_block(number, &loop_node(number)) {
             Ok(device) => device,
             // Removed again by another process.
             Err(error) if error.raw_os_error() == Some(libc::ENXIO) => continue,
@@ -136,7 +139,7 @@ pub(crate) fn set_up(control: &File, file: &File, options: &LoopOptions) -> Resu
 
 /// Opens a loop device that is bound.
 pub(crate) fn open(number: DeviceNumber) -> Result<Loop> {
-    let path = node(number);
+    let path = loop_node(number);
     let failed = |error| Error::io("cannot open the loop device", error).at_path(&path);
     let device = open_block(number, &path).map_err(failed)?;
     Loop::held(number, device).map_err(failed)
@@ -144,7 +147,7 @@ pub(crate) fn open(number: DeviceNumber) -> Result<Loop> {
 
 /// What a loop device is bound to.
 pub(crate) fn info(number: DeviceNumber) -> Result<Option<LoopInfo>> {
-    let path = node(number);
+    let path = loop_node(number);
     let failed = |error| Error::io("cannot look at the loop device", error).at_path(&path);
     let none = |error: &io::Error| {
         matches!(error.raw_os_error(), Some(libc::ENXIO | libc::ENOENT | libc::ENODEV))

@@ -116,6 +116,16 @@ pub struct LiveLine {
     pub parameters: String,
 }
 
+/// The node of a loop device. The number in its name is not the minor one where the
+/// driver leaves room for partitions (`max_part`): sysfs knows the name.
+pub fn loop_node(number: DeviceNumber) -> PathBuf {
+    let name = std::fs::read_link(format!("/sys/dev/block/{number}")).ok();
+    match name.as_deref().and_then(std::path::Path::file_name) {
+        Some(name) => std::path::Path::new("/dev").join(name),
+        None => format!("/dev/loop{}", number.minor).into(),
+    }
+}
+
 /// What a loop device is bound to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LoopInfo {
