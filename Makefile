@@ -2,6 +2,8 @@
 
 CARGO ?= cargo
 IMAGE ?=
+# By the environment: a path may hold quotes.
+export IMAGE
 
 .PHONY: all build demo test lint test-host test-kernel bench clean help
 
@@ -21,7 +23,7 @@ build:
 
 demo:
 	@scripts/setup demo
-	@scripts/demo $(if $(IMAGE),'$(IMAGE)')
+	@scripts/demo "$$IMAGE"
 
 test:
 	@scripts/setup test

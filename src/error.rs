@@ -83,7 +83,7 @@ impl Error {
     pub fn io(message: impl Into<String>, source: io::Error) -> Self {
         let message = message.into();
         let kind = match source.kind() {
-            io::ErrorKind::NotFound => ErrorKind::NotFound(message),
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => ErrorKind::NotFound(message),
             io::ErrorKind::PermissionDenied => ErrorKind::PermissionDenied(message),
             _ => ErrorKind::Io(message),
         };
@@ -145,7 +145,12 @@ impl fmt::Display for Error {
         if let Some(offset) = self.0.offset {
             write!(f, "at offset {offset:#x}: ")?;
         }
-        write!(f, "{}", self.0.kind)
+        // Whatever a message quotes may be a stranger's; only its own line ends stay.
+        for (index, line) in self.0.kind.to_string().split('\n').enumerate() {
+            let line_end = if index == 0 { "" } else { "\n" };
+            write!(f, "{line_end}{}", printable(line))?;
+        }
+        Ok(())
     }
 }
 
@@ -177,6 +182,12 @@ mod tests {
     fn message_names_file_then_offset_then_what() {
         let error = Error::invalid("bad magic").at_offset(16).at_path("/a/b\n.qcow2");
         assert_eq!(error.to_string(), "/a/b\\n.qcow2: at offset 0x10: bad magic");
+    }
+
+    #[test]
+    fn what_a_message_quotes_cannot_move_the_cursor() {
+        let error = Error::invalid("the name 'x\x1b[2J'\n  and more");
+        assert_eq!(error.to_string(), "the name 'x\\u{1b}[2J'\n  and more");
     }
 
     #[test]

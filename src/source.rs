@@ -7,9 +7,11 @@
 use std::fmt;
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::errno::Errno;
 use nix::libc;
@@ -135,6 +137,42 @@ impl ReadAt for Memory {
     }
 }
 
+fn refuse_what_is_no_image(metadata: &Metadata) -> Result<()> {
+    let file_type = metadata.file_type();
+    let what = if file_type.is_dir() {
+        "a directory"
+    } else if file_type.is_fifo() {
+        "a FIFO"
+    } else if file_type.is_char_device() {
+        "a character device"
+    } else if file_type.is_socket() {
+        "a socket"
+    } else {
+        return Ok(());
+    };
+    Err(Error::new(ErrorKind::InvalidImage(format!(
+        "this is {what}, not an image file or a block device"
+    ))))
+}
+
+/// Opens for reading what `handle` (O_PATH) is of; by its path where there is no /proc.
+fn reopen(handle: &File, path: &Path) -> io::Result<File> {
+    // O_NONBLOCK: should a FIFO be at the path by now, it must not be waited for.
+    let open = |path: &Path, flags: libc::c_int| {
+        let flags = flags | libc::O_NONBLOCK | libc::O_NOCTTY;
+        OpenOptions::new().read(true).custom_flags(flags).open(path)
+    };
+    // O_NOATIME is for the file's owner and the mighty only.
+    let open = |path: &Path| match open(path, libc::O_NOATIME) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => open(path, 0),
+        other => other,
+    };
+    match open(Path::new(&format!("/proc/self/fd/{}", handle.as_raw_fd()))) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => open(path),
+        other => other,
+    }
+}
+
 /// One file of an image: where it is, how long, and how to read it.
 #[derive(Debug)]
 pub struct Source {
@@ -146,6 +184,9 @@ pub struct Source {
     block_device: bool,
     reader: Reader,
     unwritten: Option<Arc<dyn UnwrittenProbe>>,
+    /// From here on the file is known to be a hole: a large sparse file is not asked
+    /// again for each of its windows.
+    trailing_hole: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -162,53 +203,51 @@ impl Source {
     /// The open failed, or it is neither a regular file nor a block device.
     pub fn open(path: &Path) -> Result<Self> {
         let fail = |error| Error::io("cannot open the file", error).at_path(path);
-        let open = |flags: libc::c_int| {
-            // O_NONBLOCK: a FIFO must be refused, not waited for.
-            let flags = flags | libc::O_NONBLOCK | libc::O_NOCTTY;
-            OpenOptions::new().read(true).custom_flags(flags).open(path)
-        };
-        let file = match open(libc::O_NOATIME) {
-            Err(error) if error.raw_os_error() == Some(libc::EPERM) => open(0),
-            other => other,
-        };
-        let file = file.map_err(fail)?;
+        // Looked at before it is opened for real: opening alone does something with some
+        // devices (a watchdog starts, a tape rewinds), and an image may name any of them.
+        let handle = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path);
+        let handle = handle.map_err(fail)?;
+        refuse_what_is_no_image(&handle.metadata().map_err(fail)?)
+            .map_err(|error| error.at_path(path))?;
+        let file = reopen(&handle, path).map_err(fail)?;
         let metadata = file.metadata().map_err(fail)?;
-        let file_type = metadata.file_type();
-        let what = if file_type.is_dir() {
-            "a directory"
-        } else if file_type.is_fifo() {
-            "a FIFO"
-        } else if file_type.is_char_device() {
-            "a character device"
-        } else if file_type.is_socket() {
-            "a socket"
-        } else {
-            ""
+        refuse_what_is_no_image(&metadata).map_err(|error| error.at_path(path))?;
+        let mut source = Self {
+            name: path.to_owned(),
+            length: ByteLen::ZERO,
+            allocated: None,
+            modified: None,
+            id: Some(FileId::of(&metadata)),
+            block_device: metadata.file_type().is_block_device(),
+            reader: Reader::File(file),
+            unwritten: None,
+            trailing_hole: AtomicU64::new(u64::MAX),
         };
-        if !what.is_empty() {
-            return Err(Error::new(ErrorKind::InvalidImage(format!(
-                "this is {what}, not an image file or a block device"
-            )))
-            .at_path(path));
-        }
-        let block_device = file_type.is_block_device();
-        let length = if block_device {
+        source.refresh()?;
+        Ok(source)
+    }
+
+    /// Looks again at the length and times, which a writer may have changed until locks
+    /// kept it out.
+    ///
+    /// # Errors
+    /// The file can't be looked at.
+    pub fn refresh(&mut self) -> Result<()> {
+        let Reader::File(file) = &self.reader else { return Ok(()) };
+        let fail = |error| Error::io("cannot look at the file", error).at_path(&self.name);
+        let metadata = file.metadata().map_err(fail)?;
+        let length = if self.block_device {
             // A block device's st_size is 0; its end is where SEEK_END goes.
-            lseek(&file, 0, Whence::SeekEnd).map_err(|errno| fail(errno.into()))?.unsigned_abs()
+            lseek(file, 0, Whence::SeekEnd).map_err(|errno| fail(errno.into()))?.unsigned_abs()
         } else {
             metadata.len()
         };
-        Ok(Self {
-            name: path.to_owned(),
-            length: ByteLen::new(length),
-            // A block device allocates nothing by stat; QEMU reads it the same way.
-            allocated: Some(ByteLen::new(metadata.blocks().saturating_mul(SECTOR_SIZE))),
-            modified: Some(metadata.mtime()),
-            id: Some(FileId::of(&metadata)),
-            block_device,
-            reader: Reader::File(file),
-            unwritten: None,
-        })
+        self.length = ByteLen::new(length);
+        self.trailing_hole = AtomicU64::new(u64::MAX);
+        // A block device allocates nothing by stat; QEMU reads it the same way.
+        self.allocated = Some(ByteLen::new(metadata.blocks().saturating_mul(SECTOR_SIZE)));
+        self.modified = Some(metadata.mtime());
+        Ok(())
     }
 
     /// An image in memory, for tests and fuzzing: no identity, no holes.
@@ -222,6 +261,7 @@ impl Source {
             block_device: false,
             reader: Reader::Memory(Memory(bytes)),
             unwritten: None,
+            trailing_hole: AtomicU64::new(u64::MAX),
         }
     }
 
@@ -236,7 +276,7 @@ impl Source {
         std::path::absolute(&self.name).unwrap_or_else(|_| self.name.clone())
     }
 
-    /// Length in bytes when it was opened.
+    /// Length in bytes when it was opened, or last [refreshed](Self::refresh).
     pub fn length(&self) -> ByteLen {
         self.length
     }
@@ -326,9 +366,15 @@ impl Source {
     /// Whether the bytes from `offset` on are data or a hole, and how far (SEEK_DATA
     /// and SEEK_HOLE). A file system that cannot tell has no holes, as in QEMU.
     pub fn allocation(&self, offset: HostOffset) -> Allocation {
-        self.reader()
-            .allocation(offset)
-            .unwrap_or(Allocation::Data { until: HostOffset::new(u64::MAX) })
+        if offset.get() >= self.trailing_hole.load(Ordering::Relaxed) {
+            return Allocation::Hole { until: None };
+        }
+        let unknown = Allocation::Data { until: HostOffset::new(u64::MAX) };
+        let allocation = self.reader().allocation(offset).unwrap_or(unknown);
+        if allocation == (Allocation::Hole { until: None }) {
+            self.trailing_hole.fetch_min(offset.get(), Ordering::Relaxed);
+        }
+        allocation
     }
 
     /// The unwritten ranges that meet `start..end`; none where nobody asked for them

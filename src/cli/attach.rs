@@ -2,8 +2,11 @@
 
 use std::io::Write;
 
+use anyhow::Context;
 use clap::ValueEnum;
+use imgdm::device::Interrupt;
 use imgdm::device::attach::{DirectIo, LayerFiles, Options, Request, attach};
+use imgdm::device::detach::{detach, find};
 use imgdm::device::linux::LinuxKernel;
 use imgdm::device::udev;
 use imgdm::format::Format;
@@ -125,6 +128,12 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
             interrupt: signal::catch()?,
         },
     )?;
-    writeln!(std::io::stdout(), "{}", attachment.path.display())?;
-    Ok(())
+    let printed = writeln!(std::io::stdout(), "{}", attachment.path.display());
+    let Err(error) = printed else { return Ok(()) };
+    if error.kind() != std::io::ErrorKind::BrokenPipe && !attachment.already_attached {
+        // Whoever waits for the path takes this for a failure: then it should be one.
+        let attached = find(&kernel, &attachment.path, None)?;
+        detach(&kernel, &attached, false, &Interrupt::never())?;
+    }
+    Err(error).context("cannot print the path of the device")
 }

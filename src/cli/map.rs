@@ -473,7 +473,11 @@ fn json_full(chain: &Chain, range: GuestRange, holes: HoleQuery) -> anyhow::Resu
         };
         print().map_err(|error| Error::io("cannot print", error))
     });
-    out.write_all(b"]\n")?;
+    // Left open where it broke off: a reader that does not look at the exit status must
+    // not take it for the whole.
+    if outcome.is_ok() {
+        out.write_all(b"]\n")?;
+    }
     out.flush()?;
     Ok(outcome?)
 }

@@ -32,7 +32,7 @@ use exit::exit_code;
     after_help = "Examples:\n  imgdm attach disk.qcow2        gives /dev/mapper/disk\n  imgdm plan disk.qcow2          says whether that will work, and what it takes\n  imgdm detach disk\n\nExit status: 0 done, 1 failed, 64 usage, 65 image invalid, 66 not found,\n69 the kernel lacks something, 73 cannot create, 75 in use,\n76 not representable, 77 permission."
 )]
 pub(crate) struct Cli {
-    /// Print no warnings and no progress
+    /// Print no warnings
     #[arg(short, long, global = true)]
     quiet: bool,
 

@@ -131,8 +131,8 @@ pub(crate) fn is_undeclared(warning: &Warning) -> bool {
     matches!(warning.kind, WarningKind::UndeclaredBackingFormat(_))
 }
 
-/// A number of bytes as QEMU's options take it: decimal or 0x..., with b, k, M, G, T, P
-/// or E behind it.
+/// A number of bytes as QEMU's options take it, but for fractions: decimal or 0x..., with
+/// b, k, M, G, T, P or E behind a decimal one.
 pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     let (digits, shift) = match text.char_indices().last() {
         Some((at, unit)) if !text.starts_with("0x") && !text.starts_with("0X") => {

@@ -85,10 +85,12 @@ pub(crate) fn run(args: &Args, _globals: Globals) -> anyhow::Result<()> {
     // Every obstacle at once: what attach refuses when it opens is listed here.
     policy.report_in_use = true;
     policy.probe_backing = true;
+    policy.allow_corrupt = true;
+    policy.allow_changed_backing = true;
     args.fiemap.apply(&mut policy);
     let opened = open_chain(&args.open.image, &policy)?;
     let mut plan = Plan::new(&opened.chain, args.zero.options())?;
-    plan.add_obstacles_of(&opened.warnings, args.open.probe_backing, args.open.force_share);
+    plan.add_obstacles_of(&opened.warnings, &args.open.policy());
     let report = report(&opened.chain, &plan, &opened.warnings, args.open.probe_backing);
     match args.output {
         OutputFormat::Json => print_json(&report),

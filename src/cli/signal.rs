@@ -1,20 +1,20 @@
-//! SIGINT and SIGTERM: noted, so that what is half built can be taken back first.
+//! SIGINT, SIGTERM and SIGHUP: noted, so that what is half built can be taken back first.
 
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, OnceLock};
 
 use nix::sys::signal::{SigSet, Signal};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 
 use imgdm::device::Interrupt;
 
-/// Lets only the main thread, which does the steps, take the two signals: taken by a
+/// Lets only the main thread, which does the steps, take the signals: taken by a
 /// worker, one that came before a step might be noted after it. To be called before
 /// there are workers.
 pub(crate) fn keep_from_workers() -> anyhow::Result<()> {
     let block = |_| {
-        let set: SigSet = [Signal::SIGINT, Signal::SIGTERM].into_iter().collect();
+        let set: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
         // Where that fails, the handler runs there: late, but it runs.
         let _ = set.thread_block();
     };
@@ -24,12 +24,12 @@ pub(crate) fn keep_from_workers() -> anyhow::Result<()> {
 
 static SIGNAL: OnceLock<Arc<AtomicUsize>> = OnceLock::new();
 
-/// From now on the two signals no longer end the process at once, but set the flag that
+/// From now on the signals no longer end the process at once, but set the flag that
 /// this gives back. The handler itself sets it: a signal that came before a step is seen
 /// by that step, which a thread that passes signals on could not promise.
 pub(crate) fn catch() -> anyhow::Result<Interrupt<'static>> {
     let caught = SIGNAL.get_or_init(Arc::default);
-    for signal in [SIGINT, SIGTERM] {
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
         flag::register_usize(signal, Arc::clone(caught), usize::try_from(signal)?)?;
     }
     Ok(Interrupt::new(caught))

@@ -70,6 +70,15 @@ pub(crate) fn device_name(chain: &Chain, given: Option<&str>) -> anyhow::Result<
 fn print_human(plan: &Plan<'_>, name: &DmName, loops: &[String]) -> anyhow::Result<()> {
     let mut out = stdout()?;
     let mut bindings = Bindings::default();
+    let takes_device = |backing: &&Backing| !matches!(backing, Backing::Table(_));
+    let wanted = plan.backings().iter().filter(takes_device).count();
+    if loops.len() > wanted {
+        return Err(Error::new(ErrorKind::Usage(format!(
+            "--loops names {} devices, but there are {wanted} backings",
+            loops.len()
+        )))
+        .into());
+    }
     let mut given = loops.iter();
     for (backing, id) in plan.backings().iter().zip((0..).map(BackingId)) {
         let device = match backing {
@@ -86,13 +95,6 @@ fn print_human(plan: &Plan<'_>, name: &DmName, loops: &[String]) -> anyhow::Resu
         };
         writeln!(out, "# {device}: {what}")?;
         bindings.bind(id, DeviceRef::new(device)?);
-    }
-    if given.next().is_some() {
-        return Err(Error::new(ErrorKind::Usage(format!(
-            "--loops names {} devices, there are fewer backings",
-            loops.len()
-        )))
-        .into());
     }
     for (table, id) in plan.tables().iter().zip((0..).map(TableId)) {
         if plan.tables().len() > 1 {

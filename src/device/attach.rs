@@ -290,6 +290,14 @@ fn already_attached<K: Kernel>(
             }
         };
     };
+    let same_but_for_options = there.uuid.parse::<DmUuid>().is_ok_and(|other| {
+        other.options != uuid.options && DmUuid { options: uuid.options, ..other } == *uuid
+    });
+    if same_but_for_options {
+        return refuse(format!(
+            "'{name}' is attached from the same files already, with other options: detach it first, or choose another name with --name"
+        ));
+    }
     if there.uuid != text {
         let whose = describe(kernel, &there);
         return refuse(format!(

@@ -40,6 +40,27 @@ impl Format {
         }
     }
 
+    /// The name of a format that imgdm does not read, where the first bytes of a file are
+    /// of one. Taken as raw, its container would be served as the disk. (Not LUKS: there
+    /// the bytes of the file are those of an encrypted disk.)
+    pub fn foreign(start: &[u8]) -> Option<&'static str> {
+        const MAGICS: [(usize, &[u8], &str); 11] = [
+            (0, b"KDMV", "vmdk"),
+            (0, b"COWD", "vmdk"),
+            (0, b"# Disk DescriptorFile", "vmdk"),
+            (0x40, b"\x7f\x10\xda\xbe", "vdi"),
+            (0, b"vhdxfile", "vhdx"),
+            (0, b"conectix", "vpc"),
+            (0, b"QED\0", "qed"),
+            (0, b"WithoutFreeSpace", "parallels"),
+            (0, b"WithouFreSpacExt", "parallels"),
+            (0, b"Bochs Virtual HD Image", "bochs"),
+            (0x40, b"\xbe\xda\x10\x7f", "vdi"),
+        ];
+        let has = |at: usize, magic: &[u8]| start.get(at..at + magic.len()) == Some(magic);
+        MAGICS.iter().find(|(at, magic, _)| has(*at, magic)).map(|(_, _, name)| *name)
+    }
+
     /// The format that the first bytes of a file announce; raw where none does.
     pub fn probe(start: &[u8]) -> Self {
         match start {
@@ -75,7 +96,8 @@ impl FromStr for Format {
             "qcow" => Ok(Self::Qcow),
             "cow" => Ok(Self::Cow),
             other => Err(Error::new(ErrorKind::Unsupported(format!(
-                "the format '{other}' is not one that imgdm reads (raw, qcow2, qcow, cow)"
+                "the format '{}' is not one that imgdm reads (raw, qcow2, qcow, cow)",
+                crate::error::printable(other)
             )))),
         }
     }
@@ -225,5 +247,15 @@ mod tests {
         assert_eq!(Format::probe(b"QFI\xfb\0\0\0\x09"), Format::Qcow2);
         assert_eq!(Format::probe(b"QFI\xfb"), Format::Raw);
         assert_eq!(Format::probe(b""), Format::Raw);
+    }
+
+    #[test]
+    fn images_of_others_are_known_by_name() {
+        assert_eq!(Format::foreign(b"KDMV\x01"), Some("vmdk"));
+        let mut vdi = [0; 512];
+        vdi[0x40..0x44].copy_from_slice(&0xbeda_107fu32.to_le_bytes());
+        assert_eq!(Format::foreign(&vdi), Some("vdi"));
+        assert_eq!(Format::foreign(b""), None);
+        assert_eq!(Format::foreign(b"LUKS\xba\xbe"), None);
     }
 }

@@ -107,7 +107,7 @@ impl std::fmt::Display for WarningKind {
             ),
             Self::UndeclaredBackingFormat(format) => write!(
                 f,
-                "no format is declared for this backing file; it looks like {format}. Declare it with 'qemu-img rebase -u -F' (qcow2)"
+                "no format is declared for this backing file; it looks like {format} (a qcow2 overlay can declare it: 'qemu-img rebase -u -F')"
             ),
             Self::ChangedBacking => f.write_str(
                 "the backing file's modification time or size is not the one recorded in the cow image",
@@ -225,6 +225,8 @@ impl Opener<'_> {
                 false
             }
         };
+        // From here on nobody changes it: what was seen before the locks may be old.
+        source.refresh()?;
         if locked
             && self.policy.sharing == Sharing::Readers
             && let (Some(probe), Some(file)) = (&self.policy.unwritten, source.file())
@@ -296,11 +298,24 @@ impl Opener<'_> {
     fn probe(&mut self, reference: &Reference, source: &Source) -> Result<Format> {
         let mut start = [0; PROBE_LENGTH];
         let n = source.read_up_to(HostOffset::ZERO, &mut start)?;
+        if let Some(foreign) = Format::foreign(&start[..n]) {
+            return Err(Error::new(ErrorKind::Unsupported(format!(
+                "this looks like {foreign}, which imgdm does not read; if it is the raw bytes of a disk, say so with -f raw"
+            )))
+            .at_path(source.path()));
+        }
         let format = Format::probe(&start[..n]);
         if reference.is_backing {
             if !self.policy.probe_backing {
+                let overlay = self.layers.last().map(|layer| layer.image.format());
+                let declare = match overlay {
+                    Some(Format::Qcow2) => format!(
+                        "declare it with 'qemu-img rebase -u -F {format} -b NAME OVERLAY', or "
+                    ),
+                    _ => "the overlay's format can't declare one: ".to_owned(),
+                };
                 return Err(Error::invalid(format!(
-                    "no format is declared for this backing file (it looks like {format}); declare it with 'qemu-img rebase -u -F {format} -b NAME OVERLAY', or accept the risk of guessing with --probe-backing"
+                    "no format is declared for this backing file (it looks like {format}); {declare}accept the risk of guessing with --probe-backing"
                 ))
                 .at_path(source.path()));
             }
@@ -325,9 +340,12 @@ impl Opener<'_> {
                 .at_path(source.path()));
             }
             (Some(_), Some(given)) => given,
-            (Some(Some(stored)), None) => LocalName::parse(stored.as_os_str().as_bytes())
-                .map_err(|error| error.at_path(source.path()))?
-                .from_directory_of(source.path()),
+            (Some(Some(stored)), None) => {
+                let name = LocalName::parse(stored.as_os_str().as_bytes())
+                    .and_then(|name| agree(Some(Format::Raw), name.driver.as_deref()).map(|_| name))
+                    .map_err(|error| error.at_path(source.path()))?;
+                beside(source.path(), &name.path)
+            }
             (Some(None), None) => {
                 return Err(Error::invalid(
                     "the image has an external data file but does not name it; give it with --data-file",
@@ -354,11 +372,23 @@ impl Opener<'_> {
             let name = LocalName::parse(name)?;
             let declared = format.as_deref().map(str::parse).transpose()?;
             let format = agree(declared, name.driver.as_deref())?;
-            let path = name.from_directory_of(overlay);
+            let path = beside(overlay, &name.path);
             Ok(Reference { path, format, expected: *expected, is_backing: true })
         };
         resolve().map(Some).map_err(|error: Error| error.at_path(overlay))
     }
+}
+
+/// `name` seen from the directory of `image`. Spelled as QEMU spells it, until in a long
+/// chain of relative names that comes near to what the kernel takes.
+fn beside(image: &Path, name: &Path) -> PathBuf {
+    const LONG: usize = 2048;
+    let path = resolve_beside(image, name);
+    if path.as_os_str().len() < LONG {
+        return path;
+    }
+    let directory = resolve_beside(image, Path::new("."));
+    std::fs::canonicalize(directory).map_or(path, |directory| directory.join(name))
 }
 
 /// One format out of two places that may name it.

@@ -64,15 +64,10 @@ impl LocalName {
         };
         Ok(Self { path: PathBuf::from(OsStr::from_bytes(name)), driver: None })
     }
-
-    /// The path seen from the directory of the image that names it, as QEMU's
-    /// path_combine() writes it.
-    pub fn from_directory_of(&self, image: &Path) -> PathBuf {
-        resolve_beside(image, &self.path)
-    }
 }
 
-/// `name` seen from the directory of `image`; an absolute name stays as it is.
+/// `name` seen from the directory of `image`, as QEMU's path_combine() writes it; an
+/// absolute name stays as it is.
 pub fn resolve_beside(image: &Path, name: &Path) -> PathBuf {
     if name.is_absolute() {
         return name.to_owned();
@@ -119,6 +114,11 @@ fn parse_json(name: &[u8], json: &[u8]) -> Result<LocalName> {
         match value {
             Value::String(text) => *slot = Some(text),
             _ => return Err(refuse(name, &format!("has no text as the option '{key}'"))),
+        }
+    }
+    for path in [&filename, &file_filename].into_iter().flatten() {
+        if path.contains('\0') {
+            return Err(refuse(name, "has a NUL in its file name"));
         }
     }
     let is_local = |driver: &str| matches!(driver, "file" | "host_device");
@@ -190,6 +190,7 @@ mod tests {
             (r#"json:{"driver":"nbd","host":"x"}"#, "'host'"),
             (r#"json:{"driver":"raw","offset":512,"file.filename":"x"}"#, "'offset'"),
             (r#"json:{"driver":"qcow2","backing":null,"file.filename":"x"}"#, "'backing'"),
+            (r#"json:{"driver":"raw","file.filename":"x\u0000y"}"#, "NUL"),
             ("json:{", "no JSON object"),
             ("json:{}", "does not lead to a local file"),
         ] {

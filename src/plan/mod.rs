@@ -14,7 +14,8 @@ use std::path::PathBuf;
 
 use crate::chain::{Chain, HoleQuery};
 use crate::error::{Error, ErrorKind, Result};
-use crate::open::{Warning, WarningKind};
+use crate::lock::Sharing;
+use crate::open::{OpenPolicy, Warning, WarningKind};
 use crate::units::{ByteLen, GuestOffset, GuestRange, SECTOR_SIZE, Sectors};
 
 use build::{Blocked, Facts, Piece, chain_files, cut};
@@ -237,18 +238,18 @@ impl<'c> Plan<'c> {
         &self.obstacles
     }
 
-    /// Adds as obstacles what was only a warning when the files were opened.
-    pub fn add_obstacles_of(
-        &mut self,
-        warnings: &[Warning],
-        probing_allowed: bool,
-        in_use_allowed: bool,
-    ) {
+    /// Adds as obstacles what was only a warning when the files were opened, and would
+    /// have been refused under `policy`.
+    pub fn add_obstacles_of(&mut self, warnings: &[Warning], policy: &OpenPolicy) {
         for Warning { path, kind } in warnings {
             let kind = match kind {
-                WarningKind::InUse(_) if !in_use_allowed => ObstacleKind::InUse,
-                WarningKind::UndeclaredBackingFormat(_) if !probing_allowed => {
+                WarningKind::InUse(_) if policy.sharing == Sharing::Readers => ObstacleKind::InUse,
+                WarningKind::UndeclaredBackingFormat(_) if !policy.probe_backing => {
                     ObstacleKind::UndeclaredBackingFormat
+                }
+                WarningKind::Corrupt if !policy.allow_corrupt => ObstacleKind::Corrupt,
+                WarningKind::ChangedBacking if !policy.allow_changed_backing => {
+                    ObstacleKind::ChangedBacking
                 }
                 _ => continue,
             };

@@ -24,6 +24,10 @@ pub enum ObstacleKind {
     UndeclaredBackingFormat,
     /// A file that somebody has open for writing.
     InUse,
+    /// A qcow2 image that is marked corrupt.
+    Corrupt,
+    /// A backing file that is not the one that its cow overlay recorded.
+    ChangedBacking,
 }
 
 impl ObstacleKind {
@@ -38,6 +42,8 @@ impl ObstacleKind {
             Self::Empty => "empty",
             Self::UndeclaredBackingFormat => "undeclared-backing-format",
             Self::InUse => "in-use",
+            Self::Corrupt => "corrupt",
+            Self::ChangedBacking => "changed-backing-file",
         }
     }
 
@@ -51,6 +57,10 @@ impl ObstacleKind {
             Self::Empty => "a virtual disk of 0 bytes",
             Self::UndeclaredBackingFormat => "a backing file without a declared format",
             Self::InUse => "a program that may write to the file",
+            Self::Corrupt => "marked corrupt (--allow-corrupt reads it as it is)",
+            Self::ChangedBacking => {
+                "changed since its cow overlay was made (--allow-changed-backing)"
+            }
         }
     }
 }

@@ -107,7 +107,14 @@ fn a_corrupt_image_is_refused_unless_it_is_allowed() {
     let dir = dir.path();
     good(dir);
     bad(dir).put_u64(patch::INCOMPATIBLE, 2).unwrap();
-    all_refuse(dir, &["bad.qcow2"], &[EX_INVALID], &["bad.qcow2", "marked corrupt"]);
+    for command in ["map", "table"] {
+        let ran = imgdm(dir, &[command, "bad.qcow2"]).unwrap();
+        refused(&ran, &[EX_INVALID], &["bad.qcow2", "marked corrupt"]).unwrap();
+    }
+    // The preflight lists it with all else that stands in the way.
+    let plan = plan_json(dir, &["bad.qcow2"]);
+    assert_eq!(plan["attachable"], false, "{plan}");
+    assert_eq!(plan["obstacles"][0]["kind"], "corrupt", "{plan}");
     reads_like_qemu(dir, "bad.qcow2", &["--allow-corrupt"]);
     let plan = plan_json(dir, &["--allow-corrupt", "bad.qcow2"]);
     assert_eq!(plan["warnings"][0]["kind"], "corrupt", "{plan}");

@@ -57,9 +57,9 @@ impl Extensions {
                         "the backing file's format name is too long: {length} bytes"
                     ));
                 }
-                BACKING_FORMAT => extensions.backing_format = Some(data.to_vec()),
+                BACKING_FORMAT => extensions.backing_format = Some(c_string(data)),
                 FEATURE_NAME_TABLE => extensions.feature_names = feature_names(data),
-                DATA_FILE_NAME => extensions.data_file = Some(data.to_vec()),
+                DATA_FILE_NAME => extensions.data_file = Some(c_string(data)),
                 _ => {}
             }
             rest = body.get(length.next_multiple_of(8)..).unwrap_or_default();
@@ -78,6 +78,11 @@ impl Extensions {
         let names: Vec<_> = (0..64).filter(|bit| bits >> bit & 1 == 1).map(named).collect();
         names.join(", ")
     }
+}
+
+/// QEMU takes these as C strings: they end at a NUL, where there is one.
+fn c_string(data: &[u8]) -> Vec<u8> {
+    data.split(|&byte| byte == 0).next().unwrap_or_default().to_vec()
 }
 
 fn feature_names(table: &[u8]) -> Vec<(u8, u8, String)> {
@@ -105,7 +110,7 @@ mod tests {
 
     #[test]
     fn extensions_are_read_up_to_the_end_mark() {
-        let mut area = extension(BACKING_FORMAT, b"raw");
+        let mut area = extension(BACKING_FORMAT, b"raw\0");
         area.extend(extension(0x1234, b"unknown"));
         area.extend(extension(DATA_FILE_NAME, b"disk.data"));
         area.extend(extension(END, b""));

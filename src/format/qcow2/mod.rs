@@ -15,11 +15,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use super::{BackingReference, Format, ImageFormat, Notice, Scratch};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, printable};
 use crate::source::Source;
 use crate::status::StatusRun;
 use crate::units::{ByteLen, GuestRange, HostOffset};
 
+use entry::l2_table_offset;
 pub use extension::Extensions;
 pub use header::{Compression, Qcow2Header, TableLocation, incompatible};
 pub use snapshot::{Snapshot, SnapshotSelector};
@@ -86,7 +87,14 @@ impl Qcow2Image {
             }
         };
         let l1_table = snapshot.as_ref().map_or(Ok(header.l1_table), |s| s.l1_table(&header))?;
-        check_table_in_file(source, l1_table, 40, "the L1 table")?;
+        match &snapshot {
+            None => check_table_in_file(source, l1_table, 40, "the L1 table")?,
+            Some(snapshot) => {
+                let name = format!("the L1 table of snapshot '{}'", printable(&snapshot.name));
+                check_table_in_file(source, l1_table, snapshot.entry_offset.get(), &name)?;
+            }
+        }
+        check_l2_tables_are_distinct(source, l1_table)?;
         Ok(Self {
             backing: read_backing(source, &header, &extensions)?,
             data_file_name: extensions
@@ -201,6 +209,25 @@ fn read_backing(
         .filter(|format| !format.is_empty())
         .map(|format| String::from_utf8_lossy(format).into_owned());
     Ok(Some(BackingReference { name, format, expected: None }))
+}
+
+/// Refuses an L1 table that names an L2 table twice: a file of a few MiB could otherwise
+/// stand for extents without end. The L1 table is at most 32 MiB.
+fn check_l2_tables_are_distinct(source: &Source, l1_table: TableLocation) -> Result<()> {
+    let mut bytes = vec![0; usize::try_from(l1_table.length.get()).unwrap_or(0)];
+    source.read_exact(l1_table.offset, &mut bytes, "the L1 table")?;
+    let entries = bytes.as_chunks::<8>().0.iter().map(|&entry| u64::from_be_bytes(entry));
+    let mut tables: Vec<_> =
+        entries.zip(0u64..).filter_map(|(entry, i)| Some((l2_table_offset(entry)?, i))).collect();
+    tables.sort_unstable();
+    match tables.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+        None => Ok(()),
+        Some(pair) => Err(Error::invalid(format!(
+            "the L1 entries {} and {} overlap: both name the L2 table at {}",
+            pair[0].1, pair[1].1, pair[0].0
+        ))
+        .at_offset(l1_table.offset.get() + pair[1].1 * 8)),
+    }
 }
 
 fn check_table_in_file(

@@ -23,6 +23,8 @@ pub struct Snapshot {
     pub id: String,
     /// Name (QEMU's `TAG`).
     pub name: String,
+    /// Where its entry of the snapshot table lies in the file.
+    pub entry_offset: HostOffset,
     /// The L1 table; its bounds are checked only when the snapshot is used.
     pub l1_offset: HostOffset,
     /// Entries of the L1 table.
@@ -51,7 +53,8 @@ impl Snapshot {
             Err(Error::invalid(format!(
                 "the L1 table of snapshot '{}' {what} (offset {offset:#x}, {length} bytes)",
                 printable(&self.name)
-            )))
+            ))
+            .at_offset(self.entry_offset.get()))
         };
         if length > MAX_L1_BYTES {
             return bad("is too large");
@@ -115,6 +118,7 @@ fn read_entry(source: &Source, at: HostOffset, header: &Qcow2Header) -> Result<(
     let snapshot = Snapshot {
         id: text(id),
         name: text(name),
+        entry_offset: at,
         l1_offset: HostOffset::new(crate::format::be64(&fixed, 0)),
         l1_entries: u32_at(8),
         virtual_size: extra_u64(8).map_or(header.virtual_size, ByteLen::new).floor_to_sector(),
@@ -163,11 +167,19 @@ impl SnapshotSelector {
             }),
         };
         found.ok_or_else(|| {
-            let known: Vec<_> = snapshots
+            const SHOWN: usize = 20;
+            let short = |text: &str| {
+                let cut: String = text.chars().take(64).collect();
+                printable(&if cut.len() < text.len() { cut + "..." } else { cut })
+            };
+            let mut known: Vec<_> = snapshots
                 .iter()
-                .take(20)
-                .map(|s| format!("{} ({})", printable(&s.id), printable(&s.name)))
+                .take(SHOWN)
+                .map(|s| format!("{} ({})", short(&s.id), short(&s.name)))
                 .collect();
+            if let Some(more) = snapshots.len().checked_sub(SHOWN).filter(|&more| more > 0) {
+                known.push(format!("and {more} more"));
+            }
             Error::new(ErrorKind::SnapshotNotFound(if known.is_empty() {
                 format!("no snapshot {self}: the image has no internal snapshots")
             } else {
@@ -237,6 +249,7 @@ mod tests {
         Snapshot {
             id: id.to_owned(),
             name: name.to_owned(),
+            entry_offset: HostOffset::ZERO,
             l1_offset: HostOffset::ZERO,
             l1_entries: 0,
             virtual_size: ByteLen::ZERO,
