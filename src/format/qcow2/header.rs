@@ -150,7 +150,7 @@ fn at(offset: usize, message: impl Into<String>) -> Error {
 }
 
 impl Qcow2Header {
-    /// Reads the header from the first bytes of a file, [`KNOWN_HEADER_LENGTH`] of them
+    /// Reads the header from the first bytes of a file, 112 of them
     /// or all there are.
     ///
     /// # Errors
