@@ -4,16 +4,18 @@ use std::io::Write;
 
 use anyhow::Context;
 use clap::ValueEnum;
-use imgdm::device::Interrupt;
 use imgdm::device::attach::{DirectIo, LayerFiles, Options, Request, attach};
 use imgdm::device::detach::{detach, find};
 use imgdm::device::linux::LinuxKernel;
 use imgdm::device::udev;
+use imgdm::device::{DeviceNumber, Interrupt, Kernel};
 use imgdm::format::Format;
 use imgdm::open::open_chain;
 use imgdm::plan::{Plan, ZeroMode};
+use imgdm::source::Source;
 
 use super::open::{FiemapArgs, OpenArgs, ZeroArgs, print_warnings};
+use super::output::show_path;
 use super::table::device_name;
 use super::{Globals, signal};
 
@@ -77,6 +79,19 @@ impl Args {
     }
 }
 
+/// A host that has mounted a block device takes no QEMU locks, so nothing refuses it.
+fn warn_of_holders(kernel: &LinuxKernel, file: &Source, globals: Globals) {
+    let Some(id) = file.id().filter(|_| file.is_block_device()) else { return };
+    let holders = kernel.holders(DeviceNumber::from_dev(id.device));
+    if !holders.is_empty() {
+        globals.warn(format_args!(
+            "{}: the block device is in use ({}): if that writes to it, what is read here is torn",
+            show_path(file.path()),
+            holders.join(", ")
+        ));
+    }
+}
+
 /// The plan's options as the bits that the device's UUID carries.
 fn plan_bits(zero: ZeroMode, fiemap: FiemapArgs) -> u16 {
     let zero = match zero {
@@ -100,7 +115,7 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     for path in plan.unheld_files() {
         globals.warn(format_args!(
             "{}: a file under 512 bytes can't be held: nothing keeps it from being changed",
-            super::output::show_path(path)
+            show_path(path)
         ));
     }
     let has_raw = chain.layers().iter().any(|layer| layer.image.format() == Format::Raw);
@@ -116,6 +131,9 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
         .collect();
     let snapshot = chain.layers()[0].image.snapshot();
     let kernel = LinuxKernel::new();
+    for (_, file) in chain.layers().iter().flat_map(|layer| layer.files()) {
+        warn_of_holders(&kernel, file, globals);
+    }
     let attachment = attach(
         &kernel,
         &Request {

@@ -393,6 +393,24 @@ fn an_image_on_a_block_device_reads_as_qemu_reads_it_with_a_loop_between_or_not(
 }
 
 #[test]
+fn a_block_device_that_the_host_has_mounted_is_warned_of() {
+    let scratch = Scratch::new();
+    let block = block_device();
+    tool("mkfs.ext4", args!["-q", "-F", &block]);
+    let place = scratch.path("place");
+    std::fs::create_dir(&place).unwrap();
+    tool("mount", args![&block, &place]);
+    let ran = imgdm(args!["attach", "-f", "raw", "--name", "mounted", &block]);
+    tool("umount", [&place]);
+    assert!(ran.stderr.contains("in use (the mount "), "{ran}");
+    imgdm(["detach", "mounted"]).ok();
+    let ran = imgdm(args!["attach", "-f", "raw", "--name", "mounted", &block]);
+    assert!(!ran.stderr.contains("in use"), "{ran}");
+    imgdm(["detach", "mounted"]).ok();
+    assert_nothing_left();
+}
+
+#[test]
 fn empty_and_all_zero_images_read_as_zeros() {
     let scratch = Scratch::new();
     let empty = scratch.create("qcow2", &[], "empty.qcow2", "3M");
