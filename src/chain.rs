@@ -22,15 +22,15 @@ use crate::units::{ByteLen, GuestOffset, GuestRange};
 pub(crate) mod tests;
 
 /// Most runs that one layer can give in one window.
-const RUNS_PER_WINDOW: u64 = 1 << 11;
+const RUNS_PER_WINDOW: u64 = 1 << 12;
 
 /// Windows that a thread resolves before their results are taken in order.
-const WINDOWS_PER_THREAD: usize = 32;
+const WINDOWS_PER_THREAD: usize = 16;
 
 /// Windows that are resolved before their results are taken, with however many threads:
-/// the text of a map has some 300 KiB for each (of a raw file that is nothing but holes
-/// and data of 4 KiB, 4 MiB).
-const WINDOWS_AT_ONCE: usize = 64;
+/// the text of a map has some 600 KiB for each (of a raw file that is nothing but holes
+/// and data of 4 KiB, 8 MiB).
+const WINDOWS_AT_ONCE: usize = 32;
 
 /// One image of a chain with its open files.
 #[derive(Debug)]

@@ -1,5 +1,7 @@
 //! Guest ranges to status runs, through the L1 and L2 tables.
 
+use std::borrow::Cow;
+
 use super::Qcow2Image;
 use super::entry::{L2Entry, L2Format, Subcluster, SubclusterBitmap, l2_table_offset};
 use super::header::{Qcow2Header, SUBCLUSTERS_PER_CLUSTER};
@@ -34,8 +36,8 @@ pub(super) fn status(
             return Ok(());
         }
         let last = (range.end.get().div_ceil(coverage)).min(l1_entries).min(first + L1_CHUNK);
-        let chunk = read_l1(image, first, last, scratch)?;
-        for (index, entry) in (first..last).zip(chunk) {
+        let chunk = l1_entries_of(image, first, last, scratch)?;
+        for (index, &entry) in (first..last).zip(chunk.iter()) {
             let start = GuestOffset::new(index * coverage);
             let end = start.saturating_add(ByteLen::new(coverage));
             let part = GuestRange::new(start, end).intersection(range);
@@ -52,17 +54,21 @@ pub(super) fn status(
     Ok(())
 }
 
-fn read_l1(
-    image: &Qcow2Image,
+/// The L1 entries from `first` up to `last`: those that are kept, or read for the moment.
+fn l1_entries_of<'i>(
+    image: &'i Qcow2Image,
     first: u64,
     last: u64,
     scratch: &mut Scratch,
-) -> Result<impl Iterator<Item = u64> + use<>> {
+) -> Result<Cow<'i, [u64]>> {
+    let kept = |at: u64| usize::try_from(at).unwrap_or(usize::MAX);
+    if let Some(entries) = image.kept_l1.get(kept(first)..kept(last)) {
+        return Ok(Cow::Borrowed(entries));
+    }
     let offset = image.l1_table.offset.saturating_add(ByteLen::new(first * 8));
     let count = usize::try_from(last - first).unwrap_or(0);
     let bytes = table_bytes(&image.source, offset, count * 8, "the L1 table", scratch)?;
-    let entries: Vec<u64> = (0..count).map(|i| be64(bytes, i)).collect();
-    Ok(entries.into_iter())
+    Ok(Cow::Owned((0..count).map(|i| be64(bytes, i)).collect()))
 }
 
 fn check_l2_offset(image: &Qcow2Image, l1_index: u64, table: HostOffset) -> Result<()> {

@@ -25,6 +25,9 @@ pub use extension::Extensions;
 pub use header::{Compression, Qcow2Header, TableLocation, incompatible};
 pub use snapshot::{Snapshot, SnapshotSelector};
 
+/// L1 entries that an image keeps in memory at most: 32 KiB, of each of up to 1024 layers.
+const MAX_KEPT_L1_ENTRIES: usize = 4096;
+
 /// A qcow2 image: its active layer, or one of its internal snapshots.
 #[derive(Debug)]
 pub struct Qcow2Image {
@@ -34,6 +37,8 @@ pub struct Qcow2Image {
     data_file_name: Option<PathBuf>,
     snapshot: Option<Snapshot>,
     l1_table: TableLocation,
+    /// The L1 entries, where they are few; else they are read when they are needed.
+    kept_l1: Vec<u64>,
     virtual_size: ByteLen,
     allow_corrupt: bool,
     preallocated: OnceLock<bool>,
@@ -94,7 +99,11 @@ impl Qcow2Image {
                 check_table_in_file(source, l1_table, snapshot.entry_offset.get(), &name)?;
             }
         }
-        check_l2_tables_are_distinct(source, l1_table)?;
+        let mut kept_l1 = read_l1(source, l1_table)?;
+        check_l2_tables_are_distinct(&kept_l1, l1_table)?;
+        if kept_l1.len() > MAX_KEPT_L1_ENTRIES {
+            kept_l1 = Vec::new();
+        }
         Ok(Self {
             backing: read_backing(source, &header, &extensions)?,
             data_file_name: extensions
@@ -102,6 +111,7 @@ impl Qcow2Image {
                 .map(|name| PathBuf::from(OsString::from_vec(name))),
             virtual_size: snapshot.as_ref().map_or(header.virtual_size, |s| s.virtual_size),
             l1_table,
+            kept_l1,
             snapshot,
             allow_corrupt,
             source: Arc::clone(source),
@@ -211,14 +221,19 @@ fn read_backing(
     Ok(Some(BackingReference { name, format, expected: None }))
 }
 
-/// Refuses an L1 table that names an L2 table twice: a file of a few MiB could otherwise
-/// stand for extents without end. The L1 table is at most 32 MiB.
-fn check_l2_tables_are_distinct(source: &Source, l1_table: TableLocation) -> Result<()> {
+/// Reads an L1 table, which is at most 32 MiB and inside of the file.
+fn read_l1(source: &Source, l1_table: TableLocation) -> Result<Vec<u64>> {
     let mut bytes = vec![0; usize::try_from(l1_table.length.get()).unwrap_or(0)];
     source.read_exact(l1_table.offset, &mut bytes, "the L1 table")?;
-    let entries = bytes.as_chunks::<8>().0.iter().map(|&entry| u64::from_be_bytes(entry));
+    Ok(bytes.as_chunks::<8>().0.iter().map(|&entry| u64::from_be_bytes(entry)).collect())
+}
+
+/// Refuses an L1 table that names an L2 table twice: a file of a few MiB could otherwise
+/// stand for extents without end.
+fn check_l2_tables_are_distinct(entries: &[u64], l1_table: TableLocation) -> Result<()> {
+    let indexed = entries.iter().zip(0u64..);
     let mut tables: Vec<_> =
-        entries.zip(0u64..).filter_map(|(entry, i)| Some((l2_table_offset(entry)?, i))).collect();
+        indexed.filter_map(|(&entry, i)| Some((l2_table_offset(entry)?, i))).collect();
     tables.sort_unstable();
     match tables.windows(2).find(|pair| pair[0].0 == pair[1].0) {
         None => Ok(()),
