@@ -114,11 +114,13 @@ pub(crate) fn lvm(world: &World) {
     forget_volume_group(&plain.path().to_string_lossy());
 }
 
-/// Deactivates the group, takes its loop away and what LVM noted of it.
+/// Deactivates the group, takes its loop away and what LVM noted of it. The activation that
+/// udev has systemd run is none of udev's own work, so settling does not wait for it.
 #[track_caller]
 fn forget_volume_group(device: &str) {
     sh(&format!(
-        "udevadm settle; vgchange -qq -an imgdmtest; losetup -d {device}; udevadm settle
+        "udevadm settle; systemctl stop lvm-activate-imgdmtest.service 2>/dev/null || true
+         vgchange -qq -an imgdmtest; losetup -d {device}; udevadm settle
          rm -f /run/lvm/pvs_online/* /run/lvm/vgs_online/* /run/lvm/pvs_lookup/*
          systemctl reset-failed 2>/dev/null || true"
     ));
