@@ -75,6 +75,8 @@ struct JsonLayer {
     #[serde(flatten)]
     file: JsonPath,
     format: &'static str,
+    /// Whether anybody said so: its overlay, or -f. Else it was probed.
+    format_declared: bool,
     virtual_size: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     data_file: Option<JsonPath>,
@@ -129,6 +131,7 @@ fn report(chain: &Chain, plan: &Plan<'_>, warnings: &[Warning], probing_allowed:
             depth,
             file: JsonPath::from(layer.source.absolute_path().as_path()),
             format: layer.image.format().name(),
+            format_declared: layer.declared_format.is_some(),
             virtual_size: layer.image.virtual_size().get(),
             data_file: layer
                 .data_file

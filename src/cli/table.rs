@@ -7,6 +7,7 @@ use imgdm::chain::Chain;
 use imgdm::device::name::DmName;
 use imgdm::open::open_chain;
 use imgdm::plan::{Backing, BackingId, Bindings, Plan, SegmentTarget, TableId, TableSource};
+use imgdm::source::Source;
 use imgdm::table::DeviceRef;
 use imgdm::{Error, ErrorKind};
 
@@ -88,7 +89,7 @@ fn print_human(plan: &Plan<'_>, name: &DmName, loops: &[String]) -> anyhow::Resu
         let device = device.cloned().unwrap_or_else(|| format!("@{}", id.0));
         let what = match backing {
             Backing::File { .. } => {
-                plan.file_path(id).map(|path| show_path(&absolute(&path))).unwrap_or_default()
+                plan.file(id).map(|file| show_path(&file.absolute_path())).unwrap_or_default()
             }
             Backing::Zero { length } => format!("{length} sectors of zeros"),
             Backing::Table(table) => format!("table {}", table.0),
@@ -109,10 +110,6 @@ fn print_human(plan: &Plan<'_>, name: &DmName, loops: &[String]) -> anyhow::Resu
     }
     out.flush()?;
     Ok(())
-}
-
-fn absolute(path: &std::path::Path) -> std::path::PathBuf {
-    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
 #[derive(serde::Serialize)]
@@ -146,10 +143,11 @@ fn json_backings(plan: &Plan<'_>) -> Vec<JsonBacking> {
             let mut json =
                 JsonBacking { id: id.0, kind: "file", file: None, table: None, sectors: None };
             match backing {
-                Backing::File { layer, role } => {
-                    let source = plan.chain().layers()[*layer as usize].file(*role);
-                    json.kind = if source.is_block_device() { "block" } else { "file" };
-                    json.file = Some(JsonPath::from(source.absolute_path().as_path()));
+                Backing::File { .. } => {
+                    let file = plan.file(id);
+                    let is_block = file.is_some_and(Source::is_block_device);
+                    json.kind = if is_block { "block" } else { "file" };
+                    json.file = file.map(|file| JsonPath::from(file.absolute_path().as_path()));
                 }
                 Backing::Zero { length } => {
                     json.kind = "zero";

@@ -4,7 +4,6 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -178,23 +177,13 @@ fn loop_path(raw: &[u8], file: FileId) -> LoopPath {
     let to_path = |bytes| PathBuf::from(std::ffi::OsStr::from_bytes(bytes));
     let raw = raw.strip_suffix(b"\n").unwrap_or(raw);
     let path = to_path(raw);
-    if id_at(&path) == Some(file) {
+    if FileId::of_path(&path) == Some(file) {
         return LoopPath { path, state: PathState::Same };
     }
     match raw.strip_suffix(DELETED) {
         Some(path) => LoopPath { path: to_path(path), state: PathState::Deleted },
         None => LoopPath { path, state: PathState::Other },
     }
-}
-
-/// What is at `path` now.
-fn id_at(path: &Path) -> Option<FileId> {
-    let metadata = fs::metadata(path).ok()?;
-    Some(if metadata.file_type().is_block_device() {
-        FileId { device: metadata.rdev(), inode: 0 }
-    } else {
-        FileId { device: metadata.dev(), inode: metadata.ino() }
-    })
 }
 
 /// True once the loop is not bound any more as it was at `generation`.
@@ -216,7 +205,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("x (deleted)");
         fs::write(&path, "x").unwrap();
-        let id = id_at(&path).unwrap();
+        let id = FileId::of_path(&path).unwrap();
         let mut raw = path.as_os_str().as_bytes().to_vec();
         raw.push(b'\n');
         let found = loop_path(&raw, id);

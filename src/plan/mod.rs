@@ -16,6 +16,7 @@ use crate::chain::{Chain, HoleQuery};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lock::Sharing;
 use crate::open::{OpenPolicy, Warning, WarningKind};
+use crate::source::Source;
 use crate::units::{ByteLen, GuestOffset, GuestRange, SECTOR_SIZE, Sectors};
 
 use build::{Blocked, Facts, Piece, chain_files, cut};
@@ -203,7 +204,7 @@ impl<'c> Plan<'c> {
         self.obstacles = blocked
             .map(|blocked| Obstacle {
                 kind: blocked.kind,
-                path: self.file_path(blocked.backing).unwrap_or_default(),
+                path: self.file(blocked.backing).map_or_else(PathBuf::new, |f| f.path().to_owned()),
                 count: blocked.count,
                 first: Some(blocked.first),
             })
@@ -223,12 +224,10 @@ impl<'c> Plan<'c> {
         self.chain
     }
 
-    /// The path of a backing that is a file, as it was opened.
-    pub fn file_path(&self, backing: BackingId) -> Option<PathBuf> {
+    /// The file of a backing that is one.
+    pub fn file(&self, backing: BackingId) -> Option<&'c Source> {
         match self.backings.get(backing.0 as usize)? {
-            Backing::File { layer, role } => {
-                Some(self.chain.layers()[*layer as usize].file(*role).path().to_owned())
-            }
+            Backing::File { layer, role } => Some(self.chain.layers()[*layer as usize].file(*role)),
             Backing::Zero { .. } | Backing::Table(_) => None,
         }
     }
