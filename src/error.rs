@@ -47,6 +47,9 @@ pub enum ErrorKind {
     /// The running kernel has no device-mapper, loop driver or target.
     #[error("{0}")]
     KernelLacks(String),
+    /// An encrypted layer's key is missing, or is not the right one.
+    #[error("{0}")]
+    WrongKey(String),
     /// SIGINT or SIGTERM asked the work to stop; all of it was undone.
     #[error("interrupted by signal {0}")]
     Interrupted(i32),

@@ -23,6 +23,7 @@
 //! | [`chain`] | folding the layers, top first |
 //! | [`extent`] | a row of a map |
 //! | [`plan`] | extents to segments, backings and tables; what stands in the way |
+//! | [`scratch`] | what the image's files don't hold as it is: inflated clusters, partial sectors |
 //! | [`table`] | `dmsetup` text, printed and parsed |
 //! | [`device`] | loop devices and device-mapper, real and fake |
 
@@ -35,6 +36,7 @@ pub mod holes;
 pub mod lock;
 pub mod open;
 pub mod plan;
+pub mod scratch;
 pub mod source;
 pub mod status;
 pub mod table;

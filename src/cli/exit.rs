@@ -9,6 +9,7 @@ pub(crate) const USAGE: u8 = 64;
 const FAILED: u8 = 1;
 const IMAGE_INVALID: u8 = 65;
 const NOT_FOUND: u8 = 66;
+const WRONG_KEY: u8 = 67;
 const KERNEL_LACKS: u8 = 69;
 const CANNOT_CREATE: u8 = 73;
 const IN_USE: u8 = 75;
@@ -32,6 +33,7 @@ pub(crate) fn exit_code(error: &anyhow::Error) -> u8 {
         ErrorKind::Usage(_) => USAGE,
         ErrorKind::CannotCreate(_) => CANNOT_CREATE,
         ErrorKind::KernelLacks(_) => KERNEL_LACKS,
+        ErrorKind::WrongKey(_) => WRONG_KEY,
         _ => FAILED,
     }
 }
@@ -77,6 +79,7 @@ mod tests {
         assert_eq!(code(ErrorKind::InvalidImage(String::new())), 65);
         assert_eq!(code(ErrorKind::NotFound(String::new())), 66);
         assert_eq!(code(ErrorKind::KernelLacks(String::new())), 69);
+        assert_eq!(code(ErrorKind::WrongKey(String::new())), 67);
         assert_eq!(code(ErrorKind::InUse(String::new())), 75);
         assert_eq!(code(ErrorKind::PermissionDenied(String::new())), 77);
         assert_eq!(code(ErrorKind::Io(String::new())), 1);
