@@ -22,6 +22,7 @@
 //! | [`status`] | what one layer says of a guest range |
 //! | [`chain`] | folding the layers, top first |
 //! | [`extent`] | a row of a map |
+//! | [`inflate`] | inflating a compressed cluster |
 //! | [`plan`] | extents to segments, backings and tables; what stands in the way |
 //! | [`scratch`] | what the image's files don't hold as it is: inflated clusters, partial sectors |
 //! | [`table`] | `dmsetup` text, printed and parsed |
@@ -33,6 +34,7 @@ pub mod error;
 pub mod extent;
 pub mod format;
 pub mod holes;
+pub mod inflate;
 pub mod lock;
 pub mod open;
 pub mod plan;

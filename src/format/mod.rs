@@ -166,6 +166,16 @@ pub trait ImageFormat: Send + Sync + fmt::Debug {
     /// or sector); at least 512.
     fn granularity(&self) -> u64;
 
+    /// Bytes of a cluster: what one compressed stream gives.
+    fn cluster_size(&self) -> u64 {
+        self.granularity()
+    }
+
+    /// How compressed clusters are compressed; `None` where the format has none.
+    fn compression(&self) -> Option<qcow2::Compression> {
+        None
+    }
+
     /// The backing file, where there is one.
     fn backing(&self) -> Option<&BackingReference> {
         None

@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use super::qcow2::Compression;
 use super::{BackingReference, Format, ImageFormat, Scratch, be64, bytes_at};
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::Source;
@@ -348,6 +349,10 @@ impl ImageFormat for QcowImage {
 
     fn granularity(&self) -> u64 {
         self.header.cluster_size().max(SECTOR_SIZE)
+    }
+
+    fn compression(&self) -> Option<Compression> {
+        Some(Compression::Zlib)
     }
 
     fn backing(&self) -> Option<&BackingReference> {

@@ -147,6 +147,14 @@ impl ImageFormat for Qcow2Image {
         self.header.subcluster_size()
     }
 
+    fn cluster_size(&self) -> u64 {
+        self.header.cluster_size()
+    }
+
+    fn compression(&self) -> Option<Compression> {
+        Some(self.header.compression)
+    }
+
     fn backing(&self) -> Option<&BackingReference> {
         self.backing.as_ref()
     }
