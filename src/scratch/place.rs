@@ -1,0 +1,244 @@
+//! Where the scratch file lies: a directory with room, and a file there that nobody else
+//! can see and that goes away with the last one who holds it.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
+use nix::sys::statvfs::statvfs;
+use nix::unistd::{AccessFlags, access};
+
+use crate::error::{Error, ErrorKind, Result, printable};
+
+/// On disk and kept over a reboot, so that a large scratch file takes no memory.
+const DEFAULT_DIRECTORY: &str = "/var/tmp";
+/// What an initrd has.
+const FALLBACK_DIRECTORY: &str = "/run";
+/// `RAMFS_MAGIC` of linux/magic.h, the file system of an initramfs.
+const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
+
+/// A directory for scratch files.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ScratchPlace {
+    directory: PathBuf,
+}
+
+/// A file that has no name any more, open twice.
+#[derive(Debug)]
+pub struct ScratchFile {
+    /// Open for reading and writing, to be filled and then closed.
+    pub writer: File,
+    /// Open for reading only, to be given to a loop device.
+    pub reader: File,
+}
+
+impl ScratchPlace {
+    /// The directory asked for; without one /var/tmp or, where that is missing, read-only
+    /// or not writable, /run.
+    ///
+    /// # Errors
+    /// `CannotCreate`, naming the directory: it can't be written to; without one asked
+    /// for, neither of the two can.
+    pub fn choose(directory: Option<&Path>) -> Result<Self> {
+        let unusable = |directory: &Path, errno: Errno| {
+            Error::new(ErrorKind::CannotCreate(format!(
+                "no scratch file can be made in this directory: {}",
+                errno.desc()
+            )))
+            .at_path(directory)
+        };
+        if let Some(directory) = directory {
+            let directory = std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned());
+            return match check_writable(&directory) {
+                Ok(()) => Ok(Self { directory }),
+                Err(errno) => Err(unusable(&directory, errno)),
+            };
+        }
+        let usual = Path::new(DEFAULT_DIRECTORY);
+        let Err(errno) = check_writable(usual) else {
+            return Ok(Self { directory: usual.to_owned() });
+        };
+        let fallback = Path::new(FALLBACK_DIRECTORY);
+        match check_writable(fallback) {
+            Ok(()) => Ok(Self { directory: fallback.to_owned() }),
+            Err(_) => Err(unusable(usual, errno)),
+        }
+    }
+
+    /// The directory, an absolute path.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// True where a scratch file takes memory: on tmpfs and ramfs.
+    pub fn in_memory(&self) -> bool {
+        statfs(&self.directory)
+            .is_ok_and(|found| [TMPFS_MAGIC, RAMFS_MAGIC].contains(&found.filesystem_type()))
+    }
+
+    /// Bytes that can still be written there, what is reserved for root left out; 2^64 - 1
+    /// where the file system has no limit or does not say.
+    pub fn free_bytes(&self) -> u64 {
+        match statvfs(&self.directory) {
+            // A ramfs, and a tmpfs without a size, has no blocks at all.
+            Ok(found) if found.blocks() != 0 => {
+                found.blocks_available().saturating_mul(found.fragment_size())
+            }
+            _ => u64::MAX,
+        }
+    }
+
+    /// Checks that a scratch file can be made of `length` bytes, holes and all, of which
+    /// `bytes` are written at most.
+    ///
+    /// # Errors
+    /// `CannotCreate`: too little is free, or the process may not write a file that long
+    /// (RLIMIT_FSIZE).
+    pub fn check_room(&self, bytes: u64, length: u64) -> Result<()> {
+        let free = self.free_bytes();
+        if bytes > free {
+            return Err(Error::new(ErrorKind::CannotCreate(format!(
+                "the scratch file takes {bytes} bytes, and {free} are free in this directory{}",
+                if self.in_memory() { " (it is in memory)" } else { "" },
+            )))
+            .at_path(&self.directory));
+        }
+        check_size_limit(length, &self.directory)
+    }
+
+    /// Makes an empty file that only its holders can reach, mode 0600. The kernel frees it
+    /// when the last of them has closed it.
+    ///
+    /// # Errors
+    /// `CannotCreate`, naming the directory.
+    pub fn create(&self) -> Result<ScratchFile> {
+        self.create_unnamed().or_else(|_| self.create_and_unlink()).map_err(|error| {
+            Error::new(ErrorKind::CannotCreate(format!(
+                "no scratch file can be made in the directory {}",
+                printable(&self.directory.to_string_lossy())
+            )))
+            .with_source(error)
+        })
+    }
+
+    fn create_unnamed(&self) -> io::Result<ScratchFile> {
+        let writer = open_unnamed(&self.directory)?;
+        // Without a name, /proc is the only way to it.
+        let reader = File::open(descriptor_path(&writer))?;
+        Ok(ScratchFile { writer, reader })
+    }
+
+    /// For file systems without O_TMPFILE (overlay on some kernels, NFS), and without /proc.
+    fn create_and_unlink(&self) -> io::Result<ScratchFile> {
+        let (writer, path) = create_named(&self.directory)?;
+        let reader = File::open(&path);
+        std::fs::remove_file(&path)?;
+        Ok(ScratchFile { writer, reader: reader? })
+    }
+}
+
+/// Opens a new file in `directory` that has no name (O_TMPFILE), mode 0600.
+pub(super) fn open_unnamed(directory: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE);
+    options.open(directory)
+}
+
+/// Makes a new file under a name that nothing has, mode 0600.
+pub(super) fn create_named(directory: &Path) -> io::Result<(File, PathBuf)> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create_new(true).mode(0o600);
+    let mut number = 0u32;
+    loop {
+        let path = directory.join(format!(".imgdm-{}-{number}", std::process::id()));
+        match options.open(&path) {
+            Ok(file) => return Ok((file, path)),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && number < 10_000 => {
+                number += 1;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// The path under which /proc shows an open file.
+pub(super) fn descriptor_path(file: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
+fn check_writable(directory: &Path) -> Result<(), Errno> {
+    access(directory, AccessFlags::W_OK | AccessFlags::X_OK)?;
+    if directory.is_dir() { Ok(()) } else { Err(Errno::ENOTDIR) }
+}
+
+/// Fails where a file of so many bytes is longer than RLIMIT_FSIZE allows: the kernel
+/// would end the process by SIGXFSZ.
+pub(super) fn check_size_limit(length: u64, directory: &Path) -> Result<()> {
+    match getrlimit(Resource::RLIMIT_FSIZE) {
+        Ok((limit, _)) if length > limit => Err(Error::new(ErrorKind::CannotCreate(format!(
+            "the scratch file is {length} bytes long with its holes, and this process may write files of at most {limit} (RLIMIT_FSIZE, 'ulimit -f')"
+        )))
+        .at_path(directory)),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+
+    use super::*;
+
+    #[test]
+    fn without_a_directory_there_is_a_default() {
+        let place = ScratchPlace::choose(None).unwrap();
+        let known = [DEFAULT_DIRECTORY, FALLBACK_DIRECTORY].map(Path::new);
+        assert!(known.contains(&place.directory()));
+    }
+
+    #[test]
+    fn a_directory_asked_for_is_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let missing = dir.path().join("missing");
+        let error = ScratchPlace::choose(Some(&missing)).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::CannotCreate(_)));
+        assert!(error.to_string().starts_with(&missing.display().to_string()), "{error}");
+        let file = dir.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        ScratchPlace::choose(Some(&file)).unwrap_err();
+    }
+
+    #[test]
+    fn a_scratch_file_has_no_name_and_two_handles() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = ScratchPlace::choose(Some(dir.path())).unwrap();
+        for file in [place.create().unwrap(), place.create_and_unlink().unwrap()] {
+            assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+            file.writer.write_all_at(b"inflated", 0).unwrap();
+            let mut read = [0; 8];
+            file.reader.read_exact_at(&mut read, 0).unwrap();
+            assert_eq!(&read, b"inflated");
+            file.reader.write_all_at(b"x", 0).unwrap_err();
+            let metadata = file.writer.metadata().unwrap();
+            assert_eq!((metadata.nlink(), metadata.permissions().mode() & 0o777), (0, 0o600));
+        }
+    }
+
+    #[test]
+    fn too_little_room_is_said_with_both_sizes() {
+        let place = ScratchPlace::choose(None).unwrap();
+        let free = place.free_bytes();
+        place.check_room(1, 1).unwrap();
+        if free != u64::MAX {
+            let error = place.check_room(u64::MAX, 1).unwrap_err();
+            assert!(matches!(error.kind(), ErrorKind::CannotCreate(_)));
+            assert!(error.to_string().contains(&u64::MAX.to_string()), "{error}");
+        }
+    }
+}
