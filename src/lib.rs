@@ -19,6 +19,7 @@
 //! | [`holes`] | holes and unwritten extents under a range of a file |
 //! | [`open`] | which files may be opened; names, formats, depth, cycles |
 //! | [`format`](mod@format) | raw, qcow2, qcow, cow |
+//! | [`crypt`] | encrypted images: from passphrase to volume key |
 //! | [`status`] | what one layer says of a guest range |
 //! | [`chain`] | folding the layers, top first |
 //! | [`extent`] | a row of a map |
@@ -29,6 +30,7 @@
 //! | [`device`] | loop devices and device-mapper, real and fake |
 
 pub mod chain;
+pub mod crypt;
 pub mod device;
 pub mod error;
 pub mod extent;

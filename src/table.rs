@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use zeroize::Zeroizing;
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::Sectors;
 
@@ -44,6 +46,51 @@ impl fmt::Display for DeviceRef {
     }
 }
 
+/// A key of dm-crypt, as its table line takes it.
+#[derive(Clone, PartialEq, Eq)]
+pub enum CryptKey {
+    /// In the kernel's keyring: `:SIZE:logon:DESCRIPTION`.
+    Keyring {
+        /// Bytes of the key.
+        size: usize,
+        /// By which description the kernel finds it; no white space.
+        description: String,
+    },
+    /// The key itself. It is never printed: only the device side takes it out.
+    Raw(Zeroizing<Vec<u8>>),
+}
+
+impl fmt::Debug for CryptKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CryptKey({self})")
+    }
+}
+
+impl fmt::Display for CryptKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Keyring { size, description } => write!(f, ":{size}:logon:{description}"),
+            Self::Raw(_) => f.write_str("-"),
+        }
+    }
+}
+
+impl FromStr for CryptKey {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let parse = || {
+            let (size, rest) = text.strip_prefix(':')?.split_once(':')?;
+            let description = rest.strip_prefix("logon:")?;
+            Some(Self::Keyring { size: size.parse().ok()?, description: description.to_owned() })
+        };
+        // What it is is not said: it may be a key.
+        parse().ok_or_else(|| {
+            Error::new(ErrorKind::Unsupported("a key that is not in the kernel's keyring".into()))
+        })
+    }
+}
+
 /// A device-mapper target with its parameters
 /// (kernel: Documentation/admin-guide/device-mapper/).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,6 +104,17 @@ pub enum Target {
     },
     /// `zero`.
     Zero,
+    /// `error`.
+    Error,
+    /// `crypt CIPHER KEY 0 DEVICE 0`: the IV is the sector's number on the device below.
+    Crypt {
+        /// The cipher, mode and IV generator: `aes-xts-plain64`.
+        cipher: String,
+        /// The key.
+        key: CryptKey,
+        /// The device with the ciphertext.
+        device: DeviceRef,
+    },
 }
 
 impl Target {
@@ -65,14 +123,26 @@ impl Target {
         match self {
             Self::Linear { .. } => "linear",
             Self::Zero => "zero",
+            Self::Error => "error",
+            Self::Crypt { .. } => "crypt",
         }
     }
 
-    /// The parameters after the type; empty where the target has none.
+    /// The parameters after the type; empty where the target has none. A raw key is not
+    /// among them.
     pub fn parameters(&self) -> String {
         match self {
             Self::Linear { device, offset } => format!("{device} {offset}"),
-            Self::Zero => String::new(),
+            Self::Zero | Self::Error => String::new(),
+            Self::Crypt { cipher, key, device } => format!("{cipher} {key} 0 {device} 0"),
+        }
+    }
+
+    /// The device below, where there is one.
+    pub fn device(&self) -> Option<&DeviceRef> {
+        match self {
+            Self::Linear { device, .. } | Self::Crypt { device, .. } => Some(device),
+            Self::Zero | Self::Error => None,
         }
     }
 }
@@ -93,7 +163,8 @@ impl fmt::Display for TableLine {
         write!(f, "{} {} {}", self.start, self.length, self.target.kind())?;
         match &self.target {
             Target::Linear { device, offset } => write!(f, " {device} {offset}"),
-            Target::Zero => Ok(()),
+            Target::Crypt { .. } => write!(f, " {}", self.target.parameters()),
+            Target::Zero | Target::Error => Ok(()),
         }
     }
 }
@@ -122,13 +193,25 @@ impl FromStr for TableLine {
                 Target::Linear { device: DeviceRef::new(device)?, offset: number(words.next())? }
             }
             Some("zero") => Target::Zero,
-            _ => return Err(bad("has no target that imgdm knows (linear, zero)")),
+            Some("error") => Target::Error,
+            // The line is not quoted: there may be a key in it.
+            Some("crypt") => crypt_target(&mut words).ok_or_else(|| {
+                Error::new(ErrorKind::Unsupported("a crypt line that is none of imgdm's".into()))
+            })?,
+            _ => return Err(bad("has no target that imgdm knows (linear, zero, error, crypt)")),
         };
         if words.next().is_some() {
             return Err(bad("has words too many"));
         }
         Ok(Self { start, length, target })
     }
+}
+
+/// `CIPHER KEY 0 DEVICE 0`.
+fn crypt_target<'w>(words: &mut impl Iterator<Item = &'w str>) -> Option<Target> {
+    let (cipher, key, iv) = (words.next()?.to_owned(), words.next()?.parse().ok()?, words.next()?);
+    let (device, offset) = (DeviceRef::new(words.next()?).ok()?, words.next()?);
+    (iv == "0" && offset == "0").then_some(Target::Crypt { cipher, key, device })
 }
 
 /// A whole table: lines without gap from sector 0.
@@ -194,10 +277,19 @@ mod tests {
 
     #[test]
     fn a_table_reads_back_what_it_prints() {
-        let text = "0 8 linear 7:0 2048\n8 16 zero\n24 8 linear /dev/loop1 0\n";
+        let text = "0 8 linear 7:0 2048\n8 16 zero\n24 8 linear /dev/loop1 0\n\
+            32 8 error\n40 8 crypt aes-xts-plain64 :64:logon:imgdm:x 0 7:1 0\n";
         let table: Table = text.parse().unwrap();
         assert_eq!(table.to_string(), text);
-        assert_eq!(table.size(), Sectors::new(32));
+        assert_eq!(table.size(), Sectors::new(48));
+    }
+
+    #[test]
+    fn a_key_is_neither_printed_nor_quoted() {
+        let key = CryptKey::Raw(Zeroizing::new(b"secret".to_vec()));
+        assert_eq!(format!("{key} {key:?}"), "- CryptKey(-)");
+        let error = "0 8 crypt aes-xts-plain64 736563726574 0 7:1 0".parse::<TableLine>();
+        assert!(!error.unwrap_err().to_string().contains("736563726574"));
     }
 
     #[test]

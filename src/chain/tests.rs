@@ -13,7 +13,10 @@ pub(crate) enum Sector {
     Zero,
     /// Data at this sector of the layer's file.
     Data(u64),
+    /// The same, under legacy AES.
     Encrypted(u64),
+    /// A compressed cluster of one sector.
+    Compressed,
 }
 
 /// A layer made of sectors.
@@ -33,6 +36,10 @@ impl ImageFormat for Synthetic {
         SECTOR_SIZE
     }
 
+    fn crypt_header(&self) -> Result<Option<crate::crypt::CryptHeader>> {
+        Ok(Some(crate::crypt::CryptHeader::Aes))
+    }
+
     fn status(&self, range: GuestRange, _: &mut Scratch, runs: &mut Vec<StatusRun>) -> Result<()> {
         for (index, sector) in self.0.iter().enumerate() {
             let place = |at: u64| HostPlace::in_image(HostOffset::new(at * SECTOR_SIZE));
@@ -41,8 +48,13 @@ impl ImageFormat for Synthetic {
                 Sector::Zero => BlockStatus::Zero(ZeroStatus::Plain),
                 Sector::Data(at) => BlockStatus::Data(place(at)),
                 Sector::Encrypted(at) => {
-                    BlockStatus::Encrypted { place: place(at), cipher: Encryption::Luks }
+                    BlockStatus::Encrypted { place: place(at), cipher: Encryption::Aes }
                 }
+                Sector::Compressed => BlockStatus::Compressed {
+                    host: HostOffset::ZERO,
+                    stream_length: ByteLen::new(SECTOR_SIZE),
+                    cluster: GuestOffset::new(index as u64 * SECTOR_SIZE),
+                },
             };
             let run = StatusRun {
                 start: GuestOffset::new(index as u64 * SECTOR_SIZE),
@@ -75,6 +87,8 @@ fn sector() -> impl Strategy<Value = Sector> {
         4 => Just(Sector::Unallocated),
         1 => Just(Sector::Zero),
         4 => (0..FILE_SECTORS).prop_map(Sector::Data),
+        1 => (0..FILE_SECTORS).prop_map(Sector::Encrypted),
+        1 => Just(Sector::Compressed),
     ]
 }
 
@@ -83,6 +97,7 @@ pub(crate) fn layers() -> impl Strategy<Value = Vec<Vec<Sector>>> {
     let run = (sector(), 1..6u64).prop_map(|(sector, length)| {
         let step = |i| match sector {
             Sector::Data(at) if at + length <= FILE_SECTORS => Sector::Data(at + i),
+            Sector::Encrypted(at) if at + length <= FILE_SECTORS => Sector::Encrypted(at + i),
             other => other,
         };
         (0..length).map(step).collect::<Vec<_>>()
@@ -134,7 +149,10 @@ proptest! {
                     Mapping::Data(place) => Sector::Data(place.offset.get() / SECTOR_SIZE + index),
                     Mapping::Zero(ZeroCause::Layer(_)) => Sector::Zero,
                     Mapping::Zero(_) => Sector::Unallocated,
-                    _ => Sector::Encrypted(0),
+                    Mapping::Encrypted { place, .. } => {
+                        Sector::Encrypted(place.offset.get() / SECTOR_SIZE + index)
+                    }
+                    Mapping::Compressed { .. } => Sector::Compressed,
                 };
                 prop_assert_eq!(got, expected);
             }

@@ -4,20 +4,25 @@ use std::io::Write;
 
 use anyhow::Context;
 use clap::ValueEnum;
-use imgdm::device::attach::{DirectIo, LayerFiles, Options, Request, attach};
+use imgdm::device::attach::{
+    Attachment, DirectIo, LayerFiles, Options, Request, attach, find_attached,
+};
 use imgdm::device::detach::{detach, find};
+use imgdm::device::keys::Keys;
 use imgdm::device::linux::LinuxKernel;
 use imgdm::device::udev;
 use imgdm::device::{DeviceNumber, Interrupt, Kernel};
 use imgdm::format::Format;
 use imgdm::open::open_chain;
-use imgdm::plan::{Plan, ZeroMode};
+use imgdm::plan::{Plan, TableSource, ZeroMode};
+use imgdm::scratch::{OnError, ScratchWork};
 use imgdm::source::Source;
 
 use super::open::{FiemapArgs, OpenArgs, ZeroArgs, print_warnings};
 use super::output::show_path;
+use super::scratch::{ContentArgs, PlaceArgs};
 use super::table::device_name;
-use super::{Globals, signal};
+use super::{Globals, fill, signal};
 
 /// Attach an image as the read-only block device /dev/mapper/NAME
 #[derive(Debug, clap::Args)]
@@ -38,6 +43,12 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     zero: ZeroArgs,
+
+    #[command(flatten)]
+    content: ContentArgs,
+
+    #[command(flatten)]
+    places: PlaceArgs,
 
     /// Map a block device without a loop device between. Gives up the locks once this
     /// command ends, and the loop's guard against writes from devices stacked on top
@@ -74,7 +85,7 @@ impl Args {
             },
             direct_block: self.direct_block,
             publish: false,
-            plan_bits: plan_bits(self.zero.mode(), self.fiemap),
+            plan_bits: plan_bits(self.zero.mode(), self.content, self.fiemap),
         }
     }
 }
@@ -93,13 +104,18 @@ fn warn_of_holders(kernel: &LinuxKernel, file: &Source, globals: Globals) {
 }
 
 /// The plan's options as the bits that the device's UUID carries.
-fn plan_bits(zero: ZeroMode, fiemap: FiemapArgs) -> u16 {
+fn plan_bits(zero: ZeroMode, content: ContentArgs, fiemap: FiemapArgs) -> u16 {
     let zero = match zero {
         ZeroMode::Auto => 0,
         ZeroMode::Dm => 1,
         ZeroMode::Loop => 2,
     };
-    zero | u16::from(fiemap.no_fiemap) << 2
+    let on_error = match content.on_error() {
+        OnError::Refuse => 0,
+        OnError::Zero => 1,
+        OnError::ErrorTarget => 2,
+    };
+    zero | u16::from(fiemap.no_fiemap) << 2 | on_error << 3
 }
 
 pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
@@ -110,12 +126,16 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     print_warnings(&opened.warnings, globals);
     let chain = &opened.chain;
     let name = device_name(chain, args.name.as_deref())?;
-    let plan = Plan::new(chain, args.zero.options())?;
+    let options = args.content.options(args.zero);
+    let plan = Plan::new(chain, options)?;
     plan.check_attachable().map_err(|error| error.at_path(&args.open.image))?;
-    for path in plan.unheld_files() {
+    for damage in plan.damage() {
+        globals.warn(damage);
+    }
+    for file in plan.unheld_files() {
         globals.warn(format_args!(
             "{}: a file under 512 bytes can't be held: nothing keeps it from being changed",
-            show_path(path)
+            show_path(file.path())
         ));
     }
     let has_raw = chain.layers().iter().any(|layer| layer.image.format() == Format::Raw);
@@ -134,24 +154,44 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     for (_, file) in chain.layers().iter().flat_map(|layer| layer.files()) {
         warn_of_holders(&kernel, file, globals);
     }
-    let attachment = attach(
-        &kernel,
-        &Request {
-            name: &name,
-            layers: &layers,
-            snapshot: snapshot.map(|s| (s.id.as_str(), s.name.as_str())),
-            tables: &plan,
-            options: args.options(),
-            keep: args.keep,
-            interrupt: signal::catch()?,
-        },
-    )?;
+    let interrupt = signal::catch()?;
+    let keys = Keys::default();
+    let request = |tables, scratch| Request {
+        name: &name,
+        layers: &layers,
+        snapshot: snapshot.map(|s| (s.id.as_str(), s.name.as_str())),
+        tables,
+        scratch,
+        keys: &keys,
+        options: args.options(),
+        keep: args.keep,
+        interrupt,
+    };
+    // What takes long, or asks for keys, is not done for nothing.
+    if (plan.scratch_bytes() > 0 || !plan.crypts().is_empty())
+        && let Some(there) = find_attached(&kernel, &request(&plan, None))?
+    {
+        return print_device(&kernel, &there);
+    }
+    let written = fill::write(chain, &plan, args.content, &args.places, &interrupt, globals)?;
+    let found = written.as_ref().map(|written| written.filled.found()).unwrap_or_default();
+    let planned_anew = match found.as_slice() {
+        [] => None,
+        found => Some(Plan::with_found(chain, options, found)?),
+    };
+    let scratch = written.as_ref().map(|written| &written.file);
+    let attachment = attach(&kernel, &request(planned_anew.as_ref().unwrap_or(&plan), scratch))?;
+    print_device(&kernel, &attachment)
+}
+
+/// Prints the path of the device, which is what whoever calls waits for.
+fn print_device(kernel: &LinuxKernel, attachment: &Attachment) -> anyhow::Result<()> {
     let printed = writeln!(std::io::stdout(), "{}", attachment.path.display());
     let Err(error) = printed else { return Ok(()) };
     if error.kind() != std::io::ErrorKind::BrokenPipe && !attachment.already_attached {
         // Whoever waits for the path takes this for a failure: then it should be one.
-        let attached = find(&kernel, &attachment.path, None)?;
-        detach(&kernel, &attached, false, &Interrupt::never())?;
+        let attached = find(kernel, &attachment.path, None)?;
+        detach(kernel, &attached, false, &Interrupt::never())?;
     }
     Err(error).context("cannot print the path of the device")
 }

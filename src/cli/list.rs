@@ -86,6 +86,7 @@ fn json(attached: &Attached) -> JsonAttached {
                 (Some(layer), "data-file")
             }
             Some(LoopRole::Zero) => (None, "zero"),
+            Some(LoopRole::Scratch) => (None, "scratch"),
             None => (None, "unknown"),
         };
         JsonLoop {

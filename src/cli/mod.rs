@@ -6,11 +6,14 @@ mod attach;
 mod detach;
 mod exit;
 #[cfg(feature = "device")]
+mod fill;
+#[cfg(feature = "device")]
 mod list;
 mod map;
 mod open;
 mod output;
 mod plan;
+mod scratch;
 #[cfg(feature = "device")]
 mod signal;
 mod table;
@@ -29,10 +32,10 @@ use exit::exit_code;
     name = "imgdm",
     version,
     max_term_width = 100,
-    after_help = "Examples:\n  imgdm attach disk.qcow2        gives /dev/mapper/disk\n  imgdm plan disk.qcow2          says whether that will work, and what it takes\n  imgdm detach disk\n\nExit status: 0 done, 1 failed, 64 usage, 65 image invalid, 66 not found,\n69 the kernel lacks something, 73 cannot create, 75 in use,\n76 not representable, 77 permission."
+    after_help = "Examples:\n  imgdm attach disk.qcow2        gives /dev/mapper/disk\n  imgdm plan disk.qcow2          says whether that will work, and what it takes\n  imgdm detach disk\n\nExit status: 0 done, 1 failed, 64 usage, 65 image invalid, 66 not found,\n67 wrong or missing key,\n69 the kernel lacks something, 73 cannot create, 75 in use,\n76 not representable, 77 permission."
 )]
 pub(crate) struct Cli {
-    /// Print no warnings
+    /// Print no warnings and no progress
     #[arg(short, long, global = true)]
     quiet: bool,
 
@@ -83,6 +86,22 @@ impl Globals {
         if !self.quiet {
             // A closed stderr must not stop the work.
             let _ = writeln!(io::stderr(), "imgdm: warning: {message}");
+        }
+    }
+}
+
+impl Globals {
+    /// A progress bar for so many bytes, on stderr where that is a terminal.
+    #[cfg(feature = "device")]
+    pub(crate) fn progress(self, bytes: u64, what: &'static str) -> indicatif::ProgressBar {
+        if self.quiet {
+            return indicatif::ProgressBar::hidden();
+        }
+        let template = "{msg} {wide_bar} {bytes}/{total_bytes} {eta}";
+        let bar = indicatif::ProgressBar::new(bytes).with_message(what);
+        match indicatif::ProgressStyle::with_template(template) {
+            Ok(style) => bar.with_style(style),
+            Err(_) => bar,
         }
     }
 }

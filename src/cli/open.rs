@@ -8,7 +8,7 @@ use imgdm::format::Format;
 use imgdm::format::qcow2::SnapshotSelector;
 use imgdm::lock::Sharing;
 use imgdm::open::{OpenPolicy, Warning, WarningKind};
-use imgdm::plan::{PlanOptions, ZeroMode};
+use imgdm::plan::ZeroMode;
 
 use super::Globals;
 use super::output::show_path;
@@ -111,11 +111,6 @@ impl ZeroArgs {
             ZeroChoice::Dm => ZeroMode::Dm,
             ZeroChoice::Loop => ZeroMode::Loop,
         }
-    }
-
-    /// Plan options with that mode.
-    pub(crate) fn options(self) -> PlanOptions {
-        PlanOptions { zero: self.mode(), ..PlanOptions::default() }
     }
 }
 

@@ -1,15 +1,19 @@
 //! `imgdm plan`: the preflight.
 
 use std::io::Write;
+use std::path::PathBuf;
 
 use imgdm::chain::Chain;
+use imgdm::error::printable;
 use imgdm::open::{Warning, open_chain};
-use imgdm::plan::{Obstacle, Plan, TableSource};
+use imgdm::plan::{Obstacle, ObstacleKind, Plan, PlannedCrypt, TableSource};
+use imgdm::scratch::{ScratchPlace, ScratchWork};
 use imgdm::status::FileRole;
 
 use super::Globals;
 use super::open::{FiemapArgs, OpenArgs, ZeroArgs, is_undeclared};
 use super::output::{JsonPath, OutputFormat, print_json, show_path, stdout};
+use super::scratch::{ContentArgs, PlaceArgs};
 
 /// Say whether an image can be attached, what stands in the way, and what it takes
 #[derive(Debug, clap::Args)]
@@ -28,6 +32,12 @@ pub(crate) struct Args {
     zero: ZeroArgs,
 
     #[command(flatten)]
+    content: ContentArgs,
+
+    #[command(flatten)]
+    places: PlaceArgs,
+
+    #[command(flatten)]
     fiemap: FiemapArgs,
 }
 
@@ -43,10 +53,18 @@ struct Report {
     segments: u64,
     linear: u64,
     zero: u64,
+    error: u64,
+    crypt: u64,
     tables: usize,
     loops: u64,
+    /// What compressed clusters and partial sectors take on disk, at most.
     scratch_bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    scratch_dir: Option<JsonPath>,
+    /// The scratch file takes memory, which `kernel_bytes` counts.
+    scratch_in_memory: bool,
     kernel_bytes: u64,
+    keys: Vec<JsonKey>,
     layers: Vec<JsonLayer>,
 }
 
@@ -67,6 +85,26 @@ struct JsonWarning {
     #[serde(flatten)]
     file: JsonPath,
     message: String,
+}
+
+/// A key that attaching takes.
+#[derive(serde::Serialize)]
+struct JsonKey {
+    layer: u32,
+    #[serde(flatten)]
+    file: JsonPath,
+    cipher: String,
+    key_bytes: usize,
+}
+
+fn key(chain: &Chain, crypt: &PlannedCrypt) -> JsonKey {
+    let layer = &chain.layers()[crypt.layer as usize];
+    JsonKey {
+        layer: crypt.layer,
+        file: JsonPath::from(layer.source.absolute_path().as_path()),
+        cipher: crypt.cipher.clone(),
+        key_bytes: crypt.key_bytes,
+    }
 }
 
 #[derive(serde::Serialize)]
@@ -91,16 +129,53 @@ pub(crate) fn run(args: &Args, _globals: Globals) -> anyhow::Result<()> {
     policy.allow_changed_backing = true;
     args.fiemap.apply(&mut policy);
     let opened = open_chain(&args.open.image, &policy)?;
-    let mut plan = Plan::new(&opened.chain, args.zero.options())?;
+    let mut plan = Plan::new(&opened.chain, args.content.options(args.zero))?;
     plan.add_obstacles_of(&opened.warnings, &args.open.policy());
-    let report = report(&opened.chain, &plan, &opened.warnings, args.open.probe_backing);
+    let scratch = Scratch::of(&mut plan, args);
+    let report = report(&opened.chain, &plan, &opened.warnings, args.open.probe_backing, scratch);
     match args.output {
         OutputFormat::Json => print_json(&report),
         OutputFormat::Human => print_human(&report, &plan),
     }
 }
 
-fn report(chain: &Chain, plan: &Plan<'_>, warnings: &[Warning], probing_allowed: bool) -> Report {
+/// Where the scratch file would lie.
+#[derive(Default)]
+struct Scratch {
+    directory: Option<PathBuf>,
+    in_memory: bool,
+}
+
+impl Scratch {
+    /// The place for what `plan` wants written; where there is none, that is an obstacle.
+    fn of(plan: &mut Plan<'_>, args: &Args) -> Self {
+        let (bytes, length) = (plan.scratch_bytes(), plan.scratch_length());
+        if bytes == 0 {
+            return Self::default();
+        }
+        let place = ScratchPlace::choose(args.places.scratch_dir.as_deref());
+        match place.and_then(|place| place.check_room(bytes, length).map(|()| place)) {
+            Ok(place) => {
+                Self { directory: Some(place.directory().to_owned()), in_memory: place.in_memory() }
+            }
+            Err(error) => {
+                let path = error.path().unwrap_or(&args.open.image).to_owned();
+                let mut obstacle = Obstacle::of_file(ObstacleKind::NoScratch, &path);
+                obstacle.detail = Some(error.kind().to_string());
+                plan.add_obstacle(obstacle);
+                Self::default()
+            }
+        }
+    }
+}
+
+fn report(
+    chain: &Chain,
+    plan: &Plan<'_>,
+    warnings: &[Warning],
+    probing_allowed: bool,
+    scratch: Scratch,
+) -> Report {
     let counts = plan.counts();
     let obstacle = |obstacle: &Obstacle| JsonObstacle {
         kind: obstacle.kind.name(),
@@ -118,9 +193,14 @@ fn report(chain: &Chain, plan: &Plan<'_>, warnings: &[Warning], probing_allowed:
             message: warning.kind.to_string(),
         })
         .collect();
-    json_warnings.extend(plan.unheld_files().iter().map(|path| JsonWarning {
+    json_warnings.extend(plan.damage().iter().map(|damage| JsonWarning {
+        kind: damage.kind.name(),
+        file: JsonPath::from(damage.path.as_path()),
+        message: damage.to_string(),
+    }));
+    json_warnings.extend(plan.unheld_files().map(|file| JsonWarning {
         kind: "not-held",
-        file: JsonPath::from(path.as_path()),
+        file: JsonPath::from(file.path()),
         message: "a file under 512 bytes can't be held by a loop device: nothing keeps it from being changed while the image is attached".to_owned(),
     }));
     let layers = chain
@@ -144,13 +224,19 @@ fn report(chain: &Chain, plan: &Plan<'_>, warnings: &[Warning], probing_allowed:
         obstacles: plan.obstacles().iter().map(obstacle).collect(),
         warnings: json_warnings,
         virtual_size: chain.virtual_size().get(),
-        segments: counts.linear + counts.zero,
+        segments: counts.total(),
         linear: counts.linear,
         zero: counts.zero,
+        error: counts.error,
+        crypt: counts.crypt,
         tables: plan.tables().len(),
         loops: plan.loops(),
         scratch_bytes: plan.scratch_bytes(),
-        kernel_bytes: plan.kernel_bytes(),
+        scratch_dir: scratch.directory.as_deref().map(JsonPath::from),
+        scratch_in_memory: scratch.in_memory,
+        kernel_bytes: plan.kernel_bytes()
+            + if scratch.in_memory { plan.scratch_bytes() } else { 0 },
+        keys: plan.crypts().iter().map(|crypt| key(chain, crypt)).collect(),
         layers,
     }
 }
@@ -166,14 +252,26 @@ fn print_human(report: &Report, plan: &Plan<'_>) -> anyhow::Result<()> {
         writeln!(out, "  warning:     {}: {}", warning.file.shown(), warning.message)?;
     }
     writeln!(out, "virtual size:  {} bytes", report.virtual_size)?;
-    writeln!(
-        out,
-        "segments:      {} ({} linear, {} zero)",
-        report.segments, report.linear, report.zero
-    )?;
+    write!(out, "segments:      {} ({} linear", report.segments, report.linear)?;
+    let counts = [("zero", report.zero), ("error", report.error), ("crypt", report.crypt)];
+    for (target, count) in counts {
+        if count > 0 || target == "zero" {
+            write!(out, ", {count} {target}")?;
+        }
+    }
+    writeln!(out, ")")?;
     writeln!(out, "tables:        {}", report.tables)?;
     writeln!(out, "loop devices:  {}", report.loops)?;
-    writeln!(out, "scratch space: {} bytes", report.scratch_bytes)?;
+    write!(out, "scratch space: {} bytes", report.scratch_bytes)?;
+    if let Some(directory) = &report.scratch_dir {
+        let memory = if report.scratch_in_memory { " (memory)" } else { "" };
+        write!(out, " in {}{memory}", directory.shown())?;
+    }
+    writeln!(out)?;
+    for key in &report.keys {
+        let (layer, cipher) = (key.layer, printable(&key.cipher));
+        writeln!(out, "key:           of layer {layer} ({cipher})")?;
+    }
     writeln!(out, "kernel memory: {} bytes (estimated)", report.kernel_bytes)?;
     writeln!(out, "layers:")?;
     for (layer, json) in plan.chain().layers().iter().zip(&report.layers) {

@@ -6,14 +6,17 @@ use anyhow::Context;
 use imgdm::chain::Chain;
 use imgdm::device::name::DmName;
 use imgdm::open::open_chain;
-use imgdm::plan::{Backing, BackingId, Bindings, Plan, SegmentTarget, TableId, TableSource};
+use imgdm::plan::{
+    Backing, BackingId, Bindings, CryptId, Plan, SegmentTarget, TableId, TableSource,
+};
 use imgdm::source::Source;
-use imgdm::table::DeviceRef;
+use imgdm::table::{CryptKey, DeviceRef};
 use imgdm::{Error, ErrorKind};
 
 use super::Globals;
 use super::open::{FiemapArgs, OpenArgs, ZeroArgs, print_warnings};
 use super::output::{JsonPath, OutputFormat, show_path, stdout};
+use super::scratch::ContentArgs;
 
 /// Print the device-mapper tables of an image without loading them
 #[derive(Debug, clap::Args)]
@@ -40,6 +43,9 @@ pub(crate) struct Args {
     zero: ZeroArgs,
 
     #[command(flatten)]
+    content: ContentArgs,
+
+    #[command(flatten)]
     fiemap: FiemapArgs,
 }
 
@@ -48,7 +54,7 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     args.fiemap.apply(&mut policy);
     let opened = open_chain(&args.open.image, &policy)?;
     print_warnings(&opened.warnings, globals);
-    let plan = Plan::new(&opened.chain, args.zero.options())?;
+    let plan = Plan::new(&opened.chain, args.content.options(args.zero))?;
     plan.check_attachable().map_err(|error| error.at_path(&args.open.image))?;
     let name = device_name(&opened.chain, args.name.as_deref())?;
     match args.output {
@@ -80,10 +86,11 @@ fn print_human(plan: &Plan<'_>, name: &DmName, loops: &[String]) -> anyhow::Resu
         )))
         .into());
     }
+    bind_ciphers(plan, &mut bindings);
     let mut given = loops.iter();
     for (backing, id) in plan.backings().iter().zip((0..).map(BackingId)) {
         let device = match backing {
-            Backing::File { .. } | Backing::Zero { .. } => given.next(),
+            Backing::File { .. } | Backing::Zero { .. } | Backing::Scratch { .. } => given.next(),
             Backing::Table(_) => None,
         };
         let device = device.cloned().unwrap_or_else(|| format!("@{}", id.0));
@@ -92,6 +99,7 @@ fn print_human(plan: &Plan<'_>, name: &DmName, loops: &[String]) -> anyhow::Resu
                 plan.file(id).map(|file| show_path(&file.absolute_path())).unwrap_or_default()
             }
             Backing::Zero { length } => format!("{length} sectors of zeros"),
+            Backing::Scratch { length } => format!("a scratch file of {length} sectors"),
             Backing::Table(table) => format!("table {}", table.0),
         };
         writeln!(out, "# {device}: {what}")?;
@@ -112,6 +120,15 @@ fn print_human(plan: &Plan<'_>, name: &DmName, loops: &[String]) -> anyhow::Resu
     Ok(())
 }
 
+/// Where attach would have a key, the layer that it is of.
+fn bind_ciphers(plan: &Plan<'_>, bindings: &mut Bindings) {
+    for (crypt, id) in plan.crypts().iter().zip((0..).map(CryptId)) {
+        let description = format!("imgdm:KEY-OF-LAYER-{}", crypt.layer);
+        let key = CryptKey::Keyring { size: crypt.key_bytes, description };
+        bindings.bind_cipher(id, crypt.cipher.clone(), key);
+    }
+}
+
 #[derive(serde::Serialize)]
 struct JsonBacking {
     id: u32,
@@ -120,7 +137,7 @@ struct JsonBacking {
     file: Option<JsonPath>,
     #[serde(skip_serializing_if = "Option::is_none")]
     table: Option<u32>,
-    /// Sectors, of a backing of zeros.
+    /// Sectors, of a backing of zeros and of the scratch file.
     #[serde(skip_serializing_if = "Option::is_none")]
     sectors: Option<u64>,
 }
@@ -134,6 +151,12 @@ struct JsonSegment {
     backing: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     offset: Option<u64>,
+    /// dm-crypt's name of the cipher.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cipher: Option<String>,
+    /// The layer whose key it takes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    key_of_layer: Option<u32>,
 }
 
 fn json_backings(plan: &Plan<'_>) -> Vec<JsonBacking> {
@@ -151,6 +174,10 @@ fn json_backings(plan: &Plan<'_>) -> Vec<JsonBacking> {
                 }
                 Backing::Zero { length } => {
                     json.kind = "zero";
+                    json.sectors = Some(length.get());
+                }
+                Backing::Scratch { length } => {
+                    json.kind = "scratch";
                     json.sectors = Some(length.get());
                 }
                 Backing::Table(table) => {
@@ -181,19 +208,30 @@ fn print_json(plan: &Plan<'_>, name: &DmName) -> anyhow::Result<()> {
         )?;
         let mut first = true;
         plan.for_each_segment(id, &mut |segment| {
-            let (target, backing, offset) = match segment.target {
-                SegmentTarget::Linear { backing, offset } => {
-                    ("linear", Some(backing.0), Some(offset.get()))
-                }
-                SegmentTarget::Zero => ("zero", None, None),
-            };
-            let json = JsonSegment {
+            let mut json = JsonSegment {
                 start: segment.start.get(),
                 length: segment.length.get(),
-                target,
-                backing,
-                offset,
+                target: "zero",
+                backing: None,
+                offset: None,
+                cipher: None,
+                key_of_layer: None,
             };
+            match segment.target {
+                SegmentTarget::Zero => {}
+                SegmentTarget::Error => json.target = "error",
+                SegmentTarget::Linear { backing, offset } => {
+                    json.target = "linear";
+                    (json.backing, json.offset) = (Some(backing.0), Some(offset.get()));
+                }
+                SegmentTarget::Crypt { backing, crypt } => {
+                    json.target = "crypt";
+                    (json.backing, json.offset) = (Some(backing.0), Some(0));
+                    let planned = plan.crypts().get(crypt.0 as usize);
+                    json.cipher = planned.map(|planned| planned.cipher.clone());
+                    json.key_of_layer = planned.map(|planned| planned.layer);
+                }
+            }
             let mut print = || -> std::io::Result<()> {
                 out.write_all(if std::mem::take(&mut first) { b"\n" } else { b",\n" })?;
                 serde_json::to_writer(&mut out, &json).map_err(std::io::Error::from)

@@ -13,6 +13,7 @@ use std::path::PathBuf;
 
 use super::compare::{describe, same_tables};
 use super::fault;
+use super::keys::Keys;
 use super::name::{DeviceRole, DmName, DmUuid, FileIdentity, LoopRole, UUID_PREFIX};
 use super::{
     DeviceId, DeviceInfo, DeviceNumber, Interrupt, Kernel, LoopHandle, LoopOptions, PATIENCE,
@@ -21,7 +22,8 @@ use super::{
 use crate::chain::Layer;
 use crate::error::{Error, ErrorKind, Result};
 use crate::plan::{
-    Backing, BackingId, Bindings, MAX_SEGMENTS_PER_TABLE, SegmentTarget, TableId, TableSource,
+    Backing, BackingId, Bindings, CryptId, MAX_SEGMENTS_PER_TABLE, Segment, SegmentTarget, TableId,
+    TableSource,
 };
 use crate::source::Source;
 use crate::status::FileRole;
@@ -106,6 +108,10 @@ pub struct Request<'a> {
     pub snapshot: Option<(&'a str, &'a str)>,
     /// What to load.
     pub tables: &'a dyn TableSource,
+    /// The scratch file, written and unlinked or kept, where the tables lie on one.
+    pub scratch: Option<&'a File>,
+    /// The keys of the encrypted layers. They are taken away once they are loaded.
+    pub keys: &'a Keys,
     /// Options that change what is attached.
     pub options: Options,
     /// Where it is attached already and marked for removal, take the mark away.
@@ -207,6 +213,43 @@ fn not_a_file(source: &Source) -> Error {
         .at_path(source.path())
 }
 
+/// The attachment, where the image is attached already as `request` says: then nothing
+/// has to be written, and no key is needed.
+///
+/// # Errors
+/// Its name is taken by something else; the kernel lacks what the tables need.
+pub fn find_attached<K: Kernel>(
+    kernel: &K,
+    request: &Request<'_>,
+) -> Result<Option<Attachment>, AttachError> {
+    let uuid = request.uuid()?;
+    kernel.prepare(&targets(request))?;
+    let _lock = kernel.lock(&request.interrupt)?;
+    sweep(kernel)?;
+    let Some(there) = already_attached(kernel, request, &uuid)? else { return Ok(None) };
+    Ok(Some(published_again(kernel, request, uuid, there.number)?))
+}
+
+/// The device-mapper targets that the tables need.
+fn targets(request: &Request<'_>) -> Vec<&'static str> {
+    let mut targets = vec!["linear", "zero", "error"];
+    if !request.tables.crypts().is_empty() {
+        targets.push("crypt");
+    }
+    targets
+}
+
+fn published_again<K: Kernel>(
+    kernel: &K,
+    request: &Request<'_>,
+    uuid: DmUuid,
+    number: DeviceNumber,
+) -> Result<Attachment> {
+    let path = kernel.publish(request.name.as_str(), number, None, &request.interrupt)?;
+    let name = request.name.clone();
+    Ok(Attachment { path, name, uuid, number, already_attached: true })
+}
+
 /// Attaches an image; returns once /dev/mapper/NAME can be opened.
 ///
 /// Attaching again what is attached already, with the same files, snapshot, options and
@@ -217,26 +260,22 @@ fn not_a_file(source: &Source) -> Error {
 pub fn attach<K: Kernel>(kernel: &K, request: &Request<'_>) -> Result<Attachment, AttachError> {
     let interrupt = &request.interrupt;
     let uuid = request.uuid()?;
-    kernel.prepare(&["linear", "zero"])?;
+    kernel.prepare(&targets(request))?;
     interrupt.check()?;
     let lock = kernel.lock(interrupt)?;
     sweep(kernel)?;
-    let attachment = |path, number, already_attached| Attachment {
-        path,
-        name: request.name.clone(),
-        uuid: uuid.clone(),
-        number,
-        already_attached,
-    };
     if let Some(there) = already_attached(kernel, request, &uuid)? {
-        let path = kernel.publish(request.name.as_str(), there.number, None, interrupt)?;
-        return Ok(attachment(path, there.number, true));
+        return Ok(published_again(kernel, request, uuid, there.number)?);
     }
 
     let since = kernel.now();
     let mut build = Build { kernel, request, uuid: &uuid, loops: Vec::new(), devices: Vec::new() };
     let watch = kernel.guard(&lock, &build.uuids())?;
-    let number = match build.run() {
+    let built = build.run();
+    for key in request.keys.take().values() {
+        kernel.forget_key(key);
+    }
+    let number = match built {
         Ok(number) => number,
         Err(cause) => return Err(build.undo(cause)),
     };
@@ -248,7 +287,10 @@ pub fn attach<K: Kernel>(kernel: &K, request: &Request<'_>) -> Result<Attachment
         .and_then(|path| fault::point(format_args!("publish")).map(|()| path))
         .and_then(|path| interrupt.check().map(|()| path));
     match published {
-        Ok(path) => Ok(attachment(path, number, false)),
+        Ok(path) => {
+            let name = request.name.clone();
+            Ok(Attachment { path, name, uuid, number, already_attached: false })
+        }
         Err(cause) => {
             let _ = kernel.defer_removal(&uuid.to_string());
             let error = build.undo(cause);
@@ -367,12 +409,19 @@ impl<K: Kernel> Build<'_, K> {
             let bound = match backing {
                 Backing::File { layer, role } => self.bind_file(*layer, *role)?,
                 Backing::Zero { length } => Some(self.bind_zeros(*length)?),
+                Backing::Scratch { .. } => Some(self.bind_scratch()?),
                 Backing::Table(_) => None,
             };
             if let Some((number, _)) = &bound {
                 bindings.bind(id, DeviceRef::from_numbers(number.major, number.minor));
             }
             bounds.push(bound.map(|(_, bound)| bound));
+        }
+        for (crypt, id) in plan.crypts().iter().zip((0..).map(CryptId)) {
+            let key = self.request.keys.of_layer(crypt.layer).ok_or_else(|| {
+                Error::new(ErrorKind::WrongKey(format!("layer {} has no key", crypt.layer)))
+            })?;
+            bindings.bind_cipher(id, crypt.cipher.clone(), key);
         }
         for id in table_ids(plan) {
             let number = self.build_device(id, &bindings, &bounds)?;
@@ -426,6 +475,13 @@ impl<K: Kernel> Build<'_, K> {
         })?;
         let file = self.kernel.zeros(ByteLen::new(bytes))?;
         self.bind_loop(&file, LoopOptions { role: LoopRole::Zero, direct_io: false })
+    }
+
+    fn bind_scratch(&mut self) -> Result<(DeviceNumber, Bound)> {
+        let file = self.request.scratch.ok_or_else(|| {
+            Error::new(ErrorKind::Usage("the plan needs a scratch file".to_owned()))
+        })?;
+        self.bind_loop(file, LoopOptions { role: LoopRole::Scratch, direct_io: false })
     }
 
     fn bind_loop(&mut self, file: &File, options: LoopOptions) -> Result<(DeviceNumber, Bound)> {
@@ -511,7 +567,7 @@ impl<K: Kernel> Build<'_, K> {
                 let Some(next) = end.checked_add(segment.length.get()) else {
                     return wrong("ends past 2^64 sectors");
                 };
-                if let SegmentTarget::Linear { backing, offset } = segment.target {
+                if let Some((backing, offset)) = below(&segment) {
                     let bound = usize::try_from(backing.0).ok().and_then(|at| bounds.get(at)?.as_ref());
                     let Some(bound) = bound else { return wrong("lies on nothing") };
                     let inside = offset
@@ -587,6 +643,15 @@ impl<K: Kernel> Build<'_, K> {
             }
         }
         AttachError { cause, leftovers }
+    }
+}
+
+/// The backing that a segment lies on, and where on it.
+fn below(segment: &Segment) -> Option<(BackingId, Sectors)> {
+    match segment.target {
+        SegmentTarget::Linear { backing, offset } => Some((backing, offset)),
+        SegmentTarget::Crypt { backing, .. } => Some((backing, Sectors::default())),
+        SegmentTarget::Zero | SegmentTarget::Error => None,
     }
 }
 

@@ -6,7 +6,8 @@ use super::attach::{Request, index_of, table_ids};
 use super::name::{DmUuid, LoopRole, UUID_PREFIX};
 use super::{DeviceId, DeviceInfo, DeviceNumber, Kernel, LiveLine};
 use crate::error::{Error, ErrorKind, Result, printable};
-use crate::plan::{Backing, BackingId, Segment, SegmentTarget};
+use crate::plan::{Backing, BackingId, CryptId, Segment, SegmentTarget};
+use crate::table::CryptKey;
 
 /// True where the live tables of the attachment with this UUID are those that `request`
 /// would load, over loop devices of the same files.
@@ -25,10 +26,7 @@ pub(super) fn same_tables<K: Kernel>(
         let mut lines = kernel.live_table(&uuid)?;
         let mut same = true;
         let walked = request.tables.for_each_segment(id, &mut |segment| {
-            same = match lines.next() {
-                Some(line) => comparison.same_line(&segment, &line)?,
-                None => false,
-            };
+            same = comparison.same_segment(&segment, &mut *lines)?;
             // An error only to stop the walk early.
             if same { Ok(()) } else { Err(Error::new(ErrorKind::Io("another table".to_owned()))) }
         });
@@ -52,19 +50,83 @@ struct Comparison<'a, K> {
 }
 
 impl<K: Kernel> Comparison<'_, K> {
-    fn same_line(&mut self, segment: &Segment, line: &LiveLine) -> Result<bool> {
-        if line.start != segment.start.get() || line.length != segment.length.get() {
-            return Ok(false);
-        }
-        let SegmentTarget::Linear { backing, offset } = segment.target else {
-            return Ok(line.kind == "zero");
+    /// Takes the live lines of one segment. It is one line, but of the scratch file, which
+    /// when it was written showed what inflates to zeros or not at all.
+    fn same_segment(
+        &mut self,
+        segment: &Segment,
+        lines: &mut dyn Iterator<Item = LiveLine>,
+    ) -> Result<bool> {
+        let (mut at, end) = (segment.start.get(), segment.start.get() + segment.length.get());
+        let offset = match segment.target {
+            SegmentTarget::Linear { backing, offset } if self.is_scratch(backing) => Some(offset),
+            _ => None,
         };
+        while at < end {
+            let Some(line) = lines.next() else { return Ok(false) };
+            let length = if offset.is_some() { line.length } else { segment.length.get() };
+            if line.start != at || line.length != length || length == 0 || length > end - at {
+                return Ok(false);
+            }
+            let fits = match (segment.target, offset) {
+                (SegmentTarget::Linear { backing, .. }, Some(offset)) => {
+                    let here = offset.get() + (at - segment.start.get());
+                    line.kind == "zero"
+                        || (line.kind == "error" && self.request.tables.scratch_may_fail())
+                        || self.same_linear(backing, here, &line)?
+                }
+                _ => self.same_line(segment, &line)?,
+            };
+            if !fits {
+                return Ok(false);
+            }
+            at += length;
+        }
+        Ok(true)
+    }
+
+    fn is_scratch(&self, backing: BackingId) -> bool {
+        let backing = self.request.tables.backings().get(backing.0 as usize);
+        matches!(backing, Some(Backing::Scratch { .. }))
+    }
+
+    fn same_line(&mut self, segment: &Segment, line: &LiveLine) -> Result<bool> {
+        match segment.target {
+            SegmentTarget::Zero => Ok(line.kind == "zero"),
+            SegmentTarget::Error => Ok(line.kind == "error"),
+            SegmentTarget::Linear { backing, offset } => {
+                self.same_linear(backing, offset.get(), line)
+            }
+            SegmentTarget::Crypt { backing, crypt } => self.same_crypt(backing, crypt, line),
+        }
+    }
+
+    fn same_crypt(&mut self, backing: BackingId, crypt: CryptId, line: &LiveLine) -> Result<bool> {
+        let Some(planned) = self.request.tables.crypts().get(crypt.0 as usize) else {
+            return Ok(false);
+        };
+        let description = self.top.key_description(planned.layer);
+        let key = CryptKey::Keyring { size: planned.key_bytes, description }.to_string();
+        let words: Vec<_> = line.parameters.split(' ').collect();
+        let [cipher, live_key, "0", device, "0"] = words[..] else { return Ok(false) };
+        // A key that is not in the keyring is not shown, and comes as `-`.
+        Ok(line.kind == "crypt"
+            && cipher == planned.cipher
+            && (live_key == key || live_key == "-")
+            && self.is_device_of(backing, device)?)
+    }
+
+    fn same_linear(&mut self, backing: BackingId, offset: u64, line: &LiveLine) -> Result<bool> {
         let Some((device, live_offset)) = line.parameters.split_once(' ') else {
             return Ok(false);
         };
-        if line.kind != "linear" || live_offset.parse() != Ok(offset.get()) {
+        if line.kind != "linear" || live_offset.parse() != Ok(offset) {
             return Ok(false);
         }
+        self.is_device_of(backing, device)
+    }
+
+    fn is_device_of(&mut self, backing: BackingId, device: &str) -> Result<bool> {
         if let Some(known) = self.devices.get(&backing) {
             return Ok(known == device);
         }
@@ -89,6 +151,10 @@ impl<K: Kernel> Comparison<'_, K> {
             Some(Backing::Zero { .. }) => {
                 let info = self.kernel.loop_info(number)?;
                 Ok(info.is_some_and(|info| info.role() == Some(LoopRole::Zero)))
+            }
+            Some(Backing::Scratch { .. }) => {
+                let info = self.kernel.loop_info(number)?;
+                Ok(info.is_some_and(|info| info.role() == Some(LoopRole::Scratch)))
             }
             Some(Backing::File { layer, role }) => {
                 let source = self.request.source(*layer, *role)?;

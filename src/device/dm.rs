@@ -16,11 +16,12 @@ use std::os::unix::ffi::OsStringExt;
 use nix::errno::Errno;
 use nix::libc;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+use zeroize::{Zeroize, Zeroizing};
 
 use super::sys::{DM_HEADER_LENGTH, Removal, dm_ioctl};
 use super::{DeviceId, DeviceInfo, DeviceNumber, LiveLine, UdevRules};
 use crate::error::{Error, ErrorKind, Result};
-use crate::table::{TableLine, Target};
+use crate::table::{CryptKey, DeviceRef, TableLine, Target};
 
 // Commands.
 const LIST_DEVICES: u8 = 2;
@@ -39,6 +40,8 @@ const READONLY: u32 = 1 << 0;
 const STATUS_TABLE: u32 = 1 << 4;
 const ACTIVE_PRESENT: u32 = 1 << 5;
 const BUFFER_FULL: u32 = 1 << 8;
+/// The kernel wipes its copy of the ioctl's buffer.
+const SECURE_DATA: u32 = 1 << 15;
 const DEFERRED_REMOVE: u32 = 1 << 17;
 
 // Flags for udev's rules, in the upper half of the event number (libdevmapper.h).
@@ -278,17 +281,17 @@ impl Dm {
         let room = usize::try_from(lines).unwrap_or(0).saturating_mul(SPEC_LENGTH + 32);
         let (answer, buffer) = self.call(TABLE_STATUS, &header, &[], room)?;
         let start = usize::try_from(answer.data_start).unwrap_or(buffer.len());
-        Ok(LiveTable { buffer, start, at: start, left: answer.target_count })
+        Ok(LiveTable { buffer: buffer.into(), start, at: start, left: answer.target_count })
     }
 
     /// Loads a read-only table as the inactive one.
     pub(crate) fn load(&self, uuid: &str, table: TableBuffer) -> io::Result<()> {
         let mut header = Header::new(Some(DeviceId::Uuid(uuid)))?;
-        header.flags = READONLY;
+        header.flags = READONLY | if table.has_key { SECURE_DATA } else { 0 };
         header.target_count = table.count;
-        let mut buffer = table.buffer;
-        buffer[..DM_HEADER_LENGTH].copy_from_slice(header.as_bytes());
-        self.run(TABLE_LOAD, &mut buffer).map(drop)
+        let mut table = table;
+        table.buffer[..DM_HEADER_LENGTH].copy_from_slice(header.as_bytes());
+        self.run(TABLE_LOAD, &mut table.buffer).map(drop)
     }
 }
 
@@ -313,6 +316,16 @@ fn take_u64(bytes: &[u8]) -> Option<(u64, &[u8])> {
 pub(crate) struct TableBuffer {
     buffer: Vec<u8>,
     count: u32,
+    /// A key is in it: to be wiped.
+    has_key: bool,
+}
+
+impl Drop for TableBuffer {
+    fn drop(&mut self) {
+        if self.has_key {
+            self.buffer.zeroize();
+        }
+    }
 }
 
 impl TableBuffer {
@@ -321,7 +334,7 @@ impl TableBuffer {
         let lines = usize::try_from(lines).unwrap_or(0).min(1 << 20);
         let mut buffer = Vec::with_capacity(DM_HEADER_LENGTH + lines * (SPEC_LENGTH + 24));
         buffer.resize(DM_HEADER_LENGTH, 0);
-        Self { buffer, count: 0 }
+        Self { buffer, count: 0, has_key: false }
     }
 
     /// Appends a line.
@@ -333,11 +346,20 @@ impl TableBuffer {
         spec.length = line.length.get();
         put(&mut spec.target_type, line.target.kind()).map_err(|_| full())?;
         self.buffer.extend_from_slice(spec.as_bytes());
-        if let Target::Linear { device, offset } = &line.target {
-            self.buffer.extend_from_slice(device.as_str().as_bytes());
-            self.buffer.push(b' ');
-            let mut digits = itoa::Buffer::new();
-            self.buffer.extend_from_slice(digits.format(offset.get()).as_bytes());
+        match &line.target {
+            Target::Linear { device, offset } => {
+                self.buffer.extend_from_slice(device.as_str().as_bytes());
+                self.buffer.push(b' ');
+                let mut digits = itoa::Buffer::new();
+                self.buffer.extend_from_slice(digits.format(offset.get()).as_bytes());
+            }
+            Target::Crypt { cipher, key: CryptKey::Raw(key), device } => {
+                self.push_with_key(cipher, key, device);
+            }
+            Target::Crypt { .. } => {
+                self.buffer.extend_from_slice(line.target.parameters().as_bytes());
+            }
+            Target::Zero | Target::Error => {}
         }
         self.buffer.push(0);
         let end = DM_HEADER_LENGTH + (self.buffer.len() - DM_HEADER_LENGTH).next_multiple_of(8);
@@ -348,11 +370,35 @@ impl TableBuffer {
         self.count = self.count.checked_add(1).ok_or_else(full)?;
         Ok(())
     }
+
+    /// Appends a crypt target's parameters with the key itself in hex.
+    fn push_with_key(&mut self, cipher: &str, key: &[u8], device: &DeviceRef) {
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        self.has_key = true;
+        // Room for all of it at once, and for what follows: a vector that grows leaves a
+        // copy behind that nobody wipes.
+        let needed = cipher.len() + 2 * key.len() + device.as_str().len() + 64;
+        if self.buffer.capacity() - self.buffer.len() < needed {
+            let mut larger = Vec::with_capacity(self.buffer.len() + needed + 4096);
+            larger.extend_from_slice(&self.buffer);
+            self.buffer.zeroize();
+            self.buffer = larger;
+        }
+        self.buffer.extend_from_slice(cipher.as_bytes());
+        self.buffer.push(b' ');
+        for &byte in key {
+            self.buffer.push(DIGITS[usize::from(byte >> 4)]);
+            self.buffer.push(DIGITS[usize::from(byte & 15)]);
+        }
+        self.buffer.extend_from_slice(b" 0 ");
+        self.buffer.extend_from_slice(device.as_str().as_bytes());
+        self.buffer.extend_from_slice(b" 0");
+    }
 }
 
-/// The lines of a live table.
+/// The lines of a live table. A key that is not in the keyring comes as `-`.
 pub(crate) struct LiveTable {
-    buffer: Vec<u8>,
+    buffer: Zeroizing<Vec<u8>>,
     start: usize,
     at: usize,
     left: u32,
@@ -364,22 +410,49 @@ impl Iterator for LiveTable {
     fn next(&mut self) -> Option<LiveLine> {
         self.left = self.left.checked_sub(1)?;
         let (spec, parameters) = TargetSpec::read_from_prefix(self.buffer.get(self.at..)?).ok()?;
-        let line = LiveLine {
-            start: spec.sector_start,
-            length: spec.length,
-            kind: text(&spec.target_type),
-            parameters: text(parameters).trim_end().to_owned(),
+        let kind = text(&spec.target_type);
+        let parameters = match kind.as_str() {
+            "crypt" => without_key(until_nul(parameters)),
+            _ => text(parameters).trim_end().to_owned(),
         };
+        let line = LiveLine { start: spec.sector_start, length: spec.length, kind, parameters };
         // Here `next` counts from the start of the whole answer.
         self.at = self.start.checked_add(usize::try_from(spec.next).ok()?)?;
         Some(line)
     }
 }
 
+/// The parameters of a crypt target, `CIPHER KEY ...`, without a key that stands there.
+fn without_key(parameters: &[u8]) -> String {
+    let words = parameters.split(|&byte| byte == b' ').enumerate().map(|(index, word)| {
+        let is_key = index == 1 && !word.starts_with(b":");
+        if is_key { "-".into() } else { String::from_utf8_lossy(word) }
+    });
+    words.collect::<Vec<_>>().join(" ").trim_end().to_owned()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::table::Table;
+    use crate::units::Sectors;
+
+    #[test]
+    fn a_key_goes_to_the_kernel_and_is_not_read_back() {
+        let device = DeviceRef::from_numbers(7, 1);
+        let key = CryptKey::Raw(vec![0xab, 0x01].into());
+        let target = Target::Crypt { cipher: "aes-cbc-plain64".to_owned(), key, device };
+        let line = TableLine { start: Sectors::new(0), length: Sectors::new(8), target };
+        let mut buffer = TableBuffer::with_capacity(1);
+        buffer.push(&line).unwrap();
+        assert!(buffer.has_key);
+        let (_, parameters) =
+            TargetSpec::read_from_prefix(&buffer.buffer[DM_HEADER_LENGTH..]).unwrap();
+        assert_eq!(text(parameters), "aes-cbc-plain64 ab01 0 7:1 0");
+        assert_eq!(without_key(until_nul(parameters)), "aes-cbc-plain64 - 0 7:1 0");
+        let keyring = b"aes-xts-plain64 :64:logon:imgdm:x 0 7:1 0";
+        assert_eq!(without_key(keyring).as_bytes(), keyring);
+    }
 
     #[test]
     fn a_table_is_laid_out_as_the_kernel_reads_it() {

@@ -16,9 +16,10 @@ use super::{
     DeviceId, DeviceInfo, DeviceNumber, Guard, Interrupt, Kernel, Lines, LiveLine, LoopHandle,
     LoopInfo, LoopOptions, LoopPath, PathState, UdevRules,
 };
+use crate::crypt::VolumeKey;
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::FileId;
-use crate::table::{TableLine, Target};
+use crate::table::{CryptKey, TableLine};
 use crate::units::{ByteLen, SECTOR_SIZE, Sectors};
 
 const DM_MAJOR: u32 = 253;
@@ -71,8 +72,7 @@ pub struct State {
 }
 
 fn reference(line: &TableLine) -> Option<DeviceNumber> {
-    let Target::Linear { device, .. } = &line.target else { return None };
-    let (major, minor) = device.as_str().split_once(':')?;
+    let (major, minor) = line.target.device()?.as_str().split_once(':')?;
     Some(DeviceNumber { major: major.parse().ok()?, minor: minor.parse().ok()? })
 }
 
@@ -378,6 +378,16 @@ impl Kernel for FakeKernel {
             }
             Ok(())
         })
+    }
+
+    fn store_key(&self, description: &str, key: &VolumeKey) -> Result<CryptKey> {
+        self.call(format!("key {description}"))?;
+        let size = key.bytes().len();
+        Ok(CryptKey::Keyring { size, description: description.to_owned() })
+    }
+
+    fn forget_key(&self, key: &CryptKey) {
+        self.0.borrow_mut().calls.push(format!("forget {key}"));
     }
 
     fn resume(&self, uuid: &str, rules: UdevRules) -> Result<()> {

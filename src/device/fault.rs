@@ -13,7 +13,7 @@ use crate::error::Result;
 /// The fault `fail`.
 #[cfg(not(feature = "fault-injection"))]
 #[inline]
-pub(crate) fn point(_step: std::fmt::Arguments<'_>) -> Result<()> {
+pub fn point(_step: std::fmt::Arguments<'_>) -> Result<()> {
     Ok(())
 }
 
@@ -22,7 +22,7 @@ pub(crate) fn point(_step: std::fmt::Arguments<'_>) -> Result<()> {
 /// # Errors
 /// The fault `fail`.
 #[cfg(feature = "fault-injection")]
-pub(crate) fn point(step: std::fmt::Arguments<'_>) -> Result<()> {
+pub fn point(step: std::fmt::Arguments<'_>) -> Result<()> {
     use crate::error::{Error, ErrorKind};
     use nix::sys::signal::{Signal, raise};
     use std::sync::atomic::{AtomicU32, Ordering};

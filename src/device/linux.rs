@@ -20,8 +20,10 @@ use super::{
     DeviceId, DeviceInfo, DeviceNumber, Guard, Interrupt, Kernel, Lines, LiveLine, LoopInfo,
     LoopOptions, PATIENCE, UdevRules, loops, sys, udev,
 };
+use crate::crypt::VolumeKey;
 use crate::error::{Error, ErrorKind, Result, printable};
 use crate::source::FileId;
+use crate::table::{CryptKey, Target};
 use crate::units::{ByteLen, SECTOR_SIZE, Sectors};
 
 /// How long another imgdm may build before we give up waiting for it.
@@ -201,9 +203,52 @@ impl Kernel for LinuxKernel {
     }
 
     fn load(&self, uuid: &str, count: u64, lines: &mut Lines<'_>) -> Result<()> {
-        let mut table = TableBuffer::with_capacity(count);
-        lines(&mut |line| table.push(line))?;
-        self.dm()?.load(uuid, table).map_err(failed("load a table into", uuid))
+        let mut load = || {
+            let mut table = TableBuffer::with_capacity(count);
+            let mut cipher = None;
+            lines(&mut |line| {
+                if let Target::Crypt { cipher: name, .. } = &line.target {
+                    cipher = Some(name.clone());
+                }
+                table.push(line)
+            })?;
+            Ok((self.dm()?.load(uuid, table), cipher))
+        };
+        match load()? {
+            (Ok(()), _) => Ok(()),
+            (Err(_), Some(cipher)) => {
+                // The kernel loads a cipher's modules itself, but not everywhere: in a
+                // container or an initrd its helper may be missing.
+                nodes::load_cipher_modules(&cipher);
+                load()?.0.map_err(|error| match error.raw_os_error() {
+                    Some(libc::EINVAL | libc::ENOENT) => {
+                        let message = format!(
+                            "the kernel lacks a part of the cipher '{cipher}' (modules for it, or dm-crypt's support; the kernel log says which)"
+                        );
+                        Error::new(ErrorKind::KernelLacks(message)).with_source(error)
+                    }
+                    _ => failed("load a table into", uuid)(error),
+                })
+            }
+            (Err(error), None) => Err(failed("load a table into", uuid)(error)),
+        }
+    }
+
+    fn store_key(&self, description: &str, key: &VolumeKey) -> Result<CryptKey> {
+        match sys::add_logon_key(description, key.bytes()) {
+            Ok(()) => {
+                let (size, description) = (key.bytes().len(), description.to_owned());
+                Ok(CryptKey::Keyring { size, description })
+            }
+            // No keyring in this kernel or container: the key goes in the table's line.
+            Err(_) => Ok(CryptKey::Raw(key.bytes().to_vec().into())),
+        }
+    }
+
+    fn forget_key(&self, key: &CryptKey) {
+        if let CryptKey::Keyring { description, .. } = key {
+            sys::forget_logon_key(description);
+        }
     }
 
     fn resume(&self, uuid: &str, rules: UdevRules) -> Result<()> {

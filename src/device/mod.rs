@@ -10,6 +10,7 @@ pub mod detach;
 pub mod fake;
 pub mod fault;
 pub mod fiemap;
+pub mod keys;
 pub mod list;
 pub mod name;
 pub mod sys;
@@ -32,9 +33,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 pub use sys::raise_open_files_limit;
 
+use crate::crypt::VolumeKey;
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::FileId;
-use crate::table::TableLine;
+use crate::table::{CryptKey, TableLine};
 use crate::units::{ByteLen, Sectors};
 use name::{DmName, DmUuid, LoopRole};
 
@@ -294,6 +296,16 @@ pub trait Kernel {
     /// # Errors
     /// What the system or `lines` says.
     fn load(&self, uuid: &str, count: u64, lines: &mut Lines<'_>) -> Result<()>;
+
+    /// Hands a key to the kernel's keyring, under a description by which a table can name
+    /// it; where there is no keyring, the key itself comes back, for the table's own line.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn store_key(&self, description: &str, key: &VolumeKey) -> Result<CryptKey>;
+
+    /// Takes a key out of the keyring again. Tables that were loaded have a copy.
+    fn forget_key(&self, key: &CryptKey);
 
     /// Makes the inactive table the live one.
     ///

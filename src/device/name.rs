@@ -231,6 +231,12 @@ impl DmUuid {
         Self { role, ..self.clone() }
     }
 
+    /// The description in the kernel's keyring of a layer's key. The part before the colon
+    /// is what keys of the type `logon` have to have.
+    pub fn key_description(&self, layer: u32) -> String {
+        format!("imgdm:{}:{layer}", self.identity)
+    }
+
     /// True where both are devices of one attachment.
     pub fn same_attachment(&self, other: &Self) -> bool {
         self.with_role(DeviceRole::Top) == other.with_role(DeviceRole::Top)
@@ -303,6 +309,8 @@ pub enum LoopRole {
     },
     /// The attachment's zeros.
     Zero,
+    /// The attachment's scratch file.
+    Scratch,
 }
 
 impl LoopRole {
@@ -310,6 +318,7 @@ impl LoopRole {
     pub fn file_name(&self) -> String {
         match self {
             Self::Zero => "imgdm:zero".to_owned(),
+            Self::Scratch => "imgdm:scratch".to_owned(),
             Self::File { layer, role, snapshot } => {
                 let role = match role {
                     FileRole::Image => "image",
@@ -333,8 +342,10 @@ impl LoopRole {
     /// Reads what [`file_name`](Self::file_name) wrote; none for a loop of others.
     pub fn parse(name: &str) -> Option<Self> {
         let rest = name.strip_prefix("imgdm:")?;
-        if rest == "zero" {
-            return Some(Self::Zero);
+        match rest {
+            "zero" => return Some(Self::Zero),
+            "scratch" => return Some(Self::Scratch),
+            _ => {}
         }
         let (layer, rest) = rest.split_once(':')?;
         let (role, snapshot) = match rest.split_once(':') {

@@ -61,6 +61,15 @@ pub(crate) fn modprobe(module: &str) {
     log::debug!("{program} {module}: {status:?}");
 }
 
+/// Has the modules of a cipher like `aes-cbc-essiv:sha256` loaded, as far as there are any.
+pub(crate) fn load_cipher_modules(cipher: &str) {
+    // xts is made of ecb, and the essiv generator of a template of that name.
+    modprobe("crypto-ecb");
+    for part in cipher.split(['-', ':']) {
+        modprobe(&format!("crypto-{part}"));
+    }
+}
+
 /// The number of a misc device that is registered.
 fn misc_number(name: &str) -> Option<DeviceNumber> {
     let list = fs::read_to_string("/proc/misc").ok()?;

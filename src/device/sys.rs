@@ -353,6 +353,59 @@ impl FiemapBuffer {
     }
 }
 
+/// KEY_SPEC_PROCESS_KEYRING: this process's own keyring, which goes with it.
+const PROCESS_KEYRING: libc::c_long = -2;
+const KEYCTL_REVOKE: libc::c_long = 3;
+const KEYCTL_SEARCH: libc::c_long = 10;
+const KEYCTL_UNLINK: libc::c_long = 9;
+/// A key that only the kernel can read.
+const LOGON: &std::ffi::CStr = c"logon";
+
+fn c_string(text: &str) -> io::Result<std::ffi::CString> {
+    std::ffi::CString::new(text).map_err(|_| Errno::EINVAL.into())
+}
+
+/// Puts a key in this process's keyring, where dm-crypt finds it by its description.
+///
+/// # Errors
+/// What the kernel says: ENOSYS without keyrings.
+pub(crate) fn add_logon_key(description: &str, key: &[u8]) -> io::Result<()> {
+    let description = c_string(description)?;
+    // SAFETY: two C strings and a buffer of the length given, none kept by the kernel.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_add_key,
+            LOGON.as_ptr(),
+            description.as_ptr(),
+            key.as_ptr(),
+            key.len(),
+            PROCESS_KEYRING,
+        )
+    };
+    Errno::result(result)?;
+    Ok(())
+}
+
+/// Takes a key out of this process's keyring; the kernel wipes it.
+pub(crate) fn forget_logon_key(description: &str) {
+    let Ok(description) = c_string(description) else { return };
+    // SAFETY: two C strings, not kept; the other commands take plain numbers.
+    unsafe {
+        let key = libc::syscall(
+            libc::SYS_keyctl,
+            KEYCTL_SEARCH,
+            PROCESS_KEYRING,
+            LOGON.as_ptr(),
+            description.as_ptr(),
+            0,
+        );
+        if key >= 0 {
+            libc::syscall(libc::SYS_keyctl, KEYCTL_REVOKE, key);
+            libc::syscall(libc::SYS_keyctl, KEYCTL_UNLINK, key, PROCESS_KEYRING);
+        }
+    }
+}
+
 /// Who has a file open for writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Writers {

@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use crate::crypt::CryptHeader;
 use crate::error::{Error, ErrorKind, Result};
 use crate::status::StatusRun;
 use crate::units::{ByteLen, GuestRange, HostOffset};
@@ -196,6 +197,15 @@ pub trait ImageFormat: Send + Sync + fmt::Debug {
     /// The internal snapshot that this is, unless it is the active layer (qcow2 only).
     fn snapshot(&self) -> Option<&qcow2::Snapshot> {
         None
+    }
+
+    /// How the image is encrypted; `None` for one in the clear. Read when it is asked for:
+    /// a map needs no more than to know that it is.
+    ///
+    /// # Errors
+    /// The encryption's own header is missing, cut off or contradicts its specification.
+    fn crypt_header(&self) -> Result<Option<CryptHeader>> {
+        Ok(None)
     }
 
     /// What the user should know.

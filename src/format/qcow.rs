@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::qcow2::Compression;
 use super::{BackingReference, Format, ImageFormat, Scratch, be64, bytes_at};
+use crate::crypt::CryptHeader;
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::Source;
 use crate::status::{BlockStatus, Encryption, HostPlace, StatusRun};
@@ -357,6 +358,10 @@ impl ImageFormat for QcowImage {
 
     fn backing(&self) -> Option<&BackingReference> {
         self.backing.as_ref()
+    }
+
+    fn crypt_header(&self) -> Result<Option<CryptHeader>> {
+        Ok(self.header.crypt_method.map(|_| CryptHeader::Aes))
     }
 
     fn status(

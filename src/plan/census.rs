@@ -3,11 +3,14 @@
 
 use std::collections::BTreeMap;
 
-use super::build::{Blocked, Facts, Piece, cut};
+use std::convert::Infallible;
+
+use super::build::{Blocked, Facts, Noted, Piece, Stream, Tail, cut};
 use super::{BackingId, ObstacleKind, Segment, SegmentCounts, SegmentTarget};
 use crate::chain::{Chain, Extents, HoleQuery};
 use crate::error::Result;
-use crate::units::{GuestOffset, GuestRange, Sectors};
+use crate::status::FileRole;
+use crate::units::{GuestOffset, GuestRange, SECTOR_SIZE, Sectors};
 
 /// What one window's pieces come to: the two at its ends may grow together with the
 /// neighbouring windows', those between are segments already.
@@ -18,37 +21,50 @@ struct Tally {
     between: SegmentCounts,
     longest_zero: Sectors,
     used: Vec<bool>,
-    blocked: Vec<Blocked>,
+    scratch_bytes: u64,
+    noted: Noted,
 }
 
 impl Tally {
-    fn of(facts: &Facts, files: usize, window: GuestRange, extents: Extents<'_>) -> Self {
+    fn of(facts: &Facts, stream: Stream, window: GuestRange, extents: Extents<'_>) -> Self {
         let mut tally = Self {
             window,
             first: None,
             last: None,
             between: SegmentCounts::default(),
             longest_zero: Sectors::default(),
-            used: vec![false; files],
-            blocked: Vec::new(),
+            used: vec![false; facts.backing_count()],
+            scratch_bytes: 0,
+            noted: Noted::default(),
         };
-        let Tally { first, between, longest_zero, used, .. } = &mut tally;
-        let (last, blocked) = cut(facts, extents, |piece| {
+        let Tally { first, between, longest_zero, used, scratch_bytes, .. } = &mut tally;
+        let emit = |piece: &Piece| {
             if first.is_none() {
                 *first = Some(*piece);
             } else {
-                let segment = facts.segment(piece, GuestOffset::ZERO);
-                count(facts, &segment, between, longest_zero, used);
+                for_each_segment(facts, piece, |segment| {
+                    count(facts, &segment, between, longest_zero, used);
+                });
             }
-        });
+        };
+        let (last, noted) = cut(facts, stream, extents, emit, |job| *scratch_bytes += job.length);
         if tally.first.is_none() {
             tally.first = last;
         } else {
             tally.last = last;
         }
-        tally.blocked = blocked;
+        tally.noted = noted;
         tally
     }
+}
+
+/// Calls `each` with the segments of a piece, by their guest offsets.
+#[inline(always)]
+fn for_each_segment(facts: &Facts, piece: &Piece, mut each: impl FnMut(Segment)) {
+    let Ok(()) = facts.segments(piece, GuestOffset::ZERO, |segment| {
+        each(segment);
+        Ok::<_, Infallible>(())
+    });
 }
 
 #[inline(always)]
@@ -61,6 +77,9 @@ fn count(
 ) {
     match segment.target {
         SegmentTarget::Zero => counts.zero += 1,
+        SegmentTarget::Error => counts.error += 1,
+        // No stream has one: it has a table of its own.
+        SegmentTarget::Crypt { .. } => counts.crypt += 1,
         SegmentTarget::Linear { backing, .. } => {
             counts.linear += 1;
             if backing == facts.zero_backing {
@@ -76,48 +95,55 @@ fn count(
 pub(super) struct Census<'f> {
     chain: &'f Chain,
     facts: &'f Facts,
+    stream: Stream,
     holes: HoleQuery,
     max_segments: u64,
     pending: Option<Piece>,
     pub(super) counts: SegmentCounts,
     /// The longest run of zeros that the zero loop serves.
     pub(super) longest_zero: Sectors,
-    /// Which files some segment lies on, by backing.
+    /// Which of the provisional backings some segment lies on.
     pub(super) used: Vec<bool>,
     /// Where each table after the first starts.
     pub(super) splits: Vec<GuestOffset>,
     pub(super) blocked: BTreeMap<(BackingId, ObstacleKind), Blocked>,
+    /// Bytes to be written to the scratch file.
+    pub(super) scratch_bytes: u64,
+    /// The furthest tail of each file.
+    pub(super) tails: BTreeMap<(u32, FileRole), Tail>,
 }
 
 impl<'f> Census<'f> {
-    /// Resolves the whole chain once. `files` is the number of its files, `max_segments`
-    /// how many segments a table may have.
+    /// Resolves the whole chain once. `max_segments` is how many segments a table may have.
     ///
     /// # Errors
     /// What resolving says.
     pub(super) fn of(
         chain: &'f Chain,
         facts: &'f Facts,
-        files: usize,
+        stream: Stream,
         holes: HoleQuery,
         max_segments: u64,
     ) -> Result<Self> {
         let mut census = Self {
             chain,
             facts,
+            stream,
             holes,
             max_segments,
             pending: None,
             counts: SegmentCounts::default(),
             longest_zero: Sectors::default(),
-            used: vec![false; files],
+            used: vec![false; facts.backing_count()],
             splits: Vec::new(),
             blocked: BTreeMap::new(),
+            scratch_bytes: 0,
+            tails: BTreeMap::new(),
         };
         chain.map_windows(
             chain.whole(),
             holes,
-            |window, extents| Tally::of(facts, files, window, extents),
+            |window, extents| Tally::of(facts, stream, window, extents),
             |tally| census.take(tally),
         )?;
         census.flush();
@@ -125,12 +151,19 @@ impl<'f> Census<'f> {
     }
 
     fn take(&mut self, tally: Tally) -> Result<()> {
-        for blocked in &tally.blocked {
+        for blocked in &tally.noted.blocked {
             self.blocked
                 .entry((blocked.backing, blocked.kind))
                 .and_modify(|known| known.count += blocked.count)
                 .or_insert(*blocked);
         }
+        for tail in &tally.noted.tails {
+            self.tails
+                .entry((tail.depth, tail.role))
+                .and_modify(|known| known.end = known.end.max(tail.end))
+                .or_insert(*tail);
+        }
+        self.scratch_bytes += tally.scratch_bytes;
         if let Some(first) = tally.first {
             self.piece(first);
         }
@@ -141,8 +174,7 @@ impl<'f> Census<'f> {
         if before.max(1).next_multiple_of(self.max_segments) < before + between {
             self.find_splits(tally.window, before)?;
         }
-        self.counts.linear += tally.between.linear;
-        self.counts.zero += tally.between.zero;
+        self.counts.add(tally.between);
         self.longest_zero = self.longest_zero.max(tally.longest_zero);
         for (used, more) in self.used.iter_mut().zip(&tally.used) {
             *used |= more;
@@ -161,25 +193,39 @@ impl<'f> Census<'f> {
 
     fn flush(&mut self) {
         let Some(piece) = self.pending.take() else { return };
-        let before = self.counts.total();
-        if before > 0 && before.is_multiple_of(self.max_segments) {
-            self.splits.push(GuestOffset::new(piece.start));
-        }
-        let segment = self.facts.segment(&piece, GuestOffset::ZERO);
-        count(self.facts, &segment, &mut self.counts, &mut self.longest_zero, &mut self.used);
+        let facts = self.facts;
+        for_each_segment(facts, &piece, |segment| {
+            let before = self.counts.total();
+            if before > 0 && before.is_multiple_of(self.max_segments) {
+                self.splits.push(guest_offset(segment.start));
+            }
+            let Self { counts, longest_zero, used, .. } = self;
+            count(facts, &segment, counts, longest_zero, used);
+        });
     }
 
     /// A table ends among the segments between a window's ends: looks where.
     fn find_splits(&mut self, window: GuestRange, before: u64) -> Result<()> {
         let mut starts = Vec::new();
         let mut resolver = self.chain.resolver(self.holes);
-        cut(self.facts, resolver.resolve(window)?, |piece| starts.push(piece.start));
-        // The window's first and last piece are not among them.
-        for (index, &start) in (before..).zip(starts.iter().skip(1)) {
+        let mut is_first = true;
+        let emit = |piece: &Piece| {
+            // The window's first and last piece are not among them.
+            if !std::mem::take(&mut is_first) {
+                for_each_segment(self.facts, piece, |segment| starts.push(segment.start));
+            }
+        };
+        cut(self.facts, self.stream, resolver.resolve(window)?, emit, |_| ());
+        for (index, &start) in (before..).zip(&starts) {
             if index > 0 && index.is_multiple_of(self.max_segments) {
-                self.splits.push(GuestOffset::new(start));
+                self.splits.push(guest_offset(start));
             }
         }
         Ok(())
     }
+}
+
+/// Where a sector of the virtual disk lies.
+fn guest_offset(sector: Sectors) -> GuestOffset {
+    GuestOffset::new(sector.get().saturating_mul(SECTOR_SIZE))
 }

@@ -5,6 +5,7 @@
 
 mod build;
 mod census;
+mod layout;
 mod obstacle;
 mod segment;
 #[cfg(test)]
@@ -16,15 +17,17 @@ use crate::chain::{Chain, HoleQuery};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lock::Sharing;
 use crate::open::{OpenPolicy, Warning, WarningKind};
+use crate::scratch::{Found, OnError, ScratchContent, ScratchJob, ScratchWork};
 use crate::source::Source;
-use crate::units::{ByteLen, GuestOffset, GuestRange, SECTOR_SIZE, Sectors};
+use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset, Sectors};
 
-use build::{Blocked, Facts, Piece, chain_files, cut};
+use build::{Blocked, Facts, Piece, Stream, cut};
 use census::Census;
+use layout::{Content, Layout, sorted};
 pub use obstacle::{Obstacle, ObstacleKind};
 pub use segment::{
-    Backing, BackingId, Bindings, MAX_SEGMENTS_PER_TABLE, PlannedTable, Segment, SegmentTarget,
-    TableId, TableRole, TableSource,
+    Backing, BackingId, Bindings, CryptId, MAX_SEGMENTS_PER_TABLE, PlannedCrypt, PlannedTable,
+    Segment, SegmentTarget, TableId, TableRole, TableSource,
 };
 
 /// What a dm-linear target costs the kernel in bytes, lookup tree included (measured on
@@ -33,6 +36,8 @@ const KERNEL_BYTES_PER_SEGMENT: u64 = 113;
 /// What a loop device or a mapped device costs the kernel in bytes, roughly: its queue,
 /// its disk and its worker.
 const KERNEL_BYTES_PER_DEVICE: u64 = 64 << 10;
+/// What a crypt target costs the kernel in bytes, its three workers included (measured).
+const KERNEL_BYTES_PER_CRYPT: u64 = 1_400_000;
 
 /// Zeros up to this length are mapped to the zero loop by default. dm-zero fails every
 /// read-ahead bio, so a table that alternates data with short dm-zero segments makes
@@ -52,9 +57,23 @@ pub enum ZeroMode {
     Loop,
 }
 
+/// What is done with compressed clusters (`--compressed`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CompressedMode {
+    /// Inflated into the scratch file.
+    #[default]
+    Inflate,
+    /// Nothing: they stand in the way.
+    Refuse,
+}
+
 /// How to plan.
 #[derive(Clone, Copy, Debug)]
 pub struct PlanOptions {
+    /// What is done with compressed clusters.
+    pub compressed: CompressedMode,
+    /// What is done with clusters that can't be read.
+    pub on_error: OnError,
     /// How zeros are served.
     pub zero: ZeroMode,
     /// From this length on zeros are a long run.
@@ -68,6 +87,8 @@ pub struct PlanOptions {
 impl Default for PlanOptions {
     fn default() -> Self {
         Self {
+            compressed: CompressedMode::Inflate,
+            on_error: OnError::Refuse,
             zero: ZeroMode::Auto,
             zero_threshold: DEFAULT_ZERO_THRESHOLD,
             holes: HoleQuery::DataFiles,
@@ -83,21 +104,25 @@ pub struct SegmentCounts {
     pub linear: u64,
     /// dm-zero.
     pub zero: u64,
+    /// dm-error.
+    pub error: u64,
+    /// dm-crypt.
+    pub crypt: u64,
 }
 
 impl SegmentCounts {
     /// All segments.
     pub fn total(self) -> u64 {
-        self.linear + self.zero
+        self.linear + self.zero + self.error + self.crypt
     }
-}
 
-/// A table that is a stretch of the virtual disk.
-#[derive(Clone, Debug)]
-struct Stretch {
-    guest: GuestRange,
-    /// Files that no segment uses, mapped one sector each past the guest's end.
-    keepers: Vec<BackingId>,
+    /// Adds those of another table.
+    fn add(&mut self, more: Self) {
+        self.linear += more.linear;
+        self.zero += more.zero;
+        self.error += more.error;
+        self.crypt += more.crypt;
+    }
 }
 
 /// What to load for a chain, and what stands in the way.
@@ -106,116 +131,63 @@ pub struct Plan<'c> {
     chain: &'c Chain,
     facts: Facts,
     holes: HoleQuery,
-    max_segments: u64,
-    backings: Vec<Backing>,
-    tables: Vec<PlannedTable>,
-    /// One for each table but a stacking top.
-    stretches: Vec<Stretch>,
-    counts: SegmentCounts,
+    layout: Layout,
     obstacles: Vec<Obstacle>,
-    unheld: Vec<PathBuf>,
+    damage: Vec<Obstacle>,
 }
 
 impl<'c> Plan<'c> {
     /// Resolves the whole chain once and lays out the tables.
     ///
     /// # Errors
-    /// What resolving says. Obstacles are no errors: see [`obstacles`](Self::obstacles).
+    /// What resolving says; an encrypted layer's header is invalid. Obstacles are no
+    /// errors: see [`obstacles`](Self::obstacles).
     pub fn new(chain: &'c Chain, options: PlanOptions) -> Result<Self> {
-        let mut backings: Vec<Backing> =
-            chain_files(chain).map(|(layer, role)| Backing::File { layer, role }).collect();
-        let facts = Facts::new(chain, options);
-        let files = backings.len();
+        Self::with_found(chain, options, &[])
+    }
+
+    /// The same, with what writing the scratch file found.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_found(chain: &'c Chain, options: PlanOptions, found: &[Found]) -> Result<Self> {
+        let facts = Facts::new(chain, options, sorted(found));
         // Room for the files that need a sector each in the last table.
-        let max_segments = options.max_segments.saturating_sub(files as u64).max(1);
-        let census = Census::of(chain, &facts, files, options.holes, max_segments)?;
-        let Census { counts, longest_zero, used, splits, blocked, .. } = census;
-        if longest_zero > Sectors::default() {
-            backings.push(Backing::Zero { length: longest_zero });
-        }
+        let files = facts.zero_backing.0;
+        let max_segments = options.max_segments.saturating_sub(u64::from(files)).max(1);
+        let census = Census::of(chain, &facts, Stream::Guest, options.holes, max_segments)?;
+        let layout = Layout::new(chain, &facts, &census, options, max_segments)?;
+        let blocked: Vec<_> = census.blocked.into_values().collect();
         let mut plan = Self {
             chain,
             facts,
             holes: options.holes,
-            max_segments,
-            backings,
-            tables: Vec::new(),
-            stretches: Vec::new(),
-            counts,
+            layout,
             obstacles: Vec::new(),
-            unheld: Vec::new(),
+            damage: Vec::new(),
         };
-        let keepers = plan.keepers(&used);
-        plan.lay_out(&splits, keepers);
-        plan.list_obstacles(blocked.values());
+        plan.list_obstacles(&blocked, options.on_error);
         Ok(plan)
     }
 
-    /// The files that no segment uses, but that have to stay open and locked.
-    fn keepers(&mut self, used: &[bool]) -> Vec<BackingId> {
-        let mut keepers = Vec::new();
-        for ((id, &used), (layer, role)) in
-            (0..).map(BackingId).zip(used).zip(chain_files(self.chain))
-        {
-            let file = self.chain.layers()[layer as usize].file(role);
-            if used {
-                continue;
-            }
-            if file.length().floor_to_sector().is_zero() {
-                self.unheld.push(file.path().to_owned());
-            } else {
-                keepers.push(id);
-            }
-        }
-        keepers
-    }
-
-    fn lay_out(&mut self, splits: &[GuestOffset], keepers: Vec<BackingId>) {
-        let whole = self.chain.whole();
-        let bounds: Vec<GuestOffset> =
-            [whole.start].into_iter().chain(splits.iter().copied()).chain([whole.end]).collect();
-        let total = self.counts.total();
-        let stacked = !splits.is_empty() || !keepers.is_empty();
-        for (index, pair) in (0u32..).zip(bounds.windows(2)) {
-            let guest = GuestRange::new(pair[0], pair[1]);
-            let is_last = pair[1] == whole.end;
-            let keepers = if is_last { keepers.clone() } else { Vec::new() };
-            let kept = keepers.len() as u64;
-            let before = u64::from(index) * self.max_segments;
-            self.tables.push(PlannedTable {
-                role: if stacked { TableRole::Inner } else { TableRole::Top },
-                size: Sectors::new(guest.length().get() / SECTOR_SIZE + kept),
-                segments: (total - before).min(self.max_segments) + kept,
-            });
-            self.stretches.push(Stretch { guest, keepers });
-            self.counts.linear += kept;
-            if stacked {
-                self.backings.push(Backing::Table(TableId(index)));
-            }
-        }
-        if stacked {
-            let segments = self.stretches.len() as u64;
-            self.tables.push(PlannedTable { role: TableRole::Top, size: self.size(), segments });
-            self.counts.linear += segments;
-        }
-    }
-
-    fn list_obstacles<'b>(&mut self, blocked: impl Iterator<Item = &'b Blocked>) {
-        self.obstacles = blocked
-            .map(|blocked| Obstacle {
+    fn list_obstacles(&mut self, blocked: &[Blocked], on_error: OnError) {
+        for blocked in blocked {
+            let obstacle = Obstacle {
                 kind: blocked.kind,
                 path: self.file(blocked.backing).map_or_else(PathBuf::new, |f| f.path().to_owned()),
                 count: blocked.count,
                 first: Some(blocked.first),
-            })
-            .collect();
+                detail: None,
+            };
+            if blocked.kind == ObstacleKind::PastFileEnd && on_error != OnError::Refuse {
+                self.damage.push(obstacle);
+            } else {
+                self.obstacles.push(obstacle);
+            }
+        }
         if self.chain.virtual_size().is_zero() {
-            self.obstacles.push(Obstacle {
-                kind: ObstacleKind::Empty,
-                path: self.chain.layers()[0].source.path().to_owned(),
-                count: 1,
-                first: None,
-            });
+            let path = self.chain.layers()[0].source.path();
+            self.obstacles.push(Obstacle::of_file(ObstacleKind::Empty, path));
         }
     }
 
@@ -226,15 +198,25 @@ impl<'c> Plan<'c> {
 
     /// The file of a backing that is one.
     pub fn file(&self, backing: BackingId) -> Option<&'c Source> {
-        match self.backings.get(backing.0 as usize)? {
+        match self.layout.backings.get(backing.0 as usize)? {
             Backing::File { layer, role } => Some(self.chain.layers()[*layer as usize].file(*role)),
-            Backing::Zero { .. } | Backing::Table(_) => None,
+            Backing::Zero { .. } | Backing::Scratch { .. } | Backing::Table(_) => None,
         }
     }
 
     /// What stands in the way of attaching, all of it.
     pub fn obstacles(&self) -> &[Obstacle] {
         &self.obstacles
+    }
+
+    /// Adds something that stands in the way.
+    pub fn add_obstacle(&mut self, obstacle: Obstacle) {
+        self.obstacles.push(obstacle);
+    }
+
+    /// What can't be read and, as was asked for, reads as zeros or fails.
+    pub fn damage(&self) -> &[Obstacle] {
+        &self.damage
     }
 
     /// Adds as obstacles what was only a warning when the files were opened, and would
@@ -252,61 +234,93 @@ impl<'c> Plan<'c> {
                 }
                 _ => continue,
             };
-            self.obstacles.push(Obstacle { kind, path: path.clone(), count: 1, first: None });
+            self.obstacles.push(Obstacle::of_file(kind, path));
         }
     }
 
     /// Files under 512 bytes, which no loop device can show and so nothing can hold.
-    pub fn unheld_files(&self) -> &[PathBuf] {
-        &self.unheld
+    pub fn unheld_files(&self) -> impl Iterator<Item = &'c Source> {
+        self.layout.unheld.iter().filter_map(|&id| self.file(id))
     }
 
     /// Segments by target, over all tables.
     pub fn counts(&self) -> SegmentCounts {
-        self.counts
+        self.layout.counts
     }
 
     /// Loop devices that attaching takes.
     pub fn loops(&self) -> u64 {
         let is_loop = |backing: &&Backing| !matches!(backing, Backing::Table(_));
-        let held = self.backings.iter().filter(is_loop).count();
-        held.saturating_sub(self.unheld.len()) as u64
+        let held = self.layout.backings.iter().filter(is_loop).count();
+        held.saturating_sub(self.layout.unheld.len()) as u64
     }
 
-    /// Kernel memory that the attachment takes, in bytes, estimated.
+    /// Kernel memory that the attachment takes, in bytes, estimated; without the scratch
+    /// file, which may lie in memory.
     pub fn kernel_bytes(&self) -> u64 {
-        self.counts.total() * KERNEL_BYTES_PER_SEGMENT
-            + (self.loops() + self.tables.len() as u64) * KERNEL_BYTES_PER_DEVICE
+        self.counts().total() * KERNEL_BYTES_PER_SEGMENT
+            + (self.loops() + self.layout.tables.len() as u64) * KERNEL_BYTES_PER_DEVICE
+            + self.layout.crypts.len() as u64 * KERNEL_BYTES_PER_CRYPT
     }
 
-    /// Bytes of scratch space that attaching takes.
-    pub fn scratch_bytes(&self) -> u64 {
-        0
-    }
-
-    /// The segments of a stretch of the virtual disk, window by window.
+    /// The segments of a stretch of a stream, window by window.
     fn for_each_guest_segment(
         &self,
+        stream: Stream,
         guest: GuestRange,
         each: &mut dyn FnMut(Segment) -> Result<()>,
     ) -> Result<()> {
+        let ciphertext_facts = self.facts.for_ciphertext();
+        let facts = if stream == Stream::Guest { &self.facts } else { &ciphertext_facts };
         let mut resolver = self.chain.resolver(self.holes);
         let mut pieces = Vec::new();
         let mut pending: Option<Piece> = None;
+        let mut finish = |piece: &Piece| {
+            facts.segments(piece, guest.start, |segment| each(self.with_real_backing(segment)?))
+        };
         for window in self.chain.windows(guest) {
             pieces.clear();
             let extents = resolver.resolve(window)?;
-            let (last, _) = cut(&self.facts, extents, |piece| pieces.push(*piece));
+            let (last, _) = cut(facts, stream, extents, |piece| pieces.push(*piece), |_| ());
             for &piece in pieces.iter().chain(&last) {
                 if pending.as_mut().is_some_and(|pending| pending.absorb(&piece)) {
                     continue;
                 }
                 if let Some(done) = pending.replace(piece) {
-                    each(self.facts.segment(&done, guest.start))?;
+                    finish(&done)?;
                 }
             }
         }
-        pending.map_or(Ok(()), |last| each(self.facts.segment(&last, guest.start)))
+        pending.map_or(Ok(()), |last| finish(&last))
+    }
+
+    fn with_real_backing(&self, mut segment: Segment) -> Result<Segment> {
+        if let SegmentTarget::Linear { backing, .. } = &mut segment.target {
+            let id = self.layout.ids.get(backing.0 as usize).copied().flatten();
+            *backing = id.ok_or_else(|| {
+                Error::new(ErrorKind::NotRepresentable(format!(
+                    "sector {} lies on a backing that the plan has not (has the image changed?)",
+                    segment.start
+                )))
+            })?;
+        }
+        Ok(segment)
+    }
+
+    /// The jobs of one stream.
+    fn for_each_job_window(
+        &self,
+        stream: Stream,
+        each: &mut dyn FnMut(&[ScratchJob]) -> Result<()>,
+    ) -> Result<()> {
+        let jobs_of = |_, extents: crate::chain::Extents<'_>| {
+            let mut jobs = Vec::new();
+            cut(&self.facts, stream, extents, |_| (), |job| jobs.push(job));
+            jobs
+        };
+        self.chain.map_windows(self.chain.whole(), self.holes, jobs_of, |jobs| {
+            if jobs.is_empty() { Ok(()) } else { each(&jobs) }
+        })
     }
 
     /// Fails with the whole list where anything stands in the way.
@@ -337,11 +351,19 @@ impl TableSource for Plan<'_> {
     }
 
     fn backings(&self) -> &[Backing] {
-        &self.backings
+        &self.layout.backings
     }
 
     fn tables(&self) -> &[PlannedTable] {
-        &self.tables
+        &self.layout.tables
+    }
+
+    fn crypts(&self) -> &[PlannedCrypt] {
+        &self.layout.crypts
+    }
+
+    fn scratch_may_fail(&self) -> bool {
+        self.facts.options.on_error == OnError::ErrorTarget
     }
 
     fn for_each_segment(
@@ -349,31 +371,76 @@ impl TableSource for Plan<'_> {
         table: TableId,
         each: &mut dyn FnMut(Segment) -> Result<()>,
     ) -> Result<()> {
-        if let Some(stretch) = self.stretches.get(table.0 as usize) {
-            self.for_each_guest_segment(stretch.guest, each)?;
-            let past_the_end = stretch.guest.length().get() / SECTOR_SIZE;
-            for (start, &backing) in (past_the_end..).zip(&stretch.keepers) {
-                each(Segment {
-                    start: Sectors::new(start),
-                    length: Sectors::new(1),
-                    target: SegmentTarget::Linear { backing, offset: Sectors::default() },
-                })?;
+        let at = table.0 as usize;
+        let (Some(content), Some(planned)) =
+            (self.layout.contents.get(at), self.layout.tables.get(at))
+        else {
+            return Ok(());
+        };
+        let mut start = 0;
+        let mut linear = |backing, offset, length: Sectors| {
+            let target = SegmentTarget::Linear { backing, offset };
+            let segment = Segment { start: Sectors::new(start), length, target };
+            start += length.get();
+            segment
+        };
+        match content {
+            Content::Stretch { stream, guest, keepers } => {
+                self.for_each_guest_segment(*stream, *guest, each)?;
+                let kept = keepers.len() as u64;
+                linear(BackingId(0), Sectors::default(), Sectors::new(planned.size.get() - kept));
+                keepers
+                    .iter()
+                    .try_for_each(|&id| each(linear(id, Sectors::default(), Sectors::new(1))))
             }
+            Content::Join(parts) => parts
+                .iter()
+                .try_for_each(|&(backing, offset, length)| each(linear(backing, offset, length))),
+            Content::Crypt { crypt, below } => each(Segment {
+                start: Sectors::default(),
+                length: planned.size,
+                target: SegmentTarget::Crypt { backing: *below, crypt: *crypt },
+            }),
+        }
+    }
+}
+
+impl ScratchWork for Plan<'_> {
+    fn scratch_bytes(&self) -> u64 {
+        self.layout.scratch_bytes
+    }
+
+    fn scratch_length(&self) -> u64 {
+        self.layout.scratch_length
+    }
+
+    fn for_each_window(&self, each: &mut dyn FnMut(&[ScratchJob]) -> Result<()>) -> Result<()> {
+        if self.layout.scratch_bytes == 0 {
             return Ok(());
         }
-        // The top one over the inner tables.
-        let first_table = self.backings.len() - self.stretches.len();
-        let mut start = 0;
-        for (index, stretch) in self.stretches.iter().enumerate() {
-            let backing = BackingId(u32::try_from(first_table + index).unwrap_or(u32::MAX));
-            let length = stretch.guest.length().get() / SECTOR_SIZE;
-            each(Segment {
-                start: Sectors::new(start),
-                length: Sectors::new(length),
-                target: SegmentTarget::Linear { backing, offset: Sectors::default() },
-            })?;
-            start += length;
+        self.for_each_job_window(Stream::Guest, each)?;
+        for content in &self.layout.contents {
+            if let Content::Stretch { stream: stream @ Stream::Ciphertext(_), guest, .. } = content
+                && guest.start == GuestOffset::ZERO
+            {
+                self.for_each_job_window(*stream, each)?;
+            }
         }
-        Ok(())
+        let tails = self.layout.tails.iter().map(|placed| {
+            let file = self.chain.layers()[placed.tail.depth as usize].file(placed.tail.role);
+            ScratchJob {
+                at: placed.at,
+                length: placed.tail.end - placed.shown,
+                guest: placed.tail.first,
+                layer: placed.tail.depth,
+                what: ScratchContent::Copy {
+                    role: placed.tail.role,
+                    host: HostOffset::new(placed.shown),
+                    bytes: file.length().get() - placed.shown,
+                },
+            }
+        });
+        let tails: Vec<_> = tails.collect();
+        if tails.is_empty() { Ok(()) } else { each(&tails) }
     }
 }

@@ -1,6 +1,6 @@
 //! What stands in the way of attaching an image.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::error::printable;
 use crate::units::GuestOffset;
@@ -8,13 +8,11 @@ use crate::units::GuestOffset;
 /// Why an image can't be attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ObstacleKind {
-    /// Compressed clusters.
+    /// Compressed clusters, which `--compressed=refuse` does not inflate.
     Compressed,
-    /// Encrypted clusters.
-    Encrypted,
-    /// The last sector of a file is cut off: a loop device does not show it.
-    PartialSector,
-    /// A cluster that does not start on a sector boundary of its file.
+    /// The scratch file has no room, or there is no place for it.
+    NoScratch,
+    /// A guest range that does not start on a sector of the virtual disk.
     Unaligned,
     /// Clusters that lie wholly past the end of their file.
     PastFileEnd,
@@ -35,8 +33,7 @@ impl ObstacleKind {
     pub fn name(self) -> &'static str {
         match self {
             Self::Compressed => "compressed",
-            Self::Encrypted => "encrypted",
-            Self::PartialSector => "partial-sector",
+            Self::NoScratch => "no-scratch",
             Self::Unaligned => "unaligned",
             Self::PastFileEnd => "past-end-of-file",
             Self::Empty => "empty",
@@ -49,11 +46,12 @@ impl ObstacleKind {
 
     fn describe(self) -> &'static str {
         match self {
-            Self::Compressed => "compressed clusters",
-            Self::Encrypted => "encrypted clusters",
-            Self::PartialSector => "a last sector that the file holds only in part",
-            Self::Unaligned => "clusters that do not start on a sector of the file",
-            Self::PastFileEnd => "clusters past the end of the file (is it truncated?)",
+            Self::Compressed => "compressed clusters (--compressed=scratch inflates them)",
+            Self::NoScratch => "no room for the scratch file",
+            Self::Unaligned => "ranges that do not start on a sector of the disk",
+            Self::PastFileEnd => {
+                "clusters past the end of the file (is it truncated? --on-error=zero reads zeros there)"
+            }
             Self::Empty => "a virtual disk of 0 bytes",
             Self::UndeclaredBackingFormat => "a backing file without a declared format",
             Self::InUse => "a program that may write to the file",
@@ -76,6 +74,15 @@ pub struct Obstacle {
     pub count: u64,
     /// The first guest offset concerned; none where it is the whole file.
     pub first: Option<GuestOffset>,
+    /// More about it, in words.
+    pub detail: Option<String>,
+}
+
+impl Obstacle {
+    /// One that concerns a file as a whole.
+    pub fn of_file(kind: ObstacleKind, path: &Path) -> Self {
+        Self { kind, path: path.to_owned(), count: 1, first: None, detail: None }
+    }
 }
 
 impl std::fmt::Display for Obstacle {
@@ -84,6 +91,9 @@ impl std::fmt::Display for Obstacle {
         write!(f, "{path}: {}", self.kind.describe())?;
         if let Some(first) = self.first {
             write!(f, ": {}, the first at guest offset {first}", self.count)?;
+        }
+        if let Some(detail) = &self.detail {
+            write!(f, ": {}", printable(detail))?;
         }
         Ok(())
     }

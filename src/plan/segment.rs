@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::status::FileRole;
-use crate::table::{DeviceRef, TableLine, Target};
+use crate::table::{CryptKey, DeviceRef, TableLine, Target};
 use crate::units::Sectors;
 
 /// Targets that one device-mapper table holds at most; the kernel answers EOVERFLOW
@@ -34,8 +34,30 @@ pub enum Backing {
         /// The longest zero segment that needs it.
         length: Sectors,
     },
+    /// The scratch file, through a read-only loop device.
+    Scratch {
+        /// Its size.
+        length: Sectors,
+    },
     /// Another table of the same plan.
     Table(TableId),
+}
+
+/// Names a cipher of a plan: an index into [`Plan::crypts`](super::Plan::crypts).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CryptId(pub u32);
+
+/// One crypt target, which decrypts one file of an encrypted layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlannedCrypt {
+    /// Depth of the layer whose key it takes.
+    pub layer: u32,
+    /// Which of the layer's files it decrypts.
+    pub role: FileRole,
+    /// The cipher as dm-crypt's table names it (`aes-xts-plain64`).
+    pub cipher: String,
+    /// Bytes of its key.
+    pub key_bytes: usize,
 }
 
 /// What a table is for.
@@ -80,6 +102,15 @@ pub enum SegmentTarget {
     },
     /// dm-zero.
     Zero,
+    /// dm-error: what can't be read.
+    Error,
+    /// dm-crypt over a whole backing, from its first sector on, which has IV 0.
+    Crypt {
+        /// The ciphertext.
+        backing: BackingId,
+        /// The cipher.
+        crypt: CryptId,
+    },
 }
 
 /// One line of a planned table.
@@ -97,6 +128,7 @@ pub struct Segment {
 #[derive(Clone, Debug, Default)]
 pub struct Bindings {
     devices: BTreeMap<BackingId, DeviceRef>,
+    ciphers: BTreeMap<CryptId, (String, CryptKey)>,
 }
 
 impl Bindings {
@@ -105,21 +137,36 @@ impl Bindings {
         self.devices.insert(backing, device);
     }
 
+    /// Says which cipher and key `crypt` stands for.
+    pub fn bind_cipher(&mut self, crypt: CryptId, cipher: String, key: CryptKey) {
+        self.ciphers.insert(crypt, (cipher, key));
+    }
+
+    fn device(&self, backing: BackingId) -> Result<DeviceRef> {
+        self.devices.get(&backing).cloned().ok_or_else(|| {
+            Error::new(ErrorKind::Usage(format!("no device is given for backing @{}", backing.0)))
+        })
+    }
+
     /// The table line of a segment, with the device in it.
     ///
     /// # Errors
-    /// The backing has no device yet.
+    /// The backing has no device yet, or the cipher no key.
     pub fn line(&self, segment: &Segment) -> Result<TableLine> {
         let target = match segment.target {
             SegmentTarget::Zero => Target::Zero,
+            SegmentTarget::Error => Target::Error,
             SegmentTarget::Linear { backing, offset } => {
-                let device = self.devices.get(&backing).cloned().ok_or_else(|| {
-                    Error::new(ErrorKind::Usage(format!(
-                        "no device is given for backing @{}",
-                        backing.0
+                Target::Linear { device: self.device(backing)?, offset }
+            }
+            SegmentTarget::Crypt { backing, crypt } => {
+                let (cipher, key) = self.ciphers.get(&crypt).cloned().ok_or_else(|| {
+                    Error::new(ErrorKind::WrongKey(format!(
+                        "no key is given for cipher {}",
+                        crypt.0
                     )))
                 })?;
-                Target::Linear { device, offset }
+                Target::Crypt { cipher, key, device: self.device(backing)? }
             }
         };
         Ok(TableLine { start: segment.start, length: segment.length, target })
@@ -136,6 +183,16 @@ pub trait TableSource {
 
     /// The tables by [`TableId`], each after those it lies on; the last is the top one.
     fn tables(&self) -> &[PlannedTable];
+
+    /// The crypt targets, by [`CryptId`].
+    fn crypts(&self) -> &[PlannedCrypt] {
+        &[]
+    }
+
+    /// True where parts of the scratch file may be dm-error instead.
+    fn scratch_may_fail(&self) -> bool {
+        false
+    }
 
     /// Calls `each` with the segments of a table in order, gapless from sector 0.
     ///

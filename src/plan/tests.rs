@@ -5,12 +5,18 @@ use proptest::prelude::*;
 use super::*;
 use crate::chain::Extents;
 use crate::chain::tests::{Sector, chain_of, layers, model};
+use crate::scratch::FoundKind;
+use crate::units::SECTOR_SIZE;
 
 /// What a sector of a device reads, followed through the tables.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Reads {
     Zero,
     File(BackingId, u64),
+    Scratch(u64),
+    Error,
+    /// Under the layer's key, with this IV, these bytes.
+    Decrypted(u32, u64, Box<Reads>),
 }
 
 fn segments(plan: &Plan<'_>, table: TableId) -> Vec<Segment> {
@@ -28,10 +34,34 @@ fn read(plan: &Plan<'_>, tables: &[Vec<Segment>], table: usize, sector: u64) -> 
         .iter()
         .find(|s| s.start.get() <= sector && sector < s.start.get() + s.length.get())
         .unwrap();
-    let SegmentTarget::Linear { backing, offset } = segment.target else { return Reads::Zero };
-    let at = offset.get() + sector - segment.start.get();
+    let inside = sector - segment.start.get();
+    match segment.target {
+        SegmentTarget::Zero => Reads::Zero,
+        SegmentTarget::Error => Reads::Error,
+        SegmentTarget::Linear { backing, offset } => {
+            read_backing(plan, tables, table, backing, offset.get() + inside)
+        }
+        SegmentTarget::Crypt { backing, crypt } => {
+            let layer = plan.crypts()[crypt.0 as usize].layer;
+            let below = read_backing(plan, tables, table, backing, inside);
+            Reads::Decrypted(layer, inside, Box::new(below))
+        }
+    }
+}
+
+fn read_backing(
+    plan: &Plan<'_>,
+    tables: &[Vec<Segment>],
+    table: usize,
+    backing: BackingId,
+    at: u64,
+) -> Reads {
     match &plan.backings()[backing.0 as usize] {
         Backing::File { .. } => Reads::File(backing, at),
+        Backing::Scratch { length } => {
+            assert!(at < length.get(), "the scratch file is long enough");
+            Reads::Scratch(at)
+        }
         Backing::Zero { length } => {
             assert!(at < length.get(), "the zero loop is long enough");
             Reads::Zero
@@ -54,15 +84,19 @@ proptest! {
         zero in zero_mode(),
         threshold in 0..6u64,
         max_segments in 1..9u64,
+        found in prop::collection::vec((0..40u64, 1..5u64, any::<bool>()), 0..4),
+        on_error in prop_oneof![Just(OnError::Zero), Just(OnError::ErrorTarget)],
     ) {
         let chain = chain_of(layers.clone());
         let options = PlanOptions {
             zero,
             zero_threshold: ByteLen::new(threshold * SECTOR_SIZE),
             max_segments,
+            on_error,
             ..PlanOptions::default()
         };
-        let plan = Plan::new(&chain, options).unwrap();
+        let found = only_compressed(&layers, &found);
+        let plan = Plan::with_found(&chain, options, &found).unwrap();
         prop_assert!(plan.obstacles().is_empty());
         let ids = (0u32..).map(TableId).take(plan.tables().len());
         let tables: Vec<_> = ids.map(|id| segments(&plan, id)).collect();
@@ -76,6 +110,8 @@ proptest! {
                 match segment.target {
                     SegmentTarget::Zero => counts.zero += 1,
                     SegmentTarget::Linear { .. } => counts.linear += 1,
+                    SegmentTarget::Error => counts.error += 1,
+                    SegmentTarget::Crypt { .. } => counts.crypt += 1,
                 }
             }
             prop_assert_eq!(at, table.size.get());
@@ -87,18 +123,60 @@ proptest! {
         for sector in 0..plan.size().get() {
             let expected = match model(&layers, usize::try_from(sector).unwrap()) {
                 (depth, Sector::Data(at)) => Reads::File(BackingId(depth), at),
+                (depth, Sector::Encrypted(at)) => {
+                    Reads::Decrypted(depth, sector, Box::new(Reads::File(BackingId(depth), at)))
+                }
+                (_, Sector::Compressed) => Reads::Scratch(sector),
                 _ => Reads::Zero,
             };
-            prop_assert_eq!(read(&plan, &tables, tables.len() - 1, sector), expected);
+            let mut got = read(&plan, &tables, tables.len() - 1, sector);
+            let at = GuestOffset::new(sector * SECTOR_SIZE);
+            let here = found.iter().find(|f| f.range.start <= at && at < f.range.end);
+            match (here.map(|found| found.kind), &got) {
+                (Some(FoundKind::Zeros), Reads::Zero)
+                | (Some(FoundKind::Failed), Reads::Error) => got = Reads::Scratch(sector),
+                _ => {}
+            }
+            // A short run of zeros may be read from the scratch file, where it is a hole.
+            if expected == Reads::Zero && got == Reads::Scratch(sector) {
+                got = Reads::Zero;
+            }
+            prop_assert_eq!(got, expected);
         }
         // Every file is on some table, so that its loop stays.
         let on_a_table = |id| {
             tables.iter().flatten().any(|segment| {
-                matches!(segment.target, SegmentTarget::Linear { backing, .. } if backing == id)
+                matches!(
+                    segment.target,
+                    SegmentTarget::Linear { backing, .. } | SegmentTarget::Crypt { backing, .. }
+                        if backing == id
+                )
             })
         };
         prop_assert!((0..).map(BackingId).take(layers.len()).all(on_a_table));
     }
+}
+
+/// Ranges that lie in compressed sectors, one after the other.
+fn only_compressed(layers: &[Vec<Sector>], ranges: &[(u64, u64, bool)]) -> Vec<Found> {
+    let mut ranges = ranges.to_vec();
+    ranges.sort_unstable();
+    let mut found: Vec<Found> = Vec::new();
+    for (start, length, failed) in ranges {
+        let size = layers[0].len() as u64;
+        let is_compressed = |sector| {
+            sector < size && model(layers, usize::try_from(sector).unwrap()).1 == Sector::Compressed
+        };
+        let offset = |sector| GuestOffset::new(sector * SECTOR_SIZE);
+        let range = GuestRange::new(offset(start), offset(start + length));
+        if (start..start + length).all(is_compressed)
+            && found.last().is_none_or(|last| last.range.end <= range.start)
+        {
+            let kind = if failed { FoundKind::Failed } else { FoundKind::Zeros };
+            found.push(Found { range, kind });
+        }
+    }
+    found
 }
 
 #[test]
@@ -125,39 +203,47 @@ fn a_chain_whose_files_are_all_used_needs_one_table() {
     let plan = plan.unwrap();
     assert_eq!(plan.tables().len(), 1);
     assert_eq!(plan.loops(), 1);
-    assert_eq!(plan.counts(), SegmentCounts { linear: 1, zero: 1 });
+    assert_eq!(plan.counts(), SegmentCounts { linear: 1, zero: 1, ..SegmentCounts::default() });
 }
 
 #[test]
 fn obstacles_are_counted_by_file_with_the_first_offset() {
     let chain = chain_of(vec![vec![
         Sector::Zero,
-        Sector::Encrypted(1),
-        Sector::Encrypted(2),
+        Sector::Compressed,
+        Sector::Compressed,
         Sector::Data(63),
         Sector::Data(70),
-        Sector::Encrypted(9),
+        Sector::Compressed,
     ]]);
-    let plan = Plan::new(&chain, PlanOptions::default()).unwrap();
+    let refuse = PlanOptions { compressed: CompressedMode::Refuse, ..PlanOptions::default() };
+    let plan = Plan::new(&chain, refuse).unwrap();
     let obstacle = |kind, count, first| Obstacle {
         kind,
         path: PathBuf::from("layer0"),
         count,
         first: Some(GuestOffset::new(first * SECTOR_SIZE)),
+        detail: None,
     };
     assert_eq!(
         plan.obstacles(),
-        [obstacle(ObstacleKind::Encrypted, 3, 1), obstacle(ObstacleKind::PastFileEnd, 1, 4)]
+        [obstacle(ObstacleKind::Compressed, 3, 1), obstacle(ObstacleKind::PastFileEnd, 1, 4)]
     );
     let error = plan.check_attachable().unwrap_err();
     assert!(error.to_string().contains("3, the first at guest offset 0x200"), "{error}");
+
+    let rescue = PlanOptions { on_error: OnError::ErrorTarget, ..PlanOptions::default() };
+    let plan = Plan::new(&chain, rescue).unwrap();
+    assert!(plan.obstacles().is_empty());
+    assert_eq!(plan.damage(), [obstacle(ObstacleKind::PastFileEnd, 1, 4)]);
+    assert_eq!(plan.counts().error, 1);
 }
 
 #[test]
-fn an_odd_raw_file_has_one_partial_sector() {
+fn the_partial_sector_of_an_odd_raw_file_is_copied() {
     use crate::chain::Layer;
     use crate::format::raw::RawImage;
-    use crate::source::Source;
+    use crate::status::FileRole;
     use std::sync::Arc;
     let source = Arc::new(Source::from_bytes("odd.raw", vec![1; 1000]));
     let layer = Layer {
@@ -168,10 +254,19 @@ fn an_odd_raw_file_has_one_partial_sector() {
     };
     let chain = Chain::new(vec![layer]).unwrap();
     let plan = Plan::new(&chain, PlanOptions::default()).unwrap();
-    assert_eq!(plan.obstacles().len(), 1);
-    assert_eq!(plan.obstacles()[0].kind, ObstacleKind::PartialSector);
-    assert_eq!(plan.obstacles()[0].first, Some(GuestOffset::new(512)));
+    assert!(plan.obstacles().is_empty());
     assert_eq!(plan.size(), Sectors::new(2));
+    let mut jobs = Vec::new();
+    plan.for_each_window(&mut |window| {
+        jobs.extend_from_slice(window);
+        Ok(())
+    })
+    .unwrap();
+    let what =
+        ScratchContent::Copy { role: FileRole::Image, host: HostOffset::new(512), bytes: 488 };
+    let guest = GuestOffset::new(512);
+    assert_eq!(jobs, [ScratchJob { at: 512, length: 512, guest, layer: 0, what }]);
+    assert_eq!((plan.scratch_bytes(), plan.scratch_length()), (512, 1024));
 }
 
 #[test]
@@ -192,7 +287,7 @@ fn a_short_hole_between_data_of_one_file_is_run_through() {
     let cut = |rows: &[(u64, Mapping)], threshold: u64| {
         let zero_threshold = ByteLen::new(threshold * SECTOR_SIZE);
         let options = PlanOptions { zero_threshold, ..PlanOptions::default() };
-        let facts = Facts::new(&chain, options);
+        let facts = Facts::new(&chain, options, sorted(&[]));
         let mut at = 0;
         let extents: Vec<_> = rows
             .iter()
@@ -204,10 +299,17 @@ fn a_short_hole_between_data_of_one_file_is_run_through() {
             .collect();
         let mut pieces = Vec::new();
         let extents = Extents::Folded(extents.iter().copied());
-        let (last, _) = cut(&facts, extents, |piece| pieces.push(*piece));
+        let (last, _) = cut(&facts, Stream::Guest, extents, |piece| pieces.push(*piece), |_| ());
         pieces.extend(last);
-        let segments = pieces.iter().map(|piece| facts.segment(piece, GuestOffset::ZERO));
-        segments.map(|segment| (segment.start.get(), segment.length.get())).collect::<Vec<_>>()
+        let mut segments = Vec::new();
+        for piece in &pieces {
+            let each = |segment: Segment| {
+                segments.push((segment.start.get(), segment.length.get()));
+                Ok::<_, Error>(())
+            };
+            facts.segments(piece, GuestOffset::ZERO, each).unwrap();
+        }
+        segments
     };
     let data = |at| Mapping::Data(place(at));
     let rows = [(2, data(4)), (3, hole(6)), (2, data(9))];

@@ -15,6 +15,7 @@ mod common;
 mod check;
 mod damaged;
 mod deep;
+mod device;
 mod far;
 mod imgdm;
 mod map;

@@ -99,12 +99,14 @@ impl Fixture {
         kernel: &FakeKernel,
         change: impl FnOnce(&mut Request<'_>),
     ) -> Result<Attachment, AttachError> {
-        let layers = self.layers();
+        let (layers, keys) = (self.layers(), Keys::default());
         let mut request = Request {
             name: &self.name,
             layers: &layers,
             snapshot: Some(("1", "before")),
             tables: &self.plan,
+            scratch: None,
+            keys: &keys,
             options: Options::default(),
             keep: false,
             interrupt: Interrupt::never(),

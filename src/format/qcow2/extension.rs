@@ -8,6 +8,8 @@ const END: u32 = 0;
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 /// Feature name table.
 const FEATURE_NAME_TABLE: u32 = 0x6803_f857;
+/// Full disk encryption header pointer.
+const CRYPTO_HEADER: u32 = 0x0537_be77;
 /// External data file name string.
 const DATA_FILE_NAME: u32 = 0x4441_5441;
 
@@ -22,6 +24,8 @@ pub struct Extensions {
     pub backing_format: Option<Vec<u8>>,
     /// The external data file's name.
     pub data_file: Option<Vec<u8>>,
+    /// Where the full disk encryption header is, and its length in bytes.
+    pub crypt_header: Option<(u64, u64)>,
     /// The feature name table: type (0 incompatible, 1 compatible, 2 autoclear), bit, name.
     pub feature_names: Vec<(u8, u8, String)>,
 }
@@ -59,6 +63,19 @@ impl Extensions {
                 }
                 BACKING_FORMAT => extensions.backing_format = Some(c_string(data)),
                 FEATURE_NAME_TABLE => extensions.feature_names = feature_names(data),
+                CRYPTO_HEADER => {
+                    let Some((offset, length)) = data
+                        .split_first_chunk::<8>()
+                        .and_then(|(offset, rest)| Some((offset, rest.first_chunk::<8>()?)))
+                        .filter(|_| length == 16)
+                    else {
+                        return invalid(format!(
+                            "the encryption header's extension has {length} bytes and not 16"
+                        ));
+                    };
+                    extensions.crypt_header =
+                        Some((u64::from_be_bytes(*offset), u64::from_be_bytes(*length)));
+                }
                 DATA_FILE_NAME => extensions.data_file = Some(c_string(data)),
                 _ => {}
             }

@@ -15,9 +15,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use super::{BackingReference, Format, ImageFormat, Notice, Scratch};
+use crate::crypt::{CryptHeader, LUKS_HEADER_BYTES, LuksHeader};
 use crate::error::{Error, ErrorKind, Result, printable};
 use crate::source::Source;
-use crate::status::StatusRun;
+use crate::status::{Encryption, StatusRun};
 use crate::units::{ByteLen, GuestRange, HostOffset};
 
 use entry::l2_table_offset;
@@ -35,6 +36,8 @@ pub struct Qcow2Image {
     header: Qcow2Header,
     backing: Option<BackingReference>,
     data_file_name: Option<PathBuf>,
+    /// Where the LUKS header is, and its length.
+    crypt_header: Option<(u64, u64)>,
     snapshot: Option<Snapshot>,
     l1_table: TableLocation,
     /// The L1 entries, where they are few; else they are read when they are needed.
@@ -106,6 +109,7 @@ impl Qcow2Image {
         }
         Ok(Self {
             backing: read_backing(source, &header, &extensions)?,
+            crypt_header: extensions.crypt_header,
             data_file_name: extensions
                 .data_file
                 .map(|name| PathBuf::from(OsString::from_vec(name))),
@@ -123,6 +127,24 @@ impl Qcow2Image {
     /// The header.
     pub fn header(&self) -> &Qcow2Header {
         &self.header
+    }
+
+    fn luks_header(&self) -> Result<CryptHeader> {
+        let Some((offset, length)) = self.crypt_header else {
+            return Err(Error::invalid(
+                "the image is encrypted by LUKS, but its header does not say where the LUKS header is",
+            ));
+        };
+        if !offset.is_multiple_of(self.header.cluster_size()) {
+            return Err(Error::invalid(format!(
+                "the LUKS header does not start on a cluster boundary: {offset:#x}"
+            )));
+        }
+        let start = HostOffset::new(offset);
+        let mut bytes = [0; LUKS_HEADER_BYTES];
+        let read = self.source.read_up_to(start, &mut bytes)?;
+        let header = LuksHeader::parse(&bytes[..read], start, length)?;
+        Ok(CryptHeader::Luks(Box::new(header)))
     }
 
     /// All internal snapshots.
@@ -157,6 +179,15 @@ impl ImageFormat for Qcow2Image {
 
     fn backing(&self) -> Option<&BackingReference> {
         self.backing.as_ref()
+    }
+
+    fn crypt_header(&self) -> Result<Option<CryptHeader>> {
+        let header = match self.header.encryption {
+            None => return Ok(None),
+            Some(Encryption::Aes) => Ok(CryptHeader::Aes),
+            Some(Encryption::Luks) => self.luks_header(),
+        };
+        header.map(Some).map_err(|error| error.at_path(self.source.path()))
     }
 
     fn data_file(&self) -> Option<Option<PathBuf>> {
