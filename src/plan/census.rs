@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 
 use std::convert::Infallible;
 
-use super::build::{Blocked, Facts, Noted, Piece, Stream, Tail, cut};
+use super::build::{Blocked, Noted, Stream, Tail, cut};
+use super::facts::{Facts, Piece};
 use super::{BackingId, ObstacleKind, Segment, SegmentCounts, SegmentTarget};
 use crate::chain::{Chain, Extents, HoleQuery};
 use crate::error::Result;
 use crate::status::FileRole;
-use crate::units::{GuestOffset, GuestRange, SECTOR_SIZE, Sectors};
+use crate::units::{GuestOffset, GuestRange, Sectors};
 
 /// What one window's pieces come to: the two at its ends may grow together with the
 /// neighbouring windows', those between are segments already.
@@ -91,6 +92,14 @@ fn count(
     }
 }
 
+/// Where a table ends and the next one starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Split {
+    pub(super) at: GuestOffset,
+    /// Segments of all tables before.
+    pub(super) before: u64,
+}
+
 /// Adds up the tallies, in guest order.
 pub(super) struct Census<'f> {
     chain: &'f Chain,
@@ -105,7 +114,9 @@ pub(super) struct Census<'f> {
     /// Which of the provisional backings some segment lies on.
     pub(super) used: Vec<bool>,
     /// Where each table after the first starts.
-    pub(super) splits: Vec<GuestOffset>,
+    pub(super) splits: Vec<Split>,
+    /// Segments of the table that is being counted.
+    in_table: u64,
     pub(super) blocked: BTreeMap<(BackingId, ObstacleKind), Blocked>,
     /// Bytes to be written to the scratch file.
     pub(super) scratch_bytes: u64,
@@ -136,6 +147,7 @@ impl<'f> Census<'f> {
             longest_zero: Sectors::default(),
             used: vec![false; facts.backing_count()],
             splits: Vec::new(),
+            in_table: 0,
             blocked: BTreeMap::new(),
             scratch_bytes: 0,
             tails: BTreeMap::new(),
@@ -171,8 +183,10 @@ impl<'f> Census<'f> {
         self.flush();
         let before = self.counts.total();
         let between = tally.between.total();
-        if before.max(1).next_multiple_of(self.max_segments) < before + between {
+        if self.in_table + between > self.max_segments {
             self.find_splits(tally.window, before)?;
+        } else {
+            self.in_table += between;
         }
         self.counts.add(tally.between);
         self.longest_zero = self.longest_zero.max(tally.longest_zero);
@@ -194,38 +208,43 @@ impl<'f> Census<'f> {
     fn flush(&mut self) {
         let Some(piece) = self.pending.take() else { return };
         let facts = self.facts;
+        let before = self.counts.total();
         for_each_segment(facts, &piece, |segment| {
-            let before = self.counts.total();
-            if before > 0 && before.is_multiple_of(self.max_segments) {
-                self.splits.push(guest_offset(segment.start));
-            }
             let Self { counts, longest_zero, used, .. } = self;
             count(facts, &segment, counts, longest_zero, used);
         });
+        self.place(piece.start, self.counts.total() - before, before);
+    }
+
+    /// Puts the segments of a piece that come after `before` others into the table, or
+    /// into the next. Tables start with pieces: inside of one, other neighbours might join
+    /// where resolving starts there.
+    fn place(&mut self, start: u64, segments: u64, before: u64) {
+        if self.in_table > 0 && self.in_table + segments > self.max_segments {
+            self.splits.push(Split { at: GuestOffset::new(start), before });
+            self.in_table = 0;
+        }
+        self.in_table += segments;
     }
 
     /// A table ends among the segments between a window's ends: looks where.
-    fn find_splits(&mut self, window: GuestRange, before: u64) -> Result<()> {
-        let mut starts = Vec::new();
+    fn find_splits(&mut self, window: GuestRange, mut before: u64) -> Result<()> {
+        let mut pieces = Vec::new();
         let mut resolver = self.chain.resolver(self.holes);
         let mut is_first = true;
         let emit = |piece: &Piece| {
             // The window's first and last piece are not among them.
             if !std::mem::take(&mut is_first) {
-                for_each_segment(self.facts, piece, |segment| starts.push(segment.start));
+                let mut segments = 0;
+                for_each_segment(self.facts, piece, |_| segments += 1);
+                pieces.push((piece.start, segments));
             }
         };
         cut(self.facts, self.stream, resolver.resolve(window)?, emit, |_| ());
-        for (index, &start) in (before..).zip(&starts) {
-            if index > 0 && index.is_multiple_of(self.max_segments) {
-                self.splits.push(guest_offset(start));
-            }
+        for (start, segments) in pieces {
+            self.place(start, segments, before);
+            before += segments;
         }
         Ok(())
     }
-}
-
-/// Where a sector of the virtual disk lies.
-fn guest_offset(sector: Sectors) -> GuestOffset {
-    GuestOffset::new(sector.get().saturating_mul(SECTOR_SIZE))
 }

@@ -3,8 +3,9 @@
 
 use std::sync::Arc;
 
-use super::build::{Facts, Stream, Tail, chain_files};
-use super::census::Census;
+use super::build::{Stream, Tail};
+use super::census::{Census, Split};
+use super::facts::{Facts, chain_files};
 use super::{
     Backing, BackingId, CryptId, PlanOptions, PlannedCrypt, PlannedTable, SegmentCounts, TableId,
     TableRole,
@@ -14,7 +15,7 @@ use crate::crypt::CryptHeader;
 use crate::error::{Error, Result};
 use crate::scratch::Found;
 use crate::status::FileRole;
-use crate::units::{GuestOffset, GuestRange, SECTOR_SIZE, Sectors};
+use crate::units::{GuestRange, SECTOR_SIZE, Sectors};
 
 /// What a table holds.
 #[derive(Clone, Debug)]
@@ -60,12 +61,11 @@ pub(super) struct Layout {
 /// One stream, counted.
 struct Counted {
     counts: SegmentCounts,
-    splits: Vec<GuestOffset>,
+    splits: Vec<Split>,
 }
 
 struct Builder<'c> {
     chain: &'c Chain,
-    max_segments: u64,
     layout: Layout,
 }
 
@@ -144,7 +144,7 @@ impl Layout {
             tails,
             unheld: Vec::new(),
         };
-        let mut builder = Builder { chain, max_segments, layout };
+        let mut builder = Builder { chain, layout };
         for (depth, role, header, counted) in ciphers {
             let (file, shown) = facts.shown(depth, role);
             let (below, size) = match counted {
@@ -223,17 +223,18 @@ impl Builder<'_> {
         keepers: &[BackingId],
     ) -> Vec<(BackingId, Sectors, Sectors)> {
         let whole = self.chain.whole();
+        let total = counted.counts.total();
+        let first = Split { at: whole.start, before: 0 };
+        let end = Split { at: whole.end, before: total };
         let splits = counted.splits.iter().copied();
-        let bounds: Vec<GuestOffset> =
-            [whole.start].into_iter().chain(splits).chain([whole.end]).collect();
+        let bounds: Vec<Split> = [first].into_iter().chain(splits).chain([end]).collect();
         let mut parts = Vec::new();
         self.layout.counts.add(counted.counts);
-        for (index, pair) in (0u64..).zip(bounds.windows(2)) {
-            let guest = GuestRange::new(pair[0], pair[1]);
-            let keepers = if pair[1] == whole.end { keepers.to_vec() } else { Vec::new() };
+        for pair in bounds.windows(2) {
+            let guest = GuestRange::new(pair[0].at, pair[1].at);
+            let keepers = if guest.end == whole.end { keepers.to_vec() } else { Vec::new() };
             let kept = keepers.len() as u64;
-            let before = index * self.max_segments;
-            let segments = counted.counts.total().saturating_sub(before).min(self.max_segments);
+            let segments = pair[1].before - pair[0].before;
             let length = sectors(guest.length().get());
             let size = Sectors::new(length.get() + kept);
             self.layout.counts.linear += kept;

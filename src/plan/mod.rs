@@ -5,6 +5,7 @@
 
 mod build;
 mod census;
+mod facts;
 mod layout;
 mod obstacle;
 mod segment;
@@ -21,8 +22,9 @@ use crate::scratch::{Found, OnError, ScratchContent, ScratchJob, ScratchWork};
 use crate::source::Source;
 use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset, Sectors};
 
-use build::{Blocked, Facts, Piece, Stream, cut};
+use build::{Blocked, Stream, cut};
 use census::Census;
+use facts::{Facts, Piece};
 use layout::{Content, Layout, sorted};
 pub use obstacle::{Obstacle, ObstacleKind};
 pub use segment::{
@@ -153,8 +155,8 @@ impl<'c> Plan<'c> {
     pub fn with_found(chain: &'c Chain, options: PlanOptions, found: &[Found]) -> Result<Self> {
         let facts = Facts::new(chain, options, sorted(found));
         // Room for the files that need a sector each in the last table.
-        let files = facts.zero_backing.0;
-        let max_segments = options.max_segments.saturating_sub(u64::from(files)).max(1);
+        let files = u64::from(facts.zero_backing.0);
+        let max_segments = options.max_segments.saturating_sub(files).max(1);
         let census = Census::of(chain, &facts, Stream::Guest, options.holes, max_segments)?;
         let layout = Layout::new(chain, &facts, &census, options, max_segments)?;
         let blocked: Vec<_> = census.blocked.into_values().collect();
