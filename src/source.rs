@@ -44,6 +44,31 @@ impl FileId {
     }
 }
 
+/// What of a regular file changes when its content does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileStamp {
+    /// Inode number.
+    pub inode: u64,
+    /// Length in bytes.
+    pub length: u64,
+    /// Time of the last modification: seconds since 1970 and nanoseconds.
+    pub modified: (i64, i64),
+    /// Time of the last change of the inode, which nobody can set: seconds since 1970 and
+    /// nanoseconds.
+    pub changed: (i64, i64),
+}
+
+impl FileStamp {
+    pub(crate) fn of(metadata: &Metadata) -> Self {
+        Self {
+            inode: metadata.ino(),
+            length: metadata.len(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+}
+
 /// Whether the bytes from an offset on are allocated in the host's file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Allocation {
@@ -294,6 +319,22 @@ impl Source {
     /// Device and inode; none for an image in memory.
     pub fn id(&self) -> Option<FileId> {
         self.id
+    }
+
+    /// What the kernel says of the file at this moment; `None` of a block device, whose
+    /// content changes without a trace, and of an image in memory.
+    ///
+    /// # Errors
+    /// The file can't be looked at.
+    pub fn stamp(&self) -> Result<Option<FileStamp>> {
+        match &self.reader {
+            Reader::File(file) if !self.block_device => {
+                let metadata = file.metadata();
+                let fail = |error| Error::io("cannot look at the file", error).at_path(&self.name);
+                Ok(Some(FileStamp::of(&metadata.map_err(fail)?)))
+            }
+            _ => Ok(None),
+        }
     }
 
     /// True for a block device.

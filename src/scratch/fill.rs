@@ -30,7 +30,7 @@ const BATCH_BYTES: u64 = 64 << 20;
 const MAX_FAILED: usize = 1 << 18;
 
 /// Most runs of zeros that are kept; further ones stay holes.
-const MAX_ZERO_RUNS: usize = 1 << 20;
+pub(super) const MAX_ZERO_RUNS: usize = 1 << 20;
 
 /// How to fill a scratch file.
 #[derive(Clone, Debug)]
@@ -295,4 +295,4 @@ fn cannot_write(error: std::io::Error, length: u64, options: &FillOptions) -> Er
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

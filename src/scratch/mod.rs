@@ -10,11 +10,14 @@ use crate::error::{Error, ErrorKind, printable};
 use crate::inflate::InflateFault;
 use crate::units::{ByteLen, GuestRange, HostOffset};
 
+mod cache;
 mod fill;
 mod job;
 mod place;
+mod trailer;
 mod worker;
 
+pub use cache::{Cache, CacheBuilder, CacheHit, Cacheable, Kept};
 pub use fill::{FillOptions, fill};
 pub use job::{Found, FoundKind, OnError, ScratchContent, ScratchJob, ScratchWork};
 pub use place::{ScratchFile, ScratchPlace};

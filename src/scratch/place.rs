@@ -20,6 +20,8 @@ use crate::error::{Error, ErrorKind, Result, printable};
 const DEFAULT_DIRECTORY: &str = "/var/tmp";
 /// What an initrd has.
 const FALLBACK_DIRECTORY: &str = "/run";
+/// What names start with that a file has for a moment only.
+pub(super) const TEMPORARY_PREFIX: &str = ".imgdm-";
 /// `RAMFS_MAGIC` of linux/magic.h, the file system of an initramfs.
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 
@@ -69,6 +71,11 @@ impl ScratchPlace {
             Ok(()) => Ok(Self { directory: fallback.to_owned() }),
             Err(_) => Err(unusable(usual, errno)),
         }
+    }
+
+    /// A directory that is known to be there.
+    pub(super) fn in_directory(directory: &Path) -> Self {
+        Self { directory: directory.to_owned() }
     }
 
     /// The directory, an absolute path.
@@ -156,7 +163,7 @@ pub(super) fn create_named(directory: &Path) -> io::Result<(File, PathBuf)> {
     options.read(true).write(true).create_new(true).mode(0o600);
     let mut number = 0u32;
     loop {
-        let path = directory.join(format!(".imgdm-{}-{number}", std::process::id()));
+        let path = directory.join(format!("{TEMPORARY_PREFIX}{}-{number}", std::process::id()));
         match options.open(&path) {
             Ok(file) => return Ok((file, path)),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists && number < 10_000 => {

@@ -18,11 +18,11 @@ use crate::source::Source;
 use crate::status::{FileRole, StatusRun};
 use crate::units::{GuestOffset, HostOffset};
 
-const CLUSTER: u64 = 64 << 10;
+pub(in crate::scratch) const CLUSTER: u64 = 64 << 10;
 
 /// An image of which only the compressed clusters are looked at.
 #[derive(Debug)]
-struct Clusters(Compression);
+pub(in crate::scratch) struct Clusters(pub(in crate::scratch) Compression);
 
 impl ImageFormat for Clusters {
     fn format(&self) -> Format {
@@ -47,16 +47,20 @@ impl ImageFormat for Clusters {
 }
 
 fn chain(bytes: Vec<u8>) -> Chain {
+    chain_over(Source::from_bytes("x.qcow2", bytes))
+}
+
+pub(in crate::scratch) fn chain_over(source: Source) -> Chain {
     let layer = Layer {
         image: Box::new(Clusters(Compression::Zlib)),
-        source: Arc::new(Source::from_bytes("x.qcow2", bytes)),
+        source: Arc::new(source),
         data_file: None,
         declared_format: None,
     };
     Chain::new(vec![layer]).unwrap()
 }
 
-struct Windows(Vec<Vec<ScratchJob>>);
+pub(in crate::scratch) struct Windows(pub(in crate::scratch) Vec<Vec<ScratchJob>>);
 
 impl ScratchWork for Windows {
     fn scratch_bytes(&self) -> u64 {
@@ -78,12 +82,14 @@ fn deflate(bytes: &[u8]) -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
-fn cluster_of(byte: u8) -> Vec<u8> {
+pub(in crate::scratch) fn cluster_of(byte: u8) -> Vec<u8> {
     vec![byte; CLUSTER as usize]
 }
 
 /// One file with these streams in it, each on a sector of its own, and where they are.
-fn streams_of(clusters: &[Vec<u8>]) -> (Vec<u8>, Vec<(HostOffset, ByteLen)>) {
+pub(in crate::scratch) fn streams_of(
+    clusters: &[Vec<u8>],
+) -> (Vec<u8>, Vec<(HostOffset, ByteLen)>) {
     let mut file = vec![0xee; 512];
     let places = clusters.iter().map(|cluster| {
         let start = file.len() as u64;
@@ -111,7 +117,7 @@ fn part(place: (HostOffset, ByteLen), index: u64, start: u64, length: u64) -> Sc
     }
 }
 
-fn whole(place: (HostOffset, ByteLen), index: u64) -> ScratchJob {
+pub(in crate::scratch) fn whole(place: (HostOffset, ByteLen), index: u64) -> ScratchJob {
     part(place, index, 0, CLUSTER / 512)
 }
 

@@ -1,0 +1,454 @@
+//! Scratch files that are kept, so that another attachment of the same images inflates
+//! nothing.
+//!
+//! A kept file is made without a name and gets one when it is complete: whenever the
+//! process ends, there is a whole file or none. It is used again only where all of this
+//! holds: its trailer says the same identity (the image files' inodes, lengths and times,
+//! and every piece that is planned), it is as long as it was, nobody wrote to it since,
+//! and it is ours alone to write. Anything else is as if it were not there.
+
+use std::ffi::OsStr;
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use nix::fcntl::{AT_FDCWD, AtFlags, Flock, FlockArg};
+use nix::libc;
+use nix::unistd::{geteuid, linkat};
+
+use super::place::{TEMPORARY_PREFIX, create_named, descriptor_path, open_unnamed};
+use super::trailer::{Digest, Trailer};
+use super::{Filled, ScratchContent, ScratchJob, ScratchPlace, ScratchWork};
+use crate::chain::Chain;
+use crate::error::{Error, ErrorKind, Result, printable};
+use crate::source::{FileStamp, Source};
+use crate::status::FileRole;
+use crate::units::ByteLen;
+
+/// Where kept files lie, unless told otherwise.
+const DEFAULT_DIRECTORY: &str = "/var/cache/imgdm";
+
+/// What the name of a kept file ends in.
+const SUFFIX: &str = ".scratch";
+
+/// Between the time a kept file is given and the last change of its inode, in seconds:
+/// what giving it its name may take. A later change is somebody else's.
+const NAMING_SECONDS: i64 = 60;
+
+/// The coarsest clock that a kernel stamps files with, and that of file systems which
+/// keep whole seconds only.
+const CLOCK_TICK: Duration = Duration::from_millis(20);
+const COARSE_TICK: Duration = Duration::from_secs(2);
+
+/// Attempts to replace a kept file while others do the same.
+const NAMING_ATTEMPTS: usize = 8;
+
+/// Whether a scratch file can be kept.
+#[derive(Debug)]
+pub enum Cacheable {
+    /// It can.
+    Yes(Cache),
+    /// It can't, for this reason: a change of the images would go unnoticed.
+    No(String),
+}
+
+/// The place of one kept scratch file.
+#[derive(Debug)]
+pub struct Cache {
+    directory: PathBuf,
+    file_name: String,
+    scratch_length: u64,
+    /// Hash of the jobs and of all they are done with.
+    jobs: Digest,
+    /// The files that jobs read, with their places in the chain.
+    read: Vec<(u32, FileRole)>,
+    identity: Digest,
+}
+
+/// A kept scratch file that can be used.
+#[derive(Debug)]
+pub struct CacheHit {
+    /// Open for reading only. Its data are at its start; it is longer than they are.
+    pub file: File,
+    /// What filling it came to; nothing failed.
+    pub filled: Filled,
+}
+
+/// A scratch file that is going to be kept.
+#[derive(Debug)]
+pub struct CacheBuilder {
+    place: ScratchPlace,
+    writer: File,
+    /// Its name for the time being, where the file system has no files without one. It is
+    /// locked as long as we are there.
+    temporary: Option<(PathBuf, Flock<File>)>,
+}
+
+/// What became of a [`CacheBuilder`]'s file.
+#[derive(Debug)]
+pub struct Kept {
+    /// Open for reading only; to be used whether or not it is kept.
+    pub file: File,
+    /// Why it is not kept.
+    pub not_kept: Option<Error>,
+}
+
+impl Cache {
+    /// Finds out what identifies the scratch file of `work`: one pass over its jobs.
+    /// `shortest_zero_run` is what it is filled with. The directory is /var/cache/imgdm
+    /// where none is asked for; it need not be there.
+    ///
+    /// # Errors
+    /// What resolving the images says; a file can't be looked at.
+    pub fn of(
+        directory: Option<&Path>,
+        chain: &Chain,
+        work: &dyn ScratchWork,
+        shortest_zero_run: ByteLen,
+    ) -> Result<Cacheable> {
+        let directory = directory.unwrap_or(Path::new(DEFAULT_DIRECTORY));
+        let directory = std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned());
+        let mut hash = blake3::Hasher::new();
+        hash.update(env!("CARGO_PKG_VERSION").as_bytes());
+        let scratch_length = work.scratch_length();
+        for number in [scratch_length, shortest_zero_run.get(), chain.virtual_size().get()] {
+            hash.update(&number.to_le_bytes());
+        }
+        let mut read = Vec::new();
+        let mut bytes = Vec::new();
+        work.for_each_window(&mut |jobs| {
+            bytes.clear();
+            for job in jobs {
+                let file = (job.layer, role_of(job));
+                if read.last() != Some(&file) && !read.contains(&file) {
+                    read.push(file);
+                }
+                push_job(&mut bytes, job);
+            }
+            hash.update(&bytes);
+            Ok(())
+        })?;
+        read.sort_unstable();
+        for &(layer, role) in &read {
+            let Some(source) = source_of(chain, layer, role) else { continue };
+            if source.stamp()?.is_none() {
+                return Ok(Cacheable::No(format!(
+                    "{} is a block device, which does not tell when it was changed",
+                    printable(&source.path().to_string_lossy())
+                )));
+            }
+            let image = &chain.layers()[layer as usize].image;
+            let method = image.compression().map_or(0, |method| 1 + method as u64);
+            hash.update(&image.cluster_size().to_le_bytes());
+            hash.update(&method.to_le_bytes());
+        }
+        let mut cache = Self {
+            directory,
+            file_name: file_name(chain),
+            scratch_length,
+            jobs: *hash.finalize().as_bytes(),
+            read,
+            identity: Digest::default(),
+        };
+        cache.identity = cache.current_identity(chain)?;
+        cache.wait_for_the_clock(chain)?;
+        Ok(Cacheable::Yes(cache))
+    }
+
+    /// The path of the kept file.
+    pub fn path(&self) -> PathBuf {
+        self.directory.join(&self.file_name)
+    }
+
+    /// The directory, an absolute path.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Jobs, and the files as they are now.
+    fn current_identity(&self, chain: &Chain) -> Result<Digest> {
+        let mut hash = blake3::Hasher::new();
+        hash.update(&self.jobs);
+        for (layer, role, stamp) in self.stamps(chain)? {
+            hash.update(&layer.to_le_bytes());
+            hash.update(&[role as u8]);
+            hash.update(&stamp.inode.to_le_bytes());
+            hash.update(&stamp.length.to_le_bytes());
+            for (seconds, nanoseconds) in [stamp.modified, stamp.changed] {
+                hash.update(&seconds.to_le_bytes());
+                hash.update(&nanoseconds.to_le_bytes());
+            }
+        }
+        Ok(*hash.finalize().as_bytes())
+    }
+
+    fn stamps(&self, chain: &Chain) -> Result<Vec<(u32, FileRole, FileStamp)>> {
+        let mut stamps = Vec::new();
+        for &(layer, role) in &self.read {
+            let stamp = source_of(chain, layer, role).map(Source::stamp).transpose()?.flatten();
+            stamps.extend(stamp.map(|stamp| (layer, role, stamp)));
+        }
+        Ok(stamps)
+    }
+
+    /// Waits until a change of the files is sure to give them other times than they have.
+    fn wait_for_the_clock(&self, chain: &Chain) -> Result<()> {
+        for (_, _, stamp) in self.stamps(chain)? {
+            let (seconds, nanoseconds) = stamp.changed;
+            let tick = if nanoseconds == 0 { COARSE_TICK } else { CLOCK_TICK };
+            let changed = Duration::new(
+                u64::try_from(seconds).unwrap_or(0),
+                u32::try_from(nanoseconds).unwrap_or(0),
+            );
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+            // A time in the future is a clock's fault, and nothing to wait for.
+            if let Some(age) = now.checked_sub(changed)
+                && let Some(rest) = tick.checked_sub(age)
+            {
+                std::thread::sleep(rest);
+            }
+        }
+        Ok(())
+    }
+
+    /// The kept file, where there is one that can be used. Of its data a few samples are
+    /// read.
+    pub fn lookup(&self) -> Option<CacheHit> {
+        match self.try_lookup() {
+            Ok(hit) => hit,
+            Err(error) => {
+                log::debug!("{}: not used: {error}", self.path().display());
+                None
+            }
+        }
+    }
+
+    fn try_lookup(&self) -> io::Result<Option<CacheHit>> {
+        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
+        let file = OpenOptions::new().read(true).custom_flags(flags).open(self.path())?;
+        let metadata = file.metadata()?;
+        let ours = metadata.file_type().is_file()
+            && metadata.uid() == geteuid().as_raw()
+            && metadata.mode() & 0o022 == 0;
+        if !ours {
+            return Err(io::Error::other("it is not a file that only we can write"));
+        }
+        let Some(trailer) = Trailer::read(&file, metadata.len(), self.scratch_length)? else {
+            return Err(io::Error::other("it is damaged, or of another layout of the images"));
+        };
+        if trailer.identity != self.identity {
+            return Err(io::Error::other("an image has changed"));
+        }
+        let untouched = (metadata.mtime(), metadata.mtime_nsec()) == (trailer.modified, 0)
+            && metadata
+                .ctime()
+                .checked_sub(trailer.modified)
+                .is_some_and(|age| (-NAMING_SECONDS..=NAMING_SECONDS).contains(&age));
+        if !untouched {
+            return Err(io::Error::other("it was changed after it was made"));
+        }
+        let seed = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        if !trailer.samples_match(&file, u64::from(seed.subsec_nanos()))? {
+            return Err(io::Error::other("its data is damaged"));
+        }
+        let Some(zero_runs) = trailer.read_zero_runs(&file)? else {
+            return Err(io::Error::other("its list of zeros is damaged"));
+        };
+        Ok(Some(CacheHit { file, filled: Filled { zero_runs, failed: Vec::new() } }))
+    }
+
+    /// Starts a new file, whatever is there. The directory is made (0700).
+    ///
+    /// # Errors
+    /// `CannotCreate`, naming the directory.
+    pub fn build(&self) -> Result<CacheBuilder> {
+        self.try_build().map_err(|error| {
+            let message = "no file can be kept in this directory".to_owned();
+            Error::new(ErrorKind::CannotCreate(message)).with_source(error).at_path(&self.directory)
+        })
+    }
+
+    fn try_build(&self) -> io::Result<CacheBuilder> {
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.directory)?;
+        remove_leftovers(&self.directory);
+        let place = ScratchPlace::in_directory(&self.directory);
+        if let Ok(writer) = open_unnamed(&self.directory)
+            && File::open(descriptor_path(&writer)).is_ok()
+        {
+            return Ok(CacheBuilder { place, writer, temporary: None });
+        }
+        let (writer, path) = create_named(&self.directory)?;
+        let lock = Flock::lock(writer.try_clone()?, FlockArg::LockExclusiveNonblock);
+        let lock = lock.map_err(|(_, errno)| io::Error::from(errno))?;
+        Ok(CacheBuilder { place, writer, temporary: Some((path, lock)) })
+    }
+}
+
+impl CacheBuilder {
+    /// The file, to be filled.
+    pub fn file(&self) -> &File {
+        &self.writer
+    }
+
+    /// Checks that it can be filled with `bytes` and be `length` bytes long.
+    ///
+    /// # Errors
+    /// As [`ScratchPlace::check_room`].
+    pub fn check_room(&self, bytes: u64, length: u64) -> Result<()> {
+        self.place.check_room(bytes, length)
+    }
+
+    /// Gives the filled file its name, where nothing in it failed and no image changed
+    /// meanwhile. A file that can't be kept can be used all the same.
+    ///
+    /// # Errors
+    /// The file can't be opened for reading.
+    pub fn keep(self, cache: &Cache, chain: &Chain, filled: &Filled) -> Result<Kept> {
+        let path = match &self.temporary {
+            Some((path, _)) => path.clone(),
+            None => descriptor_path(&self.writer),
+        };
+        let file = File::open(path).map_err(|error| {
+            let message = "the filled file can't be opened for reading".to_owned();
+            Error::new(ErrorKind::CannotCreate(message)).with_source(error).at_path(cache.path())
+        })?;
+        let kept = if filled.failed.is_empty() {
+            self.try_keep(cache, chain, filled)
+        } else {
+            let message = "a file that lacks clusters is not kept".to_owned();
+            Err(Error::new(ErrorKind::CannotCreate(message)))
+        };
+        if let (Err(_), Some((path, _))) = (&kept, &self.temporary) {
+            // What remains is removed by the next one who comes.
+            let _ = std::fs::remove_file(path);
+        }
+        Ok(Kept { file, not_kept: kept.err().map(|error| error.at_path(cache.path())) })
+    }
+
+    fn try_keep(&self, cache: &Cache, chain: &Chain, filled: &Filled) -> Result<()> {
+        if cache.current_identity(chain)? != cache.identity {
+            return Err(Error::new(ErrorKind::InUse(
+                "an image was changed while it was read".to_owned(),
+            )));
+        }
+        self.finish(cache, filled).map_err(|error| {
+            let message = "the filled file can't be kept".to_owned();
+            Error::new(ErrorKind::CannotCreate(message)).with_source(error)
+        })
+    }
+
+    fn finish(&self, cache: &Cache, filled: &Filled) -> io::Result<()> {
+        // What takes long comes before the file is given its time.
+        self.writer.sync_all()?;
+        // In whole seconds, of which every file system keeps the even ones.
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let modified = now.as_secs() & !1;
+        let recorded = i64::try_from(modified).unwrap_or(0);
+        let (length, identity) = (cache.scratch_length, cache.identity);
+        Trailer::write(&self.writer, length, identity, recorded, &filled.zero_runs)?;
+        self.writer.sync_all()?;
+        self.writer.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(modified))?;
+        self.writer.sync_all()?;
+        match &self.temporary {
+            Some((path, _)) => std::fs::rename(path, cache.path())?,
+            None => name_file(&self.writer, &cache.path())?,
+        }
+        File::open(&cache.directory)?.sync_all()
+    }
+}
+
+/// Gives a file without a name this one, from whatever has it.
+fn name_file(file: &File, path: &Path) -> io::Result<()> {
+    let mut attempt = 0;
+    loop {
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let from = descriptor_path(file);
+        match linkat(AT_FDCWD, &from, AT_FDCWD, path, AtFlags::AT_SYMLINK_FOLLOW) {
+            Ok(()) => return Ok(()),
+            Err(nix::errno::Errno::EEXIST) if attempt < NAMING_ATTEMPTS => attempt += 1,
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// Removes files with a temporary name whose maker is gone.
+fn remove_leftovers(directory: &Path) {
+    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+        if !entry.file_name().as_bytes().starts_with(TEMPORARY_PREFIX.as_bytes()) {
+            continue;
+        }
+        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        let file = OpenOptions::new().read(true).custom_flags(flags).open(entry.path());
+        let lock = |file| Flock::lock(file, FlockArg::LockExclusiveNonblock);
+        if file.is_ok_and(|file| lock(file).is_ok()) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// A name that the same images at the same place have again, so that a changed image's
+/// file takes the place of the old one.
+fn file_name(chain: &Chain) -> String {
+    let mut hash = blake3::Hasher::new();
+    let mut add = |bytes: &[u8]| {
+        hash.update(&(bytes.len() as u64).to_le_bytes());
+        hash.update(bytes);
+    };
+    for layer in chain.layers() {
+        add(layer.image.format().name().as_bytes());
+        for (role, source) in layer.files() {
+            let path = std::fs::canonicalize(source.path());
+            let path = path.unwrap_or_else(|_| source.absolute_path());
+            add(&[role as u8]);
+            add(path.as_os_str().as_bytes());
+        }
+        if let Some(snapshot) = layer.image.snapshot() {
+            add(snapshot.id.as_bytes());
+            add(snapshot.name.as_bytes());
+        }
+    }
+    let mut name = hash.finalize().to_hex().to_string();
+    name.truncate(32);
+    // For the people who look into the directory; the hash alone tells files apart.
+    let stem = chain.layers()[0].source.path().file_stem().map(OsStr::to_string_lossy);
+    let stem: String = stem
+        .unwrap_or_default()
+        .chars()
+        .filter(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_'))
+        .take(64)
+        .collect();
+    format!("{stem}-{name}{SUFFIX}")
+}
+
+fn role_of(job: &ScratchJob) -> FileRole {
+    match job.what {
+        ScratchContent::Inflate { .. } => FileRole::Image,
+        ScratchContent::Copy { role, .. } => role,
+    }
+}
+
+fn source_of(chain: &Chain, layer: u32, role: FileRole) -> Option<&Source> {
+    chain.layers().get(layer as usize).map(|layer| layer.file(role).as_ref())
+}
+
+fn push_job(bytes: &mut Vec<u8>, job: &ScratchJob) {
+    let (kind, numbers) = match job.what {
+        ScratchContent::Inflate { host, stream_length, cluster } => {
+            (0, [host.get(), stream_length.get(), cluster.get()])
+        }
+        ScratchContent::Copy { role, host, bytes } => (1 + role as u64, [host.get(), bytes, 0]),
+    };
+    let place = [job.at, job.length, job.guest.get(), u64::from(job.layer), kind];
+    for number in place.iter().chain(&numbers) {
+        bytes.extend(number.to_le_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests;
