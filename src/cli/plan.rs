@@ -1,19 +1,19 @@
 //! `imgdm plan`: the preflight.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use imgdm::chain::Chain;
 use imgdm::error::printable;
 use imgdm::open::{Warning, open_chain};
 use imgdm::plan::{Obstacle, ObstacleKind, Plan, PlannedCrypt, TableSource};
-use imgdm::scratch::{ScratchPlace, ScratchWork};
+use imgdm::scratch::{Cache, Cacheable, FillOptions, ScratchPlace, ScratchWork};
 use imgdm::status::FileRole;
 
 use super::Globals;
 use super::open::{FiemapArgs, OpenArgs, ZeroArgs, is_undeclared};
 use super::output::{JsonPath, OutputFormat, print_json, show_path, stdout};
-use super::scratch::{ContentArgs, PlaceArgs};
+use super::scratch::{Compressed, ContentArgs, PlaceArgs};
 
 /// Say whether an image can be attached, what stands in the way, and what it takes
 #[derive(Debug, clap::Args)]
@@ -61,6 +61,8 @@ struct Report {
     scratch_bytes: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     scratch_dir: Option<JsonPath>,
+    /// A file that is kept from an earlier attach is used again.
+    scratch_cached: bool,
     /// The scratch file takes memory, which `kernel_bytes` counts.
     scratch_in_memory: bool,
     kernel_bytes: u64,
@@ -131,7 +133,7 @@ pub(crate) fn run(args: &Args, _globals: Globals) -> anyhow::Result<()> {
     let opened = open_chain(&args.open.image, &policy)?;
     let mut plan = Plan::new(&opened.chain, args.content.options(args.zero))?;
     plan.add_obstacles_of(&opened.warnings, &args.open.policy());
-    let scratch = Scratch::of(&mut plan, args);
+    let scratch = Scratch::of(&mut plan, args)?;
     let report = report(&opened.chain, &plan, &opened.warnings, args.open.probe_backing, scratch);
     match args.output {
         OutputFormat::Json => print_json(&report),
@@ -142,31 +144,60 @@ pub(crate) fn run(args: &Args, _globals: Globals) -> anyhow::Result<()> {
 /// Where the scratch file would lie.
 #[derive(Default)]
 struct Scratch {
+    bytes: u64,
     directory: Option<PathBuf>,
     in_memory: bool,
+    /// A kept file will be used again.
+    cached: bool,
 }
 
 impl Scratch {
     /// The place for what `plan` wants written; where there is none, that is an obstacle.
-    fn of(plan: &mut Plan<'_>, args: &Args) -> Self {
+    fn of(plan: &mut Plan<'_>, args: &Args) -> imgdm::Result<Self> {
         let (bytes, length) = (plan.scratch_bytes(), plan.scratch_length());
         if bytes == 0 {
-            return Self::default();
+            return Ok(Self::default());
         }
-        let place = ScratchPlace::choose(args.places.scratch_dir.as_deref());
-        match place.and_then(|place| place.check_room(bytes, length).map(|()| place)) {
-            Ok(place) => {
-                Self { directory: Some(place.directory().to_owned()), in_memory: place.in_memory() }
+        let mut directory = args.places.scratch_dir.clone();
+        if args.content.compressed == Compressed::Cache {
+            match kept_file(plan, &args.places.cache_dir)? {
+                Some(found) if found => return Ok(Self { cached: true, ..Self::default() }),
+                // The directory itself is made when it is needed.
+                Some(_) => directory = nearest_directory(&args.places.cache_dir),
+                None => {}
             }
+        }
+        let place = ScratchPlace::choose(directory.as_deref());
+        Ok(match place.and_then(|place| place.check_room(bytes, length).map(|()| place)) {
+            Ok(place) => Self {
+                bytes,
+                directory: Some(place.directory().to_owned()),
+                in_memory: place.in_memory(),
+                cached: false,
+            },
             Err(error) => {
                 let path = error.path().unwrap_or(&args.open.image).to_owned();
                 let mut obstacle = Obstacle::of_file(ObstacleKind::NoScratch, &path);
                 obstacle.detail = Some(error.kind().to_string());
                 plan.add_obstacle(obstacle);
-                Self::default()
+                Self { bytes, ..Self::default() }
             }
-        }
+        })
     }
+}
+
+/// Whether a kept file can be used; none where nothing can be kept for this chain.
+fn kept_file(plan: &Plan<'_>, directory: &Path) -> imgdm::Result<Option<bool>> {
+    let run = FillOptions::SHORTEST_ZERO_RUN;
+    Ok(match Cache::of(Some(directory), plan.chain(), plan, run)? {
+        Cacheable::Yes(cache) => Some(cache.lookup().is_some()),
+        Cacheable::No(_) => None,
+    })
+}
+
+/// The directory itself, or the one in which it would be made.
+fn nearest_directory(directory: &Path) -> Option<PathBuf> {
+    directory.ancestors().find(|path| path.is_dir()).map(Path::to_owned)
 }
 
 fn report(
@@ -231,11 +262,11 @@ fn report(
         crypt: counts.crypt,
         tables: plan.tables().len(),
         loops: plan.loops(),
-        scratch_bytes: plan.scratch_bytes(),
+        scratch_bytes: scratch.bytes,
+        scratch_cached: scratch.cached,
         scratch_dir: scratch.directory.as_deref().map(JsonPath::from),
         scratch_in_memory: scratch.in_memory,
-        kernel_bytes: plan.kernel_bytes()
-            + if scratch.in_memory { plan.scratch_bytes() } else { 0 },
+        kernel_bytes: plan.kernel_bytes() + if scratch.in_memory { scratch.bytes } else { 0 },
         keys: plan.crypts().iter().map(|crypt| key(chain, crypt)).collect(),
         layers,
     }
@@ -266,6 +297,9 @@ fn print_human(report: &Report, plan: &Plan<'_>) -> anyhow::Result<()> {
     if let Some(directory) = &report.scratch_dir {
         let memory = if report.scratch_in_memory { " (memory)" } else { "" };
         write!(out, " in {}{memory}", directory.shown())?;
+    }
+    if report.scratch_cached {
+        write!(out, " (a kept file is used again)")?;
     }
     writeln!(out)?;
     for key in &report.keys {

@@ -27,10 +27,11 @@ const CHUNK_BYTES: u64 = 512 << 10;
 const BATCH_BYTES: u64 = 64 << 20;
 
 /// Most failing pieces that are listed; with more of them no rescue is to be hoped for.
-const MAX_FAILED: usize = 1 << 18;
+const MAX_FAILED: usize = 1 << 17;
 
-/// Most runs of zeros that are kept; further ones stay holes.
-pub(super) const MAX_ZERO_RUNS: usize = 1 << 20;
+/// Most runs of zeros that are kept; further ones stay holes. With as many failing pieces
+/// they make no more segments than a table holds.
+pub(super) const MAX_ZERO_RUNS: usize = 1 << 17;
 
 /// How to fill a scratch file.
 #[derive(Clone, Debug)]
