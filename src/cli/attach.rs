@@ -1,9 +1,11 @@
 //! `imgdm attach`: an image becomes /dev/mapper/NAME.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 
 use anyhow::Context;
 use clap::ValueEnum;
+use imgdm::chain::Chain;
 use imgdm::device::attach::{
     Attachment, DirectIo, LayerFiles, Options, Request, attach, find_attached,
 };
@@ -18,6 +20,7 @@ use imgdm::plan::{Plan, TableSource, ZeroMode};
 use imgdm::scratch::{OnError, ScratchWork};
 use imgdm::source::Source;
 
+use super::key::{KeyArgs, KeySources};
 use super::open::{FiemapArgs, OpenArgs, ZeroArgs, print_warnings};
 use super::output::show_path;
 use super::scratch::{ContentArgs, PlaceArgs};
@@ -49,6 +52,9 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     places: PlaceArgs,
+
+    #[command(flatten)]
+    keys: KeyArgs,
 
     /// Map a block device without a loop device between. Gives up the locks once this
     /// command ends, and the loop's guard against writes from devices stacked on top
@@ -103,6 +109,13 @@ fn warn_of_holders(kernel: &LinuxKernel, file: &Source, globals: Globals) {
     }
 }
 
+/// Depths of the layers that are encrypted, be it in a way that can't be read.
+fn encrypted_layers(chain: &Chain) -> Vec<u32> {
+    let layers = (0u32..).zip(chain.layers());
+    let encrypted = layers.filter(|(_, layer)| !matches!(layer.image.crypt_header(), Ok(None)));
+    encrypted.map(|(depth, _)| depth).collect()
+}
+
 /// The plan's options as the bits that the device's UUID carries.
 fn plan_bits(zero: ZeroMode, content: ContentArgs, fiemap: FiemapArgs) -> u16 {
     let zero = match zero {
@@ -120,6 +133,7 @@ fn plan_bits(zero: ZeroMode, content: ContentArgs, fiemap: FiemapArgs) -> u16 {
 
 pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     signal::keep_from_workers()?;
+    let key_sources = KeySources::new(&args.keys)?;
     let mut policy = args.open.policy();
     args.fiemap.apply(&mut policy);
     let opened = open_chain(&args.open.image, &policy)?;
@@ -129,6 +143,7 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     let options = args.content.options(args.zero);
     let plan = Plan::new(chain, options)?;
     plan.check_attachable().map_err(|error| error.at_path(&args.open.image))?;
+    key_sources.check_all_used(&encrypted_layers(chain))?;
     for damage in plan.damage() {
         globals.warn(damage);
     }
@@ -173,6 +188,16 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     {
         return print_device(&kernel, &there);
     }
+    // Before the scratch file: that may take minutes, which a wrong key would waste.
+    let wanted: BTreeSet<u32> = plan.crypts().iter().map(|crypt| crypt.layer).collect();
+    for depth in wanted {
+        let layer = &chain.layers()[depth as usize];
+        let Some(header) = layer.image.crypt_header()? else { continue };
+        let key = key_sources.unlock(&name, depth, &header, &layer.source, &interrupt)?;
+        let description = request(&plan, None).uuid()?.key_description(depth);
+        keys.insert(depth, kernel.store_key(&description, &key)?);
+    }
+    drop(key_sources);
     let written = fill::write(chain, &plan, args.content, &args.places, &interrupt, globals)?;
     let found = written.as_ref().map(|written| written.filled.found()).unwrap_or_default();
     let planned_anew = match found.as_slice() {

@@ -8,6 +8,8 @@ mod exit;
 #[cfg(feature = "device")]
 mod fill;
 #[cfg(feature = "device")]
+mod key;
+#[cfg(feature = "device")]
 mod list;
 mod map;
 mod open;

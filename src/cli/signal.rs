@@ -13,13 +13,15 @@ use imgdm::device::Interrupt;
 /// worker, one that came before a step might be noted after it. To be called before
 /// there are workers.
 pub(crate) fn keep_from_workers() -> anyhow::Result<()> {
-    let block = |_| {
-        let set: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
-        // Where that fails, the handler runs there: late, but it runs.
-        let _ = set.thread_block();
-    };
-    rayon::ThreadPoolBuilder::new().start_handler(block).build_global()?;
+    rayon::ThreadPoolBuilder::new().start_handler(|_| leave_to_main_thread()).build_global()?;
     Ok(())
+}
+
+/// On a worker: the signals are not for this thread.
+pub(crate) fn leave_to_main_thread() {
+    let set: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
+    // Where that fails, the handler runs there: late, but it runs.
+    let _ = set.thread_block();
 }
 
 static SIGNAL: OnceLock<Arc<AtomicUsize>> = OnceLock::new();
