@@ -362,3 +362,12 @@ fn a_full_disk_is_an_error() {
         assert!(String::from_utf8_lossy(&output.stderr).contains("No space left"), "{output:?}");
     }
 }
+
+#[test]
+fn keys_that_nothing_takes_are_refused_before_anything_is_done() {
+    let on = |more: &[&str]| on("attach", &Qcow2::new(), more);
+    assert_fails(&on(&["--key-file", "k:0"]), 64, &["layer 0", "not an encrypted one"]);
+    assert_fails(&on(&["--key-file", "k", "--key-file", "l"]), 64, &["which layer"]);
+    assert_fails(&on(&["--key-fd", "1000000"]), 64, &["descriptor 1000000"]);
+    assert_eq!(on(&["--key-fd", "x"]).status.code(), Some(64));
+}

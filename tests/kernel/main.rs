@@ -5,6 +5,7 @@
 mod again;
 mod content;
 mod cow;
+mod encrypted;
 mod faults;
 mod guest;
 mod holes;
