@@ -11,5 +11,6 @@ mod guest;
 mod holes;
 mod locks;
 mod names;
+mod odd;
 mod readonly;
 mod refused;
