@@ -1,8 +1,7 @@
 //! The device reads as QEMU reads the image, whatever the image is made of.
 
 use std::ffi::OsString;
-use std::fs::{self, OpenOptions};
-use std::os::unix::fs::FileExt;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::args;
@@ -10,7 +9,7 @@ use crate::guest::*;
 
 /// Attaches with these options, compares with what was wanted, detaches.
 #[track_caller]
-fn assert_attached_is(scratch: &Scratch, image: &Path, options: &[&str], wanted: &[u8]) {
+pub(crate) fn assert_attached_is(scratch: &Scratch, image: &Path, options: &[&str], wanted: &[u8]) {
     let words = options.iter().map(OsString::from).chain([image.into()]);
     let device = attach(words);
     let what = format!("{} attached with {options:?}", image.display());
@@ -23,7 +22,7 @@ fn assert_attached_is(scratch: &Scratch, image: &Path, options: &[&str], wanted:
 
 /// The same, against what QEMU reads now.
 #[track_caller]
-fn assert_attached_as_qemu(scratch: &Scratch, image: &Path) {
+pub(crate) fn assert_attached_as_qemu(scratch: &Scratch, image: &Path) {
     let wanted = qemu_content(scratch, image, &[]);
     assert!(wanted.iter().any(|&byte| byte != 0), "the test's own image is empty");
     assert_attached_is(scratch, image, &[], &wanted);
@@ -238,10 +237,6 @@ fn a_size_that_is_no_multiple_of_a_sector_is_cut_as_qemu_cuts_it() {
     let wanted = qemu_content(&scratch, &image, &[]);
     assert_eq!(wanted.len(), 999_936);
     assert_attached_is(&scratch, &image, &[], &wanted);
-}
-
-fn patch(image: &Path, offset: u64, bytes: &[u8]) {
-    OpenOptions::new().write(true).open(image).unwrap().write_all_at(bytes, offset).unwrap();
 }
 
 #[test]

@@ -294,6 +294,11 @@ pub(crate) fn write_image(image: &Path, format: &str, commands: &[&str]) {
     assert!(ran.status.success() && !failed, "{ran}");
 }
 
+/// Writes over bytes of a file.
+pub(crate) fn patch(file: &Path, offset: u64, bytes: &[u8]) {
+    OpenOptions::new().write(true).open(file).unwrap().write_all_at(bytes, offset).unwrap();
+}
+
 /// A QEMU that has an image open for writing, as a running machine has.
 pub(crate) struct Writer(Running);
 
@@ -754,6 +759,55 @@ impl Drop for Mounted {
         let _ = run(&mut command("losetup", [OsStr::new("-d"), self.source.as_os_str()]));
         let _ = fs::remove_file(&self.file);
     }
+}
+
+/// A tmpfs of its own: whatever lies there is a test's, so that its free space is known.
+#[derive(Debug)]
+pub(crate) struct Tmpfs {
+    pub(crate) place: PathBuf,
+}
+
+impl Tmpfs {
+    /// Mounts one of `size` bytes over `place`, which is made where it is missing.
+    #[track_caller]
+    pub(crate) fn over(place: impl Into<PathBuf>, size: u64) -> Self {
+        Self::with(place.into(), size, nix::mount::MsFlags::empty())
+    }
+
+    /// The same, read-only.
+    #[track_caller]
+    pub(crate) fn read_only(place: impl Into<PathBuf>) -> Self {
+        Self::with(place.into(), MIB, nix::mount::MsFlags::MS_RDONLY)
+    }
+
+    #[track_caller]
+    fn with(place: PathBuf, size: u64, flags: nix::mount::MsFlags) -> Self {
+        fs::create_dir_all(&place).unwrap();
+        let options = format!("size={size}");
+        let kind = Some("tmpfs");
+        nix::mount::mount(kind, &place, kind, flags, Some(options.as_str())).unwrap();
+        Self { place }
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let gone = nix::mount::umount(&self.place);
+        if gone.is_err() {
+            let _ = nix::mount::umount2(&self.place, nix::mount::MntFlags::MNT_DETACH);
+        }
+        // Nobody may hold anything there any more.
+        if !thread::panicking() {
+            gone.unwrap();
+        }
+    }
+}
+
+/// The free bytes of the file system at `place`, all that is pending written out.
+pub(crate) fn free_bytes(place: &Path) -> u64 {
+    nix::unistd::sync();
+    let found = nix::sys::statvfs::statvfs(place).unwrap();
+    found.blocks_free() * found.fragment_size()
 }
 
 /// What `imgdm list --output=json` prints.

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)] // All of it is tests and their helpers.
 
 mod again;
+mod compressed;
 mod content;
 mod cow;
 mod encrypted;
@@ -11,5 +12,6 @@ mod guest;
 mod holes;
 mod locks;
 mod names;
+mod odd;
 mod readonly;
 mod refused;
