@@ -3,6 +3,7 @@
 // Each tier is a program of its own and uses its part of this.
 #![allow(dead_code)]
 
+pub(crate) mod chain_work;
 pub(crate) mod images;
 pub(crate) mod patch;
 pub(crate) mod process;

@@ -220,7 +220,10 @@ fn without_holes(map: &[u8]) -> Outcome<Vec<Row>> {
 }
 
 /// IDs and names of a qcow2 image's snapshots.
-fn snapshots(dir: &Path, image: &str) -> Outcome<Vec<(String, String)>> {
+///
+/// # Errors
+/// qemu-img failed.
+pub(crate) fn snapshots(dir: &Path, image: &str) -> Outcome<Vec<(String, String)>> {
     let info = qemu::img(dir, &["info", "-f", "qcow2", "--output=json", image])?;
     let info: serde_json::Value =
         serde_json::from_slice(&info.stdout).map_err(|error| format!("qemu-img info: {error}"))?;

@@ -18,6 +18,7 @@ mod deep;
 mod device;
 mod far;
 mod imgdm;
+mod inflate;
 mod map;
 mod names;
 mod random;

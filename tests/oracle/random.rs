@@ -24,7 +24,7 @@ fn setting(name: &str) -> Option<u64> {
 }
 
 /// Draws, makes and checks the cases of one theme.
-fn run_theme(
+pub(crate) fn run_theme(
     name: &str,
     cases: u64,
     theme: &Theme,

@@ -285,6 +285,27 @@ fn a_stream_cut_off_by_the_end_of_the_file_goes_on_with_zeros() {
 }
 
 #[test]
+fn what_cannot_be_read_counts_as_what_does_not_inflate() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x.qcow2");
+    let (bytes, places) = streams_of(&[cluster_of(1)]);
+    std::fs::write(&path, bytes).unwrap();
+    let chain = chain_over(Source::open(&path).unwrap());
+    // No file has an offset past 2^63: EINVAL.
+    let unreadable = (HostOffset::new(1 << 63), ByteLen::new(512));
+    let work = Windows(vec![vec![whole(places[0], 0), whole(unreadable, 1)]]);
+    let run = |on_error| {
+        let scratch = tempfile::tempfile().unwrap();
+        fill(&chain, &work, &scratch, &FillOptions::new("/somewhere", on_error), &|_| Ok(()))
+    };
+    let error = run(OnError::Refuse).unwrap_err();
+    assert!(error.to_string().contains("cannot read"), "{error}");
+    let filled = run(OnError::ErrorTarget).unwrap();
+    assert_eq!(filled.failed[0].why, FailedWhy::Read(libc::EINVAL));
+    assert_eq!((filled.failed.len(), filled.failed[0].guest.start.get()), (1, CLUSTER));
+}
+
+#[test]
 fn a_tick_ends_the_work() {
     let (file, places) = streams_of(&[cluster_of(1)]);
     let jobs: Vec<_> = (0..3000).map(|i| whole(places[0], i)).collect();
