@@ -21,6 +21,7 @@ mod imgdm;
 mod inflate;
 mod map;
 mod names;
+mod odd;
 mod random;
 mod selftest;
 mod table;
