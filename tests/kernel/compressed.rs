@@ -68,7 +68,7 @@ fn stream(image: &Path, cluster: u64) -> (u64, u64) {
 }
 
 /// 1 MiB of compressed text in clusters of 64 KiB.
-fn text(scratch: &Scratch, name: &str, options: &[&str]) -> PathBuf {
+pub(crate) fn text(scratch: &Scratch, name: &str, options: &[&str]) -> PathBuf {
     let raw = scratch.path("text.raw");
     let mut text = Vec::new();
     for number in 0u64.. {

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)] // All of it is tests and their helpers.
 
 mod again;
+mod cache;
 mod compressed;
 mod content;
 mod cow;
