@@ -13,11 +13,13 @@
 mod common;
 
 mod check;
+mod crypt;
 mod damaged;
 mod deep;
 mod device;
 mod far;
 mod imgdm;
+mod luks;
 mod map;
 mod names;
 mod random;
