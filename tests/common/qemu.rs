@@ -47,6 +47,15 @@ fn check_version() -> Outcome {
 /// # Errors
 /// It could not be run.
 pub(crate) fn img_any<S: AsRef<OsStr>>(dir: &Path, args: &[S]) -> Outcome<Ran> {
+    // A program that another thread of the tests just started has all our descriptors until
+    // it runs, and with them the locks of an image that was closed meanwhile.
+    for _ in 0..50 {
+        let ran = run(tool("qemu-img", dir)?.args(args))?;
+        if !ran.stderr.contains("Failed to get \"write\" lock") {
+            return Ok(ran);
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
     run(tool("qemu-img", dir)?.args(args))
 }
 

@@ -13,12 +13,14 @@
 mod common;
 
 mod check;
+mod crypt;
 mod damaged;
 mod deep;
 mod device;
 mod far;
 mod imgdm;
 mod inflate;
+mod luks;
 mod map;
 mod names;
 mod odd;
