@@ -47,16 +47,22 @@ fn check_version() -> Outcome {
 /// # Errors
 /// It could not be run.
 pub(crate) fn img_any<S: AsRef<OsStr>>(dir: &Path, args: &[S]) -> Outcome<Ran> {
-    // A program that another thread of the tests just started has all our descriptors until
-    // it runs, and with them the locks of an image that was closed meanwhile.
+    let mut command = tool("qemu-img", dir)?;
+    run_unlocked(command.args(args))
+}
+
+/// Runs one of QEMU's tools, again where the image was locked: a program that another
+/// thread of the tests just started has all our descriptors until it runs, and with them
+/// the locks of an image that was closed meanwhile.
+fn run_unlocked(command: &mut Command) -> Outcome<Ran> {
     for _ in 0..50 {
-        let ran = run(tool("qemu-img", dir)?.args(args))?;
+        let ran = run(command)?;
         if !ran.stderr.contains("Failed to get \"write\" lock") {
             return Ok(ran);
         }
         std::thread::sleep(std::time::Duration::from_millis(50));
     }
-    run(tool("qemu-img", dir)?.args(args))
+    run(command)
 }
 
 /// Runs qemu-img in `dir`.
@@ -77,7 +83,7 @@ pub(crate) fn io_any(dir: &Path, format: &str, image: &str, commands: &[String])
     for line in commands {
         command.args(["-c", line]);
     }
-    run(command.arg(image))
+    run_unlocked(command.arg(image))
 }
 
 /// Runs qemu-io in `dir` with these commands on one image.
