@@ -11,7 +11,7 @@ const ZERO: u64 = 1;
 
 /// The L2 table that an L1 entry points to; `None` where it points to none.
 #[inline]
-pub(super) fn l2_table_offset(l1_entry: u64) -> Option<HostOffset> {
+pub(crate) fn l2_table_offset(l1_entry: u64) -> Option<HostOffset> {
     match l1_entry & OFFSET_MASK {
         0 => None,
         offset => Some(HostOffset::new(offset)),
@@ -20,7 +20,7 @@ pub(super) fn l2_table_offset(l1_entry: u64) -> Option<HostOffset> {
 
 /// What an L2 entry says of its cluster (or, with subclusters, of where it lies).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum L2Entry {
+pub(crate) enum L2Entry {
     /// No host cluster.
     Unallocated,
     /// A host cluster.
@@ -40,7 +40,7 @@ pub(super) enum L2Entry {
 
 /// How to read L2 entries of one image; worked out of the header once, for speed.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct L2Format {
+pub(crate) struct L2Format {
     cluster_bits: u32,
     extended: bool,
     data_file: bool,
@@ -52,7 +52,7 @@ pub(super) struct L2Format {
 
 impl L2Format {
     /// The format of this image's entries.
-    pub(super) fn of(header: &Qcow2Header) -> Self {
+    pub(crate) fn of(header: &Qcow2Header) -> Self {
         Self::new(header.cluster_bits, header.has_extended_l2(), header.has_data_file())
     }
 
@@ -69,7 +69,7 @@ impl L2Format {
     /// The host cluster of an entry that is nothing but a well-formed reference to one;
     /// `None` for anything else, which [`decode`](Self::decode) tells apart.
     #[inline]
-    pub(super) fn plain_host(self, entry: u64) -> Option<HostOffset> {
+    pub(crate) fn plain_host(self, entry: u64) -> Option<HostOffset> {
         let offset = entry & OFFSET_MASK;
         (entry & self.not_plain == 0 && offset != 0).then_some(HostOffset::new(offset))
     }
@@ -77,7 +77,7 @@ impl L2Format {
     /// How many of the entries after `first` say of their clusters what it says of its
     /// own: on the host bytes that follow, or on none. Compressed clusters stand alone.
     #[inline]
-    pub(super) fn followers(self, first: u64, rest: &[[u8; 8]]) -> usize {
+    pub(crate) fn followers(self, first: u64, rest: &[[u8; 8]]) -> usize {
         let step = match self.decode(first) {
             L2Entry::Compressed { .. } => return 0,
             L2Entry::Standard(_) | L2Entry::ZeroAllocated(_) => 1 << self.cluster_bits,
@@ -94,7 +94,7 @@ impl L2Format {
 
     /// Decodes the (first) 64 bits of an entry.
     #[inline]
-    pub(super) fn decode(self, entry: u64) -> L2Entry {
+    pub(crate) fn decode(self, entry: u64) -> L2Entry {
         let offset = HostOffset::new(entry & OFFSET_MASK);
         if entry & COMPRESSED != 0 {
             let shift = 62 - (self.cluster_bits - 8);
@@ -121,7 +121,7 @@ impl L2Format {
 
 /// What an extended L2 entry's bitmap says of one subcluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Subcluster {
+pub(crate) enum Subcluster {
     /// The backing file answers.
     Unallocated,
     /// Allocated: the bytes are in the host cluster.
@@ -133,19 +133,19 @@ pub(super) enum Subcluster {
 /// The subcluster bitmap: the second 64 bits of an extended L2 entry. Bit x is
 /// "subcluster x is allocated", bit 32 + x "subcluster x reads as zero".
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct SubclusterBitmap(u64);
+pub(crate) struct SubclusterBitmap(u64);
 
 impl SubclusterBitmap {
     /// Checks a bitmap; `None` where a subcluster is both allocated and zero, or
     /// allocated in an entry without a host cluster.
-    pub(super) fn new(bitmap: u64, has_host_cluster: bool) -> Option<Self> {
+    pub(crate) fn new(bitmap: u64, has_host_cluster: bool) -> Option<Self> {
         let allocated = bitmap & 0xffff_ffff;
         let zero = bitmap >> 32;
         (allocated & zero == 0 && (has_host_cluster || allocated == 0)).then_some(Self(bitmap))
     }
 
     /// The status of subcluster `index` (less than 32).
-    pub(super) fn get(self, index: u64) -> Subcluster {
+    pub(crate) fn get(self, index: u64) -> Subcluster {
         if self.0 >> (32 + index) & 1 == 1 {
             Subcluster::Zero
         } else if self.0 >> index & 1 == 1 {
@@ -156,7 +156,7 @@ impl SubclusterBitmap {
     }
 
     /// How many subclusters from `index` on have the same status.
-    pub(super) fn run_length(self, index: u64) -> u64 {
+    pub(crate) fn run_length(self, index: u64) -> u64 {
         let first = self.get(index);
         (index..SUBCLUSTERS_PER_CLUSTER).take_while(|&i| self.get(i) == first).count() as u64
     }

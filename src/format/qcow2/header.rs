@@ -8,13 +8,13 @@ use crate::status::Encryption;
 use crate::units::{ByteLen, HostOffset, SECTOR_SIZE};
 
 /// `QFI\xfb`.
-pub(super) const MAGIC: u32 = 0x5146_49fb;
+pub(crate) const MAGIC: u32 = 0x5146_49fb;
 
 /// Bytes of a version 2 header; version 3 says its own length, at least 104.
-pub(super) const V2_HEADER_LENGTH: u32 = 72;
+pub(crate) const V2_HEADER_LENGTH: u32 = 72;
 const V3_MIN_HEADER_LENGTH: u32 = 104;
 /// Bytes of the header that imgdm knows: up to compression_type and its padding.
-pub(super) const KNOWN_HEADER_LENGTH: usize = 112;
+pub(crate) const KNOWN_HEADER_LENGTH: usize = 112;
 
 const MIN_CLUSTER_BITS: u32 = 9;
 const MAX_CLUSTER_BITS: u32 = 21;
@@ -28,7 +28,7 @@ const MAX_SNAPSHOTS: u32 = 65536;
 const MAX_BACKING_NAME: u32 = 1023;
 
 /// Subclusters of a cluster in an image with extended L2 entries.
-pub(super) const SUBCLUSTERS_PER_CLUSTER: u64 = 32;
+pub(crate) const SUBCLUSTERS_PER_CLUSTER: u64 = 32;
 
 /// Bits of `incompatible_features`.
 pub mod incompatible {
@@ -47,7 +47,7 @@ pub mod incompatible {
 }
 
 /// Bit of `autoclear_features`: the external data file is a raw image by itself.
-pub(super) const AUTOCLEAR_DATA_FILE_RAW: u64 = 1 << 1;
+pub(crate) const AUTOCLEAR_DATA_FILE_RAW: u64 = 1 << 1;
 
 /// How compressed clusters are compressed (`compression_type`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,11 +1,11 @@
 //! qcow2, versions 2 and 3 (QEMU: docs/interop/qcow2).
 
-mod entry;
-mod extension;
-mod header;
+pub(crate) mod entry;
+pub(crate) mod extension;
+pub(crate) mod header;
 mod mapping;
 mod refcount;
-mod snapshot;
+pub(crate) mod snapshot;
 #[cfg(test)]
 mod tests;
 

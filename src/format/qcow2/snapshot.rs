@@ -73,7 +73,7 @@ impl Snapshot {
 ///
 /// # Errors
 /// It is cut off, larger than 64 MiB, or an entry has more than 1024 bytes of extra data.
-pub(super) fn read_table(source: &Source, header: &Qcow2Header) -> Result<Vec<Snapshot>> {
+pub(crate) fn read_table(source: &Source, header: &Qcow2Header) -> Result<Vec<Snapshot>> {
     let mut snapshots = Vec::new();
     let mut at = header.snapshots_offset.get();
     for index in 0..header.snapshot_count {
