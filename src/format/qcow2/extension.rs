@@ -1,6 +1,7 @@
 //! Header extensions (docs/interop/qcow2, section "Header extensions").
 
 use crate::error::{Error, Result};
+use crate::units::{ByteLen, HostOffset};
 
 /// End of the header extension area.
 const END: u32 = 0;
@@ -12,10 +13,40 @@ const FEATURE_NAME_TABLE: u32 = 0x6803_f857;
 const CRYPTO_HEADER: u32 = 0x0537_be77;
 /// External data file name string.
 const DATA_FILE_NAME: u32 = 0x4441_5441;
+/// Bitmaps extension.
+const BITMAPS: u32 = 0x2385_2875;
 
 /// QEMU's field for the backing format's name holds 15 bytes and a NUL.
 const MAX_FORMAT_NAME: usize = 15;
 const FEATURE_ENTRY_LENGTH: usize = 48;
+/// Bytes of an extension before its data: type and length.
+const HEAD_LENGTH: u64 = 8;
+
+/// Where one header extension lies in the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExtensionPlace {
+    /// The type.
+    pub kind: u32,
+    /// Where its type field starts.
+    pub offset: HostOffset,
+    /// Bytes of type, length and data, without the padding to a multiple of 8.
+    pub length: ByteLen,
+}
+
+impl ExtensionPlace {
+    /// The specification's name of the type; `None` for one that imgdm does not know.
+    pub fn name(&self) -> Option<&'static str> {
+        match self.kind {
+            END => Some("end"),
+            BACKING_FORMAT => Some("backing-format"),
+            FEATURE_NAME_TABLE => Some("feature-name-table"),
+            CRYPTO_HEADER => Some("crypto-header"),
+            DATA_FILE_NAME => Some("data-file-name"),
+            BITMAPS => Some("bitmaps"),
+            _ => None,
+        }
+    }
+}
 
 /// What the header extensions say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -28,6 +59,12 @@ pub struct Extensions {
     pub crypt_header: Option<(u64, u64)>,
     /// The feature name table: type (0 incompatible, 1 compatible, 2 autoclear), bit, name.
     pub feature_names: Vec<(u8, u8, String)>,
+    /// The data of the bitmaps extension, read by
+    /// [`BitmapsExtension::parse`](super::bitmap::BitmapsExtension::parse): a map needs none
+    /// of it.
+    pub bitmaps: Option<Vec<u8>>,
+    /// All of them in the order of the file, the end mark included.
+    pub places: Vec<ExtensionPlace>,
 }
 
 impl Extensions {
@@ -54,6 +91,11 @@ impl Extensions {
                     "the header extension {kind:#010x} is too large: {length} bytes"
                 ));
             };
+            extensions.places.push(ExtensionPlace {
+                kind,
+                offset: HostOffset::new(here),
+                length: ByteLen::new(HEAD_LENGTH + length as u64),
+            });
             match kind {
                 END => return Ok(extensions),
                 BACKING_FORMAT if length > MAX_FORMAT_NAME => {
@@ -77,6 +119,7 @@ impl Extensions {
                         Some((u64::from_be_bytes(*offset), u64::from_be_bytes(*length)));
                 }
                 DATA_FILE_NAME => extensions.data_file = Some(c_string(data)),
+                BITMAPS => extensions.bitmaps = Some(data.to_vec()),
                 _ => {}
             }
             rest = body.get(length.next_multiple_of(8)..).unwrap_or_default();
@@ -135,6 +178,17 @@ mod tests {
         let extensions = Extensions::parse(&area, 72).unwrap();
         assert_eq!(extensions.backing_format.as_deref(), Some(&b"raw"[..]));
         assert_eq!(extensions.data_file.as_deref(), Some(&b"disk.data"[..]));
+        let places: Vec<_> =
+            extensions.places.iter().map(|p| (p.name(), p.offset.get(), p.length.get())).collect();
+        assert_eq!(
+            places,
+            [
+                (Some("backing-format"), 72, 12),
+                (None, 88, 15),
+                (Some("data-file-name"), 104, 17),
+                (Some("end"), 128, 8),
+            ]
+        );
     }
 
     #[test]

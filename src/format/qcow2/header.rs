@@ -46,6 +46,9 @@ pub mod incompatible {
     pub const KNOWN: u64 = DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2;
 }
 
+/// Bit of `autoclear_features`: the bitmaps extension is consistent.
+pub(crate) const AUTOCLEAR_BITMAPS: u64 = 1 << 0;
+
 /// Bit of `autoclear_features`: the external data file is a raw image by itself.
 pub(crate) const AUTOCLEAR_DATA_FILE_RAW: u64 = 1 << 1;
 

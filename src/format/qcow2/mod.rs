@@ -1,5 +1,6 @@
 //! qcow2, versions 2 and 3 (QEMU: docs/interop/qcow2).
 
+pub mod bitmap;
 pub(crate) mod entry;
 pub(crate) mod extension;
 pub(crate) mod header;
@@ -22,7 +23,7 @@ use crate::status::{Encryption, StatusRun};
 use crate::units::{ByteLen, GuestRange, HostOffset};
 
 use entry::l2_table_offset;
-pub use extension::Extensions;
+pub use extension::{ExtensionPlace, Extensions};
 pub use header::{Compression, Qcow2Header, TableLocation, incompatible};
 pub use snapshot::{Snapshot, SnapshotSelector};
 
@@ -147,6 +148,25 @@ impl Qcow2Image {
         Ok(CryptHeader::Luks(Box::new(header)))
     }
 
+    /// The header extensions, read anew.
+    ///
+    /// # Errors
+    /// They can't be read any more.
+    pub fn extensions(&self) -> Result<Extensions> {
+        read_extensions(&self.source, &self.header)
+            .map_err(|error| error.at_path(self.source.path()))
+    }
+
+    /// The persistent dirty bitmaps; none where the image has no bitmaps extension, or one
+    /// that is not consistent (its autoclear bit is not set), which has to be ignored.
+    ///
+    /// # Errors
+    /// The extension or the bitmap directory contradicts the specification.
+    pub fn bitmaps(&self) -> Result<Vec<bitmap::BitmapDirectoryEntry>> {
+        bitmap::read_bitmaps(&self.source, &self.header, &self.extensions()?)
+            .map_err(|error| error.at_path(self.source.path()))
+    }
+
     /// All internal snapshots.
     ///
     /// # Errors
@@ -227,7 +247,7 @@ impl ImageFormat for Qcow2Image {
     }
 }
 
-fn read_extensions(source: &Source, header: &Qcow2Header) -> Result<Extensions> {
+pub(crate) fn read_extensions(source: &Source, header: &Qcow2Header) -> Result<Extensions> {
     let start = u64::from(header.header_length);
     let end = header.extensions_end();
     // The file may end inside its first cluster; what is not there reads as an end mark.

@@ -76,6 +76,11 @@ impl Builder {
     }
 }
 
+/// A header all of whose bounds hold.
+pub(super) fn header() -> Qcow2Header {
+    Qcow2Header::parse(&Builder::new(4).bytes).unwrap()
+}
+
 fn data(offset: u64) -> BlockStatus {
     BlockStatus::Data(HostPlace::in_image(HostOffset::new(offset)))
 }
