@@ -24,6 +24,7 @@
 //! | [`chain`] | folding the layers, top first |
 //! | [`extent`] | a row of a map |
 //! | [`inflate`] | inflating a compressed cluster |
+//! | [`read`] | reading the disk through its chain: at any offset, or a range on all cores |
 //! | [`plan`] | extents to segments, backings and tables; what stands in the way |
 //! | [`scratch`] | what the image's files don't hold as it is: inflated clusters, partial sectors |
 //! | [`table`] | `dmsetup` text, printed and parsed |
@@ -40,6 +41,7 @@ pub mod inflate;
 pub mod lock;
 pub mod open;
 pub mod plan;
+pub mod read;
 pub mod scratch;
 pub mod source;
 pub mod status;

@@ -385,6 +385,17 @@ impl Source {
         Ok(done)
     }
 
+    /// Fills the buffer, with zeros for what lies past the end of the file, as QEMU reads
+    /// images that end inside of a cluster (bdrv_aligned_preadv() in its block/io.c).
+    ///
+    /// # Errors
+    /// The read failed.
+    pub fn read_with_zeros(&self, offset: HostOffset, buffer: &mut [u8]) -> Result<()> {
+        let read = self.read_up_to(offset, buffer)?;
+        buffer[read..].fill(0);
+        Ok(())
+    }
+
     /// Fills the buffer.
     ///
     /// # Errors

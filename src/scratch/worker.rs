@@ -9,28 +9,15 @@ use std::sync::Arc;
 use super::{FailedCluster, FailedWhy, ScratchContent, ScratchJob};
 use crate::chain::{Chain, Layer};
 use crate::error::{Error, Result};
-use crate::inflate::{InflateFault, Inflater};
-use crate::source::Source;
+use crate::inflate::InflateFault;
+use crate::read::{ClusterPart, ClusterReader, Stream};
 use crate::status::FileRole;
-use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset};
+use crate::units::{ByteLen, GuestRange};
 
-/// Most bytes that are read ahead of what is asked for.
-const READ_AHEAD: u64 = 1 << 20;
-
-/// Gap between two streams that is read over rather than left out.
-const READ_GAP: u64 = 32 << 10;
-
-/// Clusters that are kept because only parts of them were asked for so far. Where layers
-/// alternate, those of several layers are begun at the same time.
-const KEPT_CLUSTERS: usize = 4;
-
-/// Reads, inflates and writes chunks; keeps its memory between them: a chunk, what is read
-/// ahead, and the kept clusters, which are at most 2 MiB each.
+/// Reads, inflates and writes chunks; keeps its memory between them.
 #[derive(Debug, Default)]
 pub(super) struct Worker {
-    inflater: Inflater,
-    reader: Reader,
-    kept: Vec<KeptCluster>,
+    clusters: ClusterReader,
     /// The chunk's bytes.
     output: Vec<u8>,
 }
@@ -62,16 +49,6 @@ struct Write {
     at: u64,
 }
 
-/// A cluster of which other parts may be asked for.
-#[derive(Debug)]
-struct KeptCluster {
-    layer: u32,
-    host: HostOffset,
-    guest: GuestOffset,
-    outcome: Result<(), FailedWhy>,
-    bytes: Vec<u8>,
-}
-
 impl Worker {
     /// Gets the bytes of neighbouring jobs.
     ///
@@ -100,8 +77,7 @@ impl Worker {
         jobs: &[ScratchJob],
         output: &mut [u8],
     ) -> Result<(Vec<Write>, ChunkDone)> {
-        self.kept.clear();
-        self.reader.forget();
+        self.clusters.forget();
         let mut writes: Vec<Write> = Vec::new();
         let mut done = ChunkDone::default();
         let mut start = 0;
@@ -144,67 +120,28 @@ impl Worker {
         match job.what {
             ScratchContent::Copy { role, host, bytes } => {
                 let bytes = usize::try_from(bytes).unwrap_or(usize::MAX).min(piece.len());
-                let read = layer.file(role).read_up_to(host, &mut piece[..bytes]);
-                Ok(read.map(|n| piece[n..].fill(0)).map_err(|error| read_failure(&error)))
+                let (copied, zeros) = piece.split_at_mut(bytes);
+                zeros.fill(0);
+                let read = layer.file(role).read_with_zeros(host, copied);
+                Ok(read.map_err(|error| FailedWhy::of_read(&error)))
             }
-            ScratchContent::Inflate { host, cluster, .. } => {
-                let size = usize::try_from(layer.image.cluster_size()).unwrap_or(usize::MAX);
-                let start = usize::try_from(job.guest.since(cluster).get()).unwrap_or(usize::MAX);
-                let end = start.saturating_add(piece.len());
-                if job.guest < cluster || end > size {
-                    return Err(contradiction());
-                }
-                if piece.len() == size {
-                    return self.inflate(layer, jobs, piece);
-                }
-                let known = self.kept.iter().position(|kept| {
-                    (kept.layer, kept.host, kept.guest) == (job.layer, host, cluster)
-                });
-                let index = match known {
-                    Some(index) => index,
-                    None => self.keep(layer, jobs, job, host, cluster, size)?,
-                };
-                let kept = &self.kept[index];
-                Ok(kept.outcome.map(|()| piece.copy_from_slice(&kept.bytes[start..end])))
+            ScratchContent::Inflate { host, stream_length, cluster } => {
+                let stream = Stream { layer: job.layer, host, length: stream_length };
+                let part = ClusterPart { stream, cluster, start: job.guest };
+                let ahead = jobs[1..].iter().map_while(stream_of);
+                self.clusters.read(layer, part, ahead, piece)
             }
         }
     }
+}
 
-    /// Inflates a cluster of which only a part is asked for, and says where it is kept.
-    fn keep(
-        &mut self,
-        layer: &Layer,
-        jobs: &[ScratchJob],
-        job: &ScratchJob,
-        host: HostOffset,
-        guest: GuestOffset,
-        size: usize,
-    ) -> Result<usize> {
-        let mut bytes = Vec::new();
-        if self.kept.len() == KEPT_CLUSTERS {
-            // The one kept for longest.
-            bytes = self.kept.remove(0).bytes;
+/// The stream that a job is of; none where it is not of one.
+fn stream_of(job: &ScratchJob) -> Option<Stream> {
+    match job.what {
+        ScratchContent::Inflate { host, stream_length, .. } => {
+            Some(Stream { layer: job.layer, host, length: stream_length })
         }
-        bytes.resize(size, 0);
-        let outcome = self.inflate(layer, jobs, &mut bytes)?;
-        self.kept.push(KeptCluster { layer: job.layer, host, guest, outcome, bytes });
-        Ok(self.kept.len() - 1)
-    }
-
-    /// Inflates the whole cluster of the first of `jobs`.
-    fn inflate(
-        &mut self,
-        layer: &Layer,
-        jobs: &[ScratchJob],
-        cluster: &mut [u8],
-    ) -> Result<Result<(), FailedWhy>> {
-        let method = layer.image.compression().ok_or_else(contradiction)?;
-        Ok(match self.reader.stream(&layer.source, jobs) {
-            Ok(stream) => {
-                self.inflater.inflate(method, stream, cluster).map_err(FailedWhy::Inflate)
-            }
-            Err(error) => Err(read_failure(&error)),
-        })
+        ScratchContent::Copy { .. } => None,
     }
 }
 
@@ -218,68 +155,6 @@ impl PreparedChunk<'_> {
             file.write_all_at(&self.output[start..start + length], at)?;
         }
         Ok(self.done)
-    }
-}
-
-/// Reads streams, neighbouring ones together.
-#[derive(Debug, Default)]
-struct Reader {
-    layer: Option<u32>,
-    start: u64,
-    length: usize,
-    bytes: Vec<u8>,
-}
-
-impl Reader {
-    fn forget(&mut self) {
-        self.layer = None;
-    }
-
-    /// The stream of the first of `jobs`; what lies past the end of the file is zeros, as
-    /// QEMU reads it.
-    fn stream(&mut self, source: &Source, jobs: &[ScratchJob]) -> Result<&[u8]> {
-        let mut wanted = jobs.iter().map_while(|job| match job.what {
-            ScratchContent::Inflate { host, stream_length, .. } => {
-                Some((job.layer, host.get(), host.get().saturating_add(stream_length.get())))
-            }
-            ScratchContent::Copy { .. } => None,
-        });
-        let Some((layer, start, end)) = wanted.next() else { return Ok(&[]) };
-        let known = self.layer == Some(layer) && self.start <= start;
-        if !known || end > self.start.saturating_add(self.length as u64) {
-            let mut ahead = end;
-            for (next_layer, next_start, next_end) in wanted {
-                let follows = (start..=ahead.saturating_add(READ_GAP)).contains(&next_start);
-                if next_layer != layer || !follows || next_end - start > READ_AHEAD {
-                    break;
-                }
-                ahead = ahead.max(next_end);
-            }
-            let read = self.read(source, start, ahead);
-            if read.is_err() && ahead > end {
-                // Only what is behind may be unreadable.
-                self.read(source, start, end)?;
-            } else {
-                read?;
-            }
-            self.layer = Some(layer);
-        }
-        let from = usize::try_from(start - self.start).unwrap_or(usize::MAX);
-        let length = usize::try_from(end - start).unwrap_or(usize::MAX);
-        self.bytes.get(from..from.saturating_add(length)).ok_or_else(contradiction)
-    }
-
-    fn read(&mut self, source: &Source, start: u64, end: u64) -> Result<()> {
-        self.forget();
-        let length = usize::try_from(end - start).map_err(|_| contradiction())?;
-        if self.bytes.len() < length {
-            self.bytes.resize(length, 0);
-        }
-        let bytes = &mut self.bytes[..length];
-        let read = source.read_up_to(HostOffset::new(start), bytes)?;
-        bytes[read..].fill(0);
-        (self.start, self.length) = (start, length);
-        Ok(())
     }
 }
 
@@ -309,12 +184,6 @@ fn failed(layer: &Layer, job: &ScratchJob, why: FailedWhy) -> FailedCluster {
     };
     let path: Arc<Path> = layer.file(role).path().into();
     FailedCluster { guest: guest_range(job), layer: job.layer, path, host, length, why }
-}
-
-fn read_failure(error: &Error) -> FailedWhy {
-    let source = std::error::Error::source(error);
-    let errno = source.and_then(|source| source.downcast_ref::<io::Error>()?.raw_os_error());
-    FailedWhy::Read(errno.unwrap_or(0))
 }
 
 fn contradiction() -> Error {
