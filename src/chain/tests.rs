@@ -15,7 +15,7 @@ pub(crate) enum Sector {
     Data(u64),
     /// The same, under legacy AES.
     Encrypted(u64),
-    /// A compressed cluster of one sector.
+    /// A compressed cluster of one sector, whose stream is the first sector of the file.
     Compressed,
 }
 
@@ -34,6 +34,10 @@ impl ImageFormat for Synthetic {
 
     fn granularity(&self) -> u64 {
         SECTOR_SIZE
+    }
+
+    fn compression(&self) -> Option<crate::format::qcow2::Compression> {
+        Some(crate::format::qcow2::Compression::Zlib)
     }
 
     fn crypt_header(&self) -> Result<Option<crate::crypt::CryptHeader>> {
@@ -70,12 +74,15 @@ impl ImageFormat for Synthetic {
 pub(crate) const FILE_SECTORS: u64 = 64;
 
 pub(crate) fn chain_of(layers: Vec<Vec<Sector>>) -> Chain {
+    let zeros = vec![0; usize::try_from(FILE_SECTORS * SECTOR_SIZE).unwrap()];
+    chain_over(layers, |_| zeros.clone())
+}
+
+/// A chain whose layers' files hold what `file` gives for each depth.
+pub(crate) fn chain_over(layers: Vec<Vec<Sector>>, file: impl Fn(usize) -> Vec<u8>) -> Chain {
     let layer = |(depth, sectors)| Layer {
         image: Box::new(Synthetic(sectors)),
-        source: Arc::new(Source::from_bytes(
-            format!("layer{depth}"),
-            vec![0; usize::try_from(FILE_SECTORS * SECTOR_SIZE).unwrap()],
-        )),
+        source: Arc::new(Source::from_bytes(format!("layer{depth}"), file(depth))),
         data_file: None,
         declared_format: None,
     };

@@ -13,6 +13,7 @@ use crate::common::rng::Rng;
 use crate::device::{self, Reading};
 use crate::imgdm::{EX_NOT_REPRESENTABLE, imgdm};
 use crate::map::{Row, plan_of, plan_of_full, rows};
+use crate::read;
 use crate::table::{Plan, compare};
 
 /// `args` as owned strings.
@@ -167,13 +168,14 @@ fn check_table(
             return Err(refused.describe());
         }
     }
+    let policy = OpenPolicy {
+        snapshot: snapshot.map(|text| text.parse()).transpose().map_err(|e| format!("{e}"))?,
+        probe_backing: true,
+        ..OpenPolicy::default()
+    };
+    read::compare_image(dir, &top.file, &policy, "copy.raw", rng)?;
     if plan.backings.iter().any(|backing| backing.kind == "scratch") {
         check_files(dir, recipe, &plan)?;
-        let policy = OpenPolicy {
-            snapshot: snapshot.map(|text| text.parse()).transpose().map_err(|e| format!("{e}"))?,
-            probe_backing: true,
-            ..OpenPolicy::default()
-        };
         let reading = Reading { policy, ..Reading::default() };
         return device::compare(dir, &top.file, &reading, "copy.raw").map(drop);
     }

@@ -16,6 +16,8 @@ use zeroize::Zeroizing;
 
 use crate::common::images::SECTOR;
 use crate::common::process::Outcome;
+use crate::common::rng::Rng;
+use crate::read;
 
 /// How an image is to be read.
 #[derive(Clone, Default)]
@@ -134,13 +136,15 @@ impl<'c> Device<'c> {
     }
 }
 
-/// Compares the device with a raw copy, and says what filling the scratch file found.
+/// Compares the device, and what the library itself reads, with a raw copy, and says what filling the scratch file found.
 ///
 /// # Errors
 /// They differ, or there is no device.
 pub(crate) fn compare(dir: &Path, image: &str, reading: &Reading, copy: &str) -> Outcome<Filled> {
     let opened =
         open_chain(&dir.join(image), &reading.policy).map_err(|error| error.to_string())?;
+    let ciphers = read::unlock(&opened.chain, &reading.keys).map_err(|error| error.to_string())?;
+    read::compare(&opened.chain, &ciphers, &dir.join(copy), &mut Rng::new(1))?;
     let (device, filled) =
         Device::new(&opened.chain, reading, dir).map_err(|error| format!("{error:#}"))?;
     let top = device.plan.tables().len() - 1;

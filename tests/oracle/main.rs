@@ -25,5 +25,6 @@ mod map;
 mod names;
 mod odd;
 mod random;
+mod read;
 mod selftest;
 mod table;

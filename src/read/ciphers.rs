@@ -1,0 +1,76 @@
+//! The unlocked ciphers of a chain's encrypted layers.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::HOLES;
+use crate::chain::Chain;
+use crate::crypt::{CryptHeader, SectorCipher, VolumeKey};
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::Mapping;
+use crate::units::GuestRange;
+
+/// Ciphers with their keys, by the depth of the layer that each is for (0 the active
+/// layer). None are needed for a chain in the clear.
+#[derive(Debug, Default)]
+pub struct Ciphers(BTreeMap<u32, SectorCipher>);
+
+impl Ciphers {
+    /// No layer unlocked.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Unlocks the layer at `depth` by its volume's key, which is not kept.
+    ///
+    /// # Errors
+    /// `WrongKey` where the key is not as long as the cipher's.
+    pub fn insert(&mut self, depth: u32, header: &CryptHeader, key: &VolumeKey) -> Result<()> {
+        self.0.insert(depth, SectorCipher::new(header, key)?);
+        Ok(())
+    }
+
+    /// The cipher of the layer at `depth` of `chain`.
+    pub(super) fn get(&self, chain: &Chain, depth: u32) -> Result<&SectorCipher> {
+        self.0.get(&depth).ok_or_else(|| {
+            let message = format!("layer {depth} is encrypted, and its key is missing");
+            let error = Error::new(ErrorKind::WrongKey(message));
+            match chain.layers().get(depth as usize) {
+                Some(layer) => error.at_path(layer.source.path()),
+                None => error,
+            }
+        })
+    }
+}
+
+impl Chain {
+    /// The depths of the layers whose ciphertext is to be seen in `range`: reading it takes
+    /// their keys, and no others. Layers that are covered, or hold only compressed
+    /// clusters (which are never encrypted), need none.
+    ///
+    /// # Errors
+    /// What a layer's metadata says.
+    pub fn keys_needed(&self, range: GuestRange) -> Result<BTreeSet<u32>> {
+        let mut needed = BTreeSet::new();
+        if self.layers().iter().all(|layer| matches!(layer.image.crypt_header(), Ok(None))) {
+            return Ok(needed);
+        }
+        self.map_windows(
+            range,
+            HOLES,
+            |_, extents| {
+                let encrypted = |mapping| matches!(mapping, Mapping::Encrypted { .. });
+                let mut depths: Vec<u32> = extents
+                    .filter(|extent| encrypted(extent.mapping))
+                    .map(|extent| extent.depth)
+                    .collect();
+                depths.dedup();
+                depths
+            },
+            |depths| {
+                needed.extend(depths);
+                Ok(())
+            },
+        )?;
+        Ok(needed)
+    }
+}
