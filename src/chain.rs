@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
+use crate::damage::DamageList;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Coalescer, Extent, Mapping, ZeroCause};
 use crate::format::{BackingReference, Format, ImageFormat, Scratch};
@@ -63,6 +64,14 @@ impl Layer {
     /// The name and declared format of its backing file.
     pub fn backing(&self) -> Option<&BackingReference> {
         self.image.backing()
+    }
+
+    /// What is wrong with the metadata of the guest's byte at `offset`, which lies inside
+    /// the layer's disk; `None` where nothing is.
+    pub fn damage_at(&self, offset: GuestOffset) -> Option<Error> {
+        let byte = GuestRange::new(offset, offset.saturating_add(ByteLen::new(1)));
+        let outcome = self.image.status(byte, &mut Scratch::default(), &mut Vec::new());
+        outcome.err().map(|error| error.at_path(self.source.path()))
     }
 }
 
@@ -126,6 +135,14 @@ impl Chain {
         }
     }
 
+    /// A walker that goes on past damage: its extents are [`Mapping::Damaged`] there, and
+    /// [`Resolver::take_damage`] says what was found.
+    pub fn resolver_past_damage(&self, holes: HoleQuery) -> Resolver<'_> {
+        let mut resolver = self.resolver(holes);
+        resolver.scratch.damage = Some(DamageList::default());
+        resolver
+    }
+
     /// Calls `each` with the extents of `range`, joined where they carry each other on.
     ///
     /// # Errors
@@ -136,7 +153,29 @@ impl Chain {
         holes: HoleQuery,
         each: &mut dyn FnMut(&Extent) -> Result<()>,
     ) -> Result<()> {
-        let mut resolver = self.resolver(holes);
+        self.for_each_extent_by(self.resolver(holes), range, each).map(drop)
+    }
+
+    /// As [`for_each_extent`](Self::for_each_extent), but going on past damage, which it
+    /// gives back.
+    ///
+    /// # Errors
+    /// What `each` says.
+    pub fn for_each_extent_past_damage(
+        &self,
+        range: GuestRange,
+        holes: HoleQuery,
+        each: &mut dyn FnMut(&Extent) -> Result<()>,
+    ) -> Result<DamageList> {
+        self.for_each_extent_by(self.resolver_past_damage(holes), range, each)
+    }
+
+    fn for_each_extent_by(
+        &self,
+        mut resolver: Resolver<'_>,
+        range: GuestRange,
+        each: &mut dyn FnMut(&Extent) -> Result<()>,
+    ) -> Result<DamageList> {
         let mut coalescer = Coalescer::default();
         for window in self.windows(range) {
             for extent in resolver.resolve(window)? {
@@ -145,7 +184,8 @@ impl Chain {
                 }
             }
         }
-        coalescer.finish().as_ref().map_or(Ok(()), each)
+        coalescer.finish().as_ref().map_or(Ok(()), each)?;
+        Ok(resolver.take_damage())
     }
 
     /// Resolves the windows of `range` on all cores: `work` makes something of each
@@ -160,26 +200,54 @@ impl Chain {
         range: GuestRange,
         holes: HoleQuery,
         work: impl Fn(GuestRange, Extents<'_>) -> T + Sync,
-        mut take: impl FnMut(T) -> Result<()>,
+        take: impl FnMut(T) -> Result<()>,
     ) -> Result<()> {
+        self.map_windows_by(|| self.resolver(holes), range, work, take).map(drop)
+    }
+
+    /// As [`map_windows`](Self::map_windows), but going on past damage, which it gives
+    /// back.
+    ///
+    /// # Errors
+    /// The first in guest order of what `take` says.
+    pub fn map_windows_past_damage<T: Send>(
+        &self,
+        range: GuestRange,
+        holes: HoleQuery,
+        work: impl Fn(GuestRange, Extents<'_>) -> T + Sync,
+        take: impl FnMut(T) -> Result<()>,
+    ) -> Result<DamageList> {
+        self.map_windows_by(|| self.resolver_past_damage(holes), range, work, take)
+    }
+
+    fn map_windows_by<'c, T: Send>(
+        &'c self,
+        resolver: impl Fn() -> Resolver<'c> + Sync + Send,
+        range: GuestRange,
+        work: impl Fn(GuestRange, Extents<'_>) -> T + Sync,
+        mut take: impl FnMut(T) -> Result<()>,
+    ) -> Result<DamageList> {
+        let mut damage = DamageList::default();
         let threads = rayon::current_num_threads();
         let batch_size = (threads * WINDOWS_PER_THREAD).min(WINDOWS_AT_ONCE);
         let mut windows = self.windows(range);
         loop {
             let batch: Vec<_> = windows.by_ref().take(batch_size).collect();
             if batch.is_empty() {
-                return Ok(());
+                return Ok(damage);
             }
-            let done: Vec<Result<T>> = batch
+            let done: Vec<Result<(T, DamageList)>> = batch
                 .into_par_iter()
                 .with_min_len((batch_size / threads / 4).max(1))
-                .map_init(
-                    || self.resolver(holes),
-                    |resolver, window| Ok(work(window, resolver.resolve(window)?)),
-                )
+                .map_init(&resolver, |resolver, window| {
+                    let thing = work(window, resolver.resolve(window)?);
+                    Ok((thing, resolver.take_damage()))
+                })
                 .collect();
-            for thing in done {
-                take(thing?)?;
+            for done in done {
+                let (thing, found) = done?;
+                damage.append(found);
+                take(thing)?;
             }
         }
     }
@@ -268,15 +336,22 @@ pub(crate) fn last_answer(run: &StatusRun, depth: u32) -> Extent {
         }
         BlockStatus::Zero(zero) => Mapping::Zero(ZeroCause::Layer(zero)),
         BlockStatus::Unallocated(place) => Mapping::Zero(ZeroCause::Unallocated(place)),
+        BlockStatus::Damaged { from } => Mapping::Damaged { from },
     };
     Extent { start: run.start, length: run.length, depth, mapping }
 }
 
 impl Resolver<'_> {
+    /// The damage found since it was last taken; none where damage is an error.
+    pub fn take_damage(&mut self) -> DamageList {
+        self.scratch.damage.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
     /// The extents of `window`.
     ///
     /// # Errors
-    /// What a layer's metadata says, with its file's path.
+    /// What a layer's metadata says, with its file's path; nothing of a walker that goes
+    /// on past damage.
     pub fn resolve(&mut self, window: GuestRange) -> Result<Extents<'_>> {
         self.extents.clear();
         self.whole_answer = None;
@@ -319,6 +394,10 @@ impl Resolver<'_> {
         };
         let hull = GuestRange::new(first.start, last.end());
         self.runs.clear();
+        let depth_number = u32::try_from(depth).unwrap_or(u32::MAX);
+        if let Some(damage) = &mut self.scratch.damage {
+            damage.set_layer(depth_number);
+        }
         layer
             .image
             .status(hull, &mut self.scratch, &mut self.runs)
@@ -333,7 +412,6 @@ impl Resolver<'_> {
             return Ok(()); // Nothing here: the open runs are the next layer's as they are.
         }
 
-        let depth_number = u32::try_from(depth).unwrap_or(u32::MAX);
         let leaves_something = backing_size.is_some()
             && self.runs.iter().any(|run| matches!(run.status, BlockStatus::Unallocated(_)));
         if self.open.len() == 1 && self.extents.is_empty() && !leaves_something {

@@ -124,6 +124,19 @@ impl Error {
         self
     }
 
+    /// The error as it is displayed, but for the file; with its causes.
+    pub fn without_path(&self) -> String {
+        let offset = self.0.offset.map(|offset| format!("at offset {offset:#x}: "));
+        let mut text =
+            format!("{}{}", offset.unwrap_or_default(), printable(&self.0.kind.to_string()));
+        let mut cause = std::error::Error::source(self);
+        while let Some(next) = cause {
+            text.push_str(&format!(": {}", printable(&next.to_string())));
+            cause = next.source();
+        }
+        text
+    }
+
     /// What went wrong.
     pub fn kind(&self) -> &ErrorKind {
         &self.0.kind

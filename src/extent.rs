@@ -38,6 +38,11 @@ pub enum Mapping {
     },
     /// Zeros.
     Zero(ZeroCause),
+    /// The layer's metadata is damaged: nobody can tell.
+    Damaged {
+        /// Start of all that the same damage spoils.
+        from: GuestOffset,
+    },
 }
 
 impl Mapping {
@@ -55,6 +60,7 @@ impl Mapping {
     pub fn is_data(self) -> bool {
         match self {
             Self::Data(_) | Self::Encrypted { .. } | Self::Compressed { .. } => true,
+            Self::Damaged { .. } => false,
             Self::Zero(cause) => matches!(
                 cause,
                 ZeroCause::Layer(
@@ -75,7 +81,7 @@ impl Mapping {
     pub fn place(self) -> Option<HostPlace> {
         match self {
             Self::Data(place) => Some(place),
-            Self::Encrypted { .. } | Self::Compressed { .. } => None,
+            Self::Encrypted { .. } | Self::Compressed { .. } | Self::Damaged { .. } => None,
             Self::Zero(ZeroCause::Layer(zero)) => zero.place(),
             Self::Zero(ZeroCause::Unallocated(place) | ZeroCause::PastBackingEnd(place)) => place,
         }
@@ -98,7 +104,9 @@ impl Mapping {
             }
             // Two parts of one cluster only; neighbouring clusters stay apart, so that
             // each can be inflated.
-            (Self::Compressed { .. }, Self::Compressed { .. }) => self == next,
+            (Self::Compressed { .. }, Self::Compressed { .. })
+            // And two parts of what the same damage spoils.
+            | (Self::Damaged { .. }, Self::Damaged { .. }) => self == next,
             (Self::Zero(a), Self::Zero(b)) => a.continues_as(distance, b),
             _ => false,
         }

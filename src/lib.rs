@@ -21,6 +21,7 @@
 //! | [`format`](mod@format) | raw, qcow2, qcow, cow |
 //! | [`crypt`] | encrypted images: from passphrase to volume key |
 //! | [`status`] | what one layer says of a guest range |
+//! | [`damage`] | what damage spoils, where resolving goes on past it |
 //! | [`chain`] | folding the layers, top first |
 //! | [`extent`] | a row of a map |
 //! | [`inflate`] | inflating a compressed cluster |
@@ -32,6 +33,7 @@
 
 pub mod chain;
 pub mod crypt;
+pub mod damage;
 pub mod device;
 pub mod error;
 pub mod extent;

@@ -92,6 +92,12 @@ pub enum BlockStatus {
     /// The backing file answers. An extended L2 entry may keep a host cluster of
     /// which this subcluster is unallocated.
     Unallocated(Option<HostPlace>),
+    /// Damaged metadata: what the range holds can't be told. Only where damage is listed
+    /// and gone past (see [`damage`](crate::damage)).
+    Damaged {
+        /// Start of all that the same damage spoils.
+        from: GuestOffset,
+    },
 }
 
 impl BlockStatus {
@@ -103,7 +109,7 @@ impl BlockStatus {
             Self::Encrypted { place, cipher } => {
                 Self::Encrypted { place: place.advanced(distance), cipher }
             }
-            Self::Compressed { .. } => self,
+            Self::Compressed { .. } | Self::Damaged { .. } => self,
             Self::Zero(zero) => Self::Zero(zero.advanced(distance)),
             Self::Unallocated(place) => Self::Unallocated(place.map(|p| p.advanced(distance))),
         }

@@ -160,6 +160,7 @@ proptest! {
                         Sector::Encrypted(place.offset.get() / SECTOR_SIZE + index)
                     }
                     Mapping::Compressed { .. } => Sector::Compressed,
+                    damaged @ Mapping::Damaged { .. } => panic!("{damaged:?}"),
                 };
                 prop_assert_eq!(got, expected);
             }
@@ -212,4 +213,108 @@ fn windows_come_back_in_order_and_the_first_error_stops_them() {
     assert!(outcome.is_err());
     assert_eq!(starts.len(), 100);
     assert!(starts.is_sorted());
+}
+
+/// A disk of 4 MiB, of which a stretch in the middle is damaged.
+#[derive(Debug)]
+struct Torn;
+
+const TORN: (u64, u64) = (512 << 10, 3 << 20);
+
+impl ImageFormat for Torn {
+    fn format(&self) -> Format {
+        Format::Qcow2
+    }
+
+    fn virtual_size(&self) -> ByteLen {
+        ByteLen::new(4 << 20)
+    }
+
+    fn granularity(&self) -> u64 {
+        SECTOR_SIZE
+    }
+
+    fn status(
+        &self,
+        range: GuestRange,
+        scratch: &mut Scratch,
+        runs: &mut Vec<StatusRun>,
+    ) -> Result<()> {
+        let torn = GuestRange::new(GuestOffset::new(TORN.0), GuestOffset::new(TORN.1));
+        let before = GuestRange::new(range.start, range.end.min(torn.start));
+        let after = GuestRange::new(range.start.max(torn.end), range.end);
+        let run = |part: GuestRange, status| StatusRun {
+            start: part.start,
+            length: part.length(),
+            status,
+        };
+        let zero = BlockStatus::Zero(ZeroStatus::Plain);
+        if !before.is_empty() {
+            runs.push(run(before, zero));
+        }
+        let part = torn.intersection(range);
+        if !part.is_empty() {
+            let error = Error::invalid("torn").at_offset(7);
+            runs.push(run(part, crate::damage::spoil(&mut scratch.damage, torn, error)?));
+        }
+        if !after.is_empty() {
+            runs.push(run(after, zero));
+        }
+        Ok(())
+    }
+}
+
+fn torn_below(overlay: Vec<Sector>) -> Chain {
+    let layer = |image: Box<dyn ImageFormat>, name: &str| Layer {
+        image,
+        source: Arc::new(Source::from_bytes(name, vec![0; 1 << 20])),
+        data_file: None,
+        declared_format: None,
+    };
+    let layers =
+        vec![layer(Box::new(Synthetic(overlay)), "top"), layer(Box::new(Torn), "torn.qcow2")];
+    Chain::new(layers).unwrap()
+}
+
+#[test]
+fn damage_is_one_extent_and_counts_once_however_many_windows_see_it() {
+    let mut overlay = vec![Sector::Unallocated; (4 << 20) / 512];
+    let seen_over = 2 << 20 >> 9;
+    overlay[seen_over] = Sector::Data(3);
+    let chain = torn_below(overlay);
+    assert_eq!(chain.windows(chain.whole()).count(), 2);
+    let mut extents = Vec::new();
+    let found = chain
+        .for_each_extent_past_damage(chain.whole(), HoleQuery::AsQemu, &mut |extent| {
+            extents.push((extent.start.get(), extent.depth, extent.mapping));
+            Ok(())
+        })
+        .unwrap();
+    let damaged = Mapping::Damaged { from: GuestOffset::new(TORN.0) };
+    let zero = Mapping::Zero(ZeroCause::Layer(ZeroStatus::Plain));
+    let data = Mapping::Data(HostPlace::in_image(HostOffset::new(3 * 512)));
+    assert_eq!(
+        extents,
+        [
+            (0, 1, zero),
+            (TORN.0, 1, damaged),
+            (2 << 20, 0, data),
+            ((2 << 20) + 512, 1, damaged),
+            (TORN.1, 1, zero),
+        ]
+    );
+    assert_eq!(found.count(), 1);
+    assert_eq!(found.listed()[0].depth, 1);
+    assert_eq!(found.listed()[0].range.start.get(), TORN.0);
+    let by_window = chain
+        .map_windows_past_damage(chain.whole(), HoleQuery::AsQemu, |_, _| (), |()| Ok(()))
+        .unwrap();
+    assert_eq!(by_window.count(), 1);
+    // Who hands the bytes on gets an error.
+    let mut each = |_: &Extent| Ok(());
+    let error = chain.for_each_extent(chain.whole(), HoleQuery::AsQemu, &mut each).unwrap_err();
+    assert_eq!(error.to_string(), "torn.qcow2: at offset 0x7: torn");
+    let layer = &chain.layers()[1];
+    assert!(layer.damage_at(GuestOffset::new(TORN.0)).is_some());
+    assert!(layer.damage_at(GuestOffset::new(TORN.1)).is_none());
 }

@@ -6,20 +6,21 @@ use std::sync::{Mutex, PoisonError};
 
 use clap::ValueEnum;
 use imgdm::chain::{Chain, HoleQuery};
+use imgdm::damage::{Damage, DamageList};
 use imgdm::extent::{Extent, Mapping, ZeroCause};
-use imgdm::open::open_chain;
+use imgdm::open::{Warning, WarningKind, open_chain};
 use imgdm::status::{FileRole, ZeroStatus};
 use imgdm::units::{GuestOffset, GuestRange};
 use imgdm::{Error, ErrorKind, Result};
 
 use super::Globals;
 use super::open::{FiemapArgs, OpenArgs, is_undeclared, parse_size, print_warnings};
-use super::output::{JsonPath, stdout};
+use super::output::{JsonPath, show_path, stdout};
 
 /// Show where each part of the disk lies, as `qemu-img map` does
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  imgdm map disk.qcow2\n  imgdm map --output=json -l before-update disk.qcow2\n  imgdm map --output=json-full --start-offset 1M --max-length 64k disk.qcow2"
+    after_help = "Examples:\n  imgdm map disk.qcow2\n  imgdm map --output=json -l before-update disk.qcow2\n  imgdm map --output=json-full --start-offset 1M --max-length 64k disk.qcow2\n\nDamaged metadata does not end the map: what it spoils is listed on stderr and is, in\nJSON, present but neither zero nor data; the exit status is then 65."
 )]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -62,6 +63,7 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     // qemu-img too probes a backing file without a declared format; nothing is given to a
     // guest or a kernel here, so a warning is enough.
     policy.probe_backing = true;
+    policy.past_damage = true;
     if args.output == MapOutput::JsonFull {
         args.fiemap.apply(&mut policy);
     }
@@ -69,7 +71,11 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     if args.open.probe_backing {
         opened.warnings.retain(|warning| !is_undeclared(warning));
     }
-    print_warnings(&opened.warnings, globals);
+    let (damaged, warnings) = opened
+        .warnings
+        .into_iter()
+        .partition::<Vec<_>, _>(|warning| matches!(warning.kind, WarningKind::Damaged(_)));
+    print_warnings(&warnings, globals);
     let chain = &opened.chain;
     let start = GuestOffset::new(args.start_offset);
     let whole = chain.whole();
@@ -78,11 +84,39 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     });
     let range = GuestRange::new(start, end);
     let holes = if args.deep { HoleQuery::Deep } else { HoleQuery::AsQemu };
-    match args.output {
+    let found = match args.output {
         MapOutput::Human => human(chain, range, holes),
         MapOutput::Json => json(chain, range, holes),
         MapOutput::JsonFull => json_full(chain, range, holes),
+    }?;
+    report_damage(&damaged, &found)
+}
+
+/// Lists on stderr what damage was found, and fails where there is any.
+fn report_damage(of_files: &[Warning], found: &DamageList) -> anyhow::Result<()> {
+    let count = found.count() + of_files.len() as u64;
+    if count == 0 {
+        return Ok(());
     }
+    let mut err = std::io::BufWriter::new(std::io::stderr());
+    for Warning { path, kind } in of_files {
+        writeln!(err, "imgdm: {}: {kind}", show_path(path))?;
+    }
+    for Damage { range, error, .. } in found.listed() {
+        let path = error.path().map(|path| format!("{}: ", show_path(path))).unwrap_or_default();
+        let (what, GuestRange { start, end }) = (error.without_path(), range);
+        writeln!(err, "imgdm: {path}{what} (it spoils the disk from {start} to {end})")?;
+    }
+    let more = found.count() - found.listed().len() as u64;
+    if more > 0 {
+        writeln!(err, "imgdm: and {more} more like these")?;
+    }
+    err.flush()?;
+    let message = format!(
+        "the metadata is damaged in {count} place{}; all else is mapped",
+        if count == 1 { "" } else { "s" }
+    );
+    Err(Error::invalid(message).into())
 }
 
 /// A row as qemu-img knows it (MapEntry of qemu-img.c).
@@ -153,9 +187,9 @@ fn for_each_row(
     range: GuestRange,
     holes: HoleQuery,
     each: &mut dyn FnMut(&Row, bool) -> Result<()>,
-) -> Result<()> {
+) -> Result<DamageList> {
     let mut pending: Option<Row> = None;
-    chain.for_each_extent(range, holes, &mut |extent| {
+    let damage = chain.for_each_extent_past_damage(range, holes, &mut |extent| {
         let next = Row::of(extent);
         match &mut pending {
             Some(row) if row.takes(&next) => row.length += next.length,
@@ -167,10 +201,11 @@ fn for_each_row(
         }
         Ok(())
     })?;
-    each(&pending.unwrap_or_else(|| Row::empty(range.start.get())), true)
+    each(&pending.unwrap_or_else(|| Row::empty(range.start.get())), true)?;
+    Ok(damage)
 }
 
-fn human(chain: &Chain, range: GuestRange, holes: HoleQuery) -> anyhow::Result<()> {
+fn human(chain: &Chain, range: GuestRange, holes: HoleQuery) -> anyhow::Result<DamageList> {
     let mut out = stdout()?;
     writeln!(out, "{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to")?;
     let hex = |number: u64| if number == 0 { "0".to_owned() } else { format!("{number:#x}") };
@@ -341,7 +376,7 @@ impl JsonMap {
     }
 }
 
-fn json(chain: &Chain, range: GuestRange, holes: HoleQuery) -> anyhow::Result<()> {
+fn json(chain: &Chain, range: GuestRange, holes: HoleQuery) -> anyhow::Result<DamageList> {
     let mut out = stdout()?;
     out.write_all(b"[")?;
     let mut map = JsonMap::default();
@@ -349,7 +384,7 @@ fn json(chain: &Chain, range: GuestRange, holes: HoleQuery) -> anyhow::Result<()
     // from the kernel than to fill.
     let spare: Mutex<Vec<Vec<u8>>> = Mutex::default();
     let lock_spare = || spare.lock().unwrap_or_else(PoisonError::into_inner);
-    let outcome = chain.map_windows(
+    let outcome = chain.map_windows_past_damage(
         range,
         holes,
         |_, extents| {
@@ -398,6 +433,9 @@ struct FullRow<'a> {
     compressed_length: Option<u64>,
     #[serde(rename = "zero-cause", skip_serializing_if = "Option::is_none")]
     zero_cause: Option<&'static str>,
+    /// What is wrong with the layer's metadata, where that does not tell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    damage: Option<String>,
 }
 
 fn zero_cause(cause: ZeroCause) -> &'static str {
@@ -413,7 +451,7 @@ fn zero_cause(cause: ZeroCause) -> &'static str {
     }
 }
 
-fn json_full(chain: &Chain, range: GuestRange, holes: HoleQuery) -> anyhow::Result<()> {
+fn json_full(chain: &Chain, range: GuestRange, holes: HoleQuery) -> anyhow::Result<DamageList> {
     let mut out = stdout()?;
     let names: Vec<_> = chain
         .layers()
@@ -425,7 +463,7 @@ fn json_full(chain: &Chain, range: GuestRange, holes: HoleQuery) -> anyhow::Resu
         .collect();
     out.write_all(b"[")?;
     let mut first = true;
-    let outcome = chain.for_each_extent(range, holes, &mut |extent| {
+    let outcome = chain.for_each_extent_past_damage(range, holes, &mut |extent| {
         let row = Row::of(extent);
         let (image, data_file) = &names[extent.depth as usize];
         let mut full = FullRow {
@@ -444,6 +482,7 @@ fn json_full(chain: &Chain, range: GuestRange, holes: HoleQuery) -> anyhow::Resu
             compressed_offset: None,
             compressed_length: None,
             zero_cause: None,
+            damage: None,
         };
         let file = |role| if role == FileRole::DataFile { data_file } else { image };
         match extent.mapping {
@@ -463,6 +502,10 @@ fn json_full(chain: &Chain, range: GuestRange, holes: HoleQuery) -> anyhow::Resu
             Mapping::Zero(cause) => {
                 full.file = extent.mapping.place().map(|place| file(place.file));
                 full.zero_cause = Some(zero_cause(cause));
+            }
+            Mapping::Damaged { .. } => {
+                let error = chain.layers()[extent.depth as usize].damage_at(extent.start);
+                full.damage = error.map(|error| error.without_path());
             }
         }
         let mut print = || -> std::io::Result<()> {

@@ -129,6 +129,7 @@ pub(crate) fn run(args: &Args, _globals: Globals) -> anyhow::Result<()> {
     policy.probe_backing = true;
     policy.allow_corrupt = true;
     policy.allow_changed_backing = true;
+    policy.past_damage = true;
     args.fiemap.apply(&mut policy);
     let opened = open_chain(&args.open.image, &policy)?;
     let mut plan = Plan::new(&opened.chain, args.content.options(args.zero))?;

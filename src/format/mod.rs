@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use crate::crypt::CryptHeader;
+use crate::damage::DamageList;
 use crate::error::{Error, ErrorKind, Result};
 use crate::status::StatusRun;
 use crate::units::{ByteLen, GuestRange, HostOffset};
@@ -146,6 +147,9 @@ pub enum Notice {
     Dirty,
     /// The qcow2 corrupt bit is set, and the caller allowed that.
     Corrupt,
+    /// Damage that spoils no guest range, in an image that was opened past damage: the
+    /// error that it would have been.
+    Damaged(String),
 }
 
 /// Memory that status calls reuse, so that nothing is allocated for each call.
@@ -153,6 +157,9 @@ pub enum Notice {
 pub struct Scratch {
     /// Bytes of the tables being read.
     pub table: Vec<u8>,
+    /// Where it is there, a status call lists damage here and goes on past it; else damage
+    /// is its error.
+    pub damage: Option<DamageList>,
 }
 
 /// One opened image of any format, without its backing file.
@@ -217,7 +224,9 @@ pub trait ImageFormat: Send + Sync + fmt::Debug {
     /// inside the virtual size.
     ///
     /// # Errors
-    /// A table cannot be read, or an entry contradicts the specification.
+    /// A table cannot be read, or an entry contradicts the specification; where `scratch`
+    /// lists damage, that is none: the smallest range that it spoils is
+    /// [`Damaged`](crate::status::BlockStatus::Damaged).
     fn status(
         &self,
         range: GuestRange,
@@ -226,18 +235,18 @@ pub trait ImageFormat: Send + Sync + fmt::Debug {
     ) -> Result<()>;
 }
 
-/// Reads big-endian `u64`s of a table into `scratch` and hands out their bytes.
+/// Reads a part of a table into `table` and hands out its bytes.
 pub(crate) fn table_bytes<'s>(
     source: &crate::source::Source,
     offset: HostOffset,
     length: usize,
     what: &str,
-    scratch: &'s mut Scratch,
+    table: &'s mut Vec<u8>,
 ) -> Result<&'s [u8]> {
-    if scratch.table.len() < length {
-        scratch.table.resize(length, 0);
+    if table.len() < length {
+        table.resize(length, 0);
     }
-    let bytes = &mut scratch.table[..length];
+    let bytes = &mut table[..length];
     source.read_exact(offset, bytes, what)?;
     Ok(bytes)
 }

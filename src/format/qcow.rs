@@ -9,6 +9,7 @@ use std::sync::Arc;
 use super::qcow2::Compression;
 use super::{BackingReference, Format, ImageFormat, Scratch, be64, bytes_at};
 use crate::crypt::CryptHeader;
+use crate::damage::{DamageList, spoil};
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::Source;
 use crate::status::{BlockStatus, Encryption, HostPlace, StatusRun};
@@ -195,6 +196,8 @@ pub struct QcowImage {
     source: Arc<Source>,
     header: QcowHeader,
     backing: Option<BackingReference>,
+    /// L1 entries that lie in the file: all of them, but in an image opened past damage.
+    l1_in_file: u64,
 }
 
 impl QcowImage {
@@ -204,18 +207,52 @@ impl QcowImage {
     /// What [`QcowHeader::parse`] says; the L1 table or the backing file's name lies
     /// outside of the file (`InvalidImage`); a read failed.
     pub fn open(source: Arc<Source>) -> Result<Self> {
+        let image = Self::open_past_damage(source)?;
+        image.check_l1_table()?;
+        Ok(image)
+    }
+
+    /// As [`open`](Self::open), but with an L1 table that is not in the file whole: what
+    /// that spoils is damage when it is asked for.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), but for the L1 table.
+    pub fn open_past_damage(source: Arc<Source>) -> Result<Self> {
         let mut start = [0; QcowHeader::LENGTH];
         let length = source.read_up_to(HostOffset::ZERO, &mut start)?;
         let header =
             QcowHeader::parse(&start[..length]).map_err(|error| error.at_path(source.path()))?;
-        require_inside(
-            &source,
-            header.l1_table_offset,
-            header.l1_size * ENTRY_SIZE,
-            "the L1 table",
-        )?;
         let backing = read_backing(&source, &header)?;
-        Ok(Self { source, header, backing })
+        let behind = source.length().get().saturating_sub(header.l1_table_offset);
+        let l1_in_file = header.l1_size.min(behind / ENTRY_SIZE);
+        Ok(Self { source, header, backing, l1_in_file })
+    }
+
+    fn check_l1_table(&self) -> Result<()> {
+        let length = self.header.l1_size * ENTRY_SIZE;
+        require_inside(&self.source, self.header.l1_table_offset, length, "the L1 table")
+    }
+
+    /// The part of the disk that the L1 entries from `first` up to `end` describe.
+    fn covered(&self, first: u64, end: u64) -> GuestRange {
+        let span = self.header.l2_span();
+        let start = |index: u64| GuestOffset::new(index.saturating_mul(span));
+        GuestRange::new(start(first), start(end))
+    }
+
+    /// The run of `part` of what damage spoils.
+    #[cold]
+    fn spoiled_run(
+        &self,
+        spoiled: GuestRange,
+        part: GuestRange,
+        error: Error,
+        damage: &mut Option<DamageList>,
+    ) -> Result<StatusRun> {
+        let disk = GuestRange::new(GuestOffset::ZERO, GuestOffset::new(self.virtual_size().get()));
+        let error = error.at_path(self.source.path());
+        let status = spoil(damage, spoiled.intersection(disk), error)?;
+        Ok(StatusRun { start: part.start, length: part.length(), status })
     }
 
     /// The header.
@@ -259,6 +296,7 @@ impl QcowImage {
         l2_offset: u64,
         buffer: &mut [u8],
         merger: &mut Merger<'_>,
+        damage: &mut Option<DamageList>,
     ) -> Result<()> {
         let cluster_size = self.header.cluster_size();
         let first = (range.start.get() >> self.header.cluster_bits) % self.header.l2_entries();
@@ -266,15 +304,23 @@ impl QcowImage {
         let entries_at = l2_offset + first * ENTRY_SIZE;
         let count = usize::try_from(count).unwrap_or(usize::MAX);
         let bytes = &mut buffer[..count * 8];
-        self.source.read_exact(HostOffset::new(entries_at), bytes, "an L2 table")?;
+        if let Err(error) =
+            self.source.read_exact(HostOffset::new(entries_at), bytes, "an L2 table")
+        {
+            merger.push(self.spoiled_run(range, range, error, damage)?);
+            return Ok(());
+        }
         let mut cluster = range.start.get() / cluster_size * cluster_size;
         for index in 0..count {
             let at = || entries_at + index as u64 * ENTRY_SIZE;
-            let status = self.decode(be64(bytes, index), cluster, at)?;
-            let whole = StatusRun {
-                start: GuestOffset::new(cluster),
-                length: ByteLen::new(cluster_size),
-                status,
+            let start = GuestOffset::new(cluster);
+            let length = ByteLen::new(cluster_size);
+            let whole = match self.decode(be64(bytes, index), cluster, at) {
+                Ok(status) => StatusRun { start, length, status },
+                Err(error) => {
+                    let spoiled = GuestRange::new(start, start.saturating_add(length));
+                    self.spoiled_run(spoiled, spoiled, error, damage)?
+                }
             };
             if let Some(run) = whole.clipped(range) {
                 merger.push(run);
@@ -377,24 +423,31 @@ impl ImageFormat for QcowImage {
         let l2_length = self.header.l2_entries() * ENTRY_SIZE;
         // At most 64 KiB of an L2 table, and a page of the L1 table.
         let buffer_length = L1_CHUNK * 8 + usize::try_from(l2_length).unwrap_or(0);
-        if scratch.table.len() < buffer_length {
-            scratch.table.resize(buffer_length, 0);
+        let Scratch { table, damage } = scratch;
+        if table.len() < buffer_length {
+            table.resize(buffer_length, 0);
         }
-        let (l1_buffer, l2_buffer) = scratch.table.split_at_mut(L1_CHUNK * 8);
+        let (l1_buffer, l2_buffer) = table.split_at_mut(L1_CHUNK * 8);
         let mut merger = Merger { runs, pending: None };
 
         let mut index = range.start.get() / span;
-        let end = range.end.get().div_ceil(span).min(self.header.l1_size);
+        let wanted_end = range.end.get().div_ceil(span).min(self.header.l1_size);
+        let end = wanted_end.min(self.l1_in_file);
         while index < end {
             let count = usize::try_from(end - index).unwrap_or(L1_CHUNK).min(L1_CHUNK);
             let chunk = &mut l1_buffer[..count * 8];
             let chunk_at = self.header.l1_table_offset + index * ENTRY_SIZE;
-            self.source.read_exact(HostOffset::new(chunk_at), chunk, "the L1 table")?;
+            if let Err(error) =
+                self.source.read_exact(HostOffset::new(chunk_at), chunk, "the L1 table")
+            {
+                let spoiled = self.covered(index, index + count as u64);
+                let part = range.intersection(spoiled);
+                merger.push(self.spoiled_run(spoiled, part, error, damage)?);
+                index += count as u64;
+                continue;
+            }
             for entry in 0..count {
-                let mapped = GuestRange::new(
-                    GuestOffset::new(index * span),
-                    GuestOffset::new((index + 1) * span),
-                );
+                let mapped = self.covered(index, index + 1);
                 let part = range.intersection(mapped);
                 let l2_offset = be64(chunk, entry);
                 if l2_offset == 0 {
@@ -403,12 +456,25 @@ impl ImageFormat for QcowImage {
                         length: part.length(),
                         status: BlockStatus::Unallocated(None),
                     });
+                } else if let Err(error) =
+                    require_inside(&self.source, l2_offset, l2_length, "an L2 table")
+                {
+                    merger.push(self.spoiled_run(mapped, part, error, damage)?);
                 } else {
-                    require_inside(&self.source, l2_offset, l2_length, "an L2 table")?;
-                    self.l2_status(part, l2_offset, l2_buffer, &mut merger)?;
+                    self.l2_status(part, l2_offset, l2_buffer, &mut merger, damage)?;
                 }
                 index += 1;
             }
+        }
+        if index < wanted_end {
+            let spoiled = self.covered(self.l1_in_file, self.header.l1_size);
+            let part = range.intersection(self.covered(index, wanted_end));
+            // The file has not grown: it is locked.
+            let error = self
+                .check_l1_table()
+                .err()
+                .unwrap_or_else(|| Error::invalid("the L1 table was cut off"));
+            merger.push(self.spoiled_run(spoiled, part, error, damage)?);
         }
         merger.finish();
         Ok(())

@@ -47,6 +47,8 @@ pub struct OpenPolicy {
     pub allow_changed_backing: bool,
     /// Reads a qcow2 image that is marked corrupt.
     pub allow_corrupt: bool,
+    /// Opens images whose tables are damaged, for those who go on past damage.
+    pub past_damage: bool,
     /// The external data file, in place of the one that the active layer names.
     pub data_file: Option<PathBuf>,
     /// Takes unwritten extents as zero, in files that are locked and that nobody has
@@ -70,6 +72,8 @@ pub enum WarningKind {
     Dirty,
     /// The qcow2 corrupt bit is set, and was allowed.
     Corrupt,
+    /// Damage that spoils no guest range, in words.
+    Damaged(String),
     /// Somebody else's locks contradict ours; how, in words.
     InUse(String),
     /// The file system has no locks.
@@ -86,6 +90,7 @@ impl WarningKind {
         match self {
             Self::Dirty => "dirty",
             Self::Corrupt => "corrupt",
+            Self::Damaged(_) => "damaged",
             Self::InUse(_) => "in-use",
             Self::NotLocked => "not-locked",
             Self::UndeclaredBackingFormat(_) => "undeclared-backing-format",
@@ -101,7 +106,7 @@ impl std::fmt::Display for WarningKind {
                 "the image was not closed cleanly (dirty bit): its refcounts may be stale, its contents are read as they are",
             ),
             Self::Corrupt => f.write_str("the image is marked corrupt; it is read all the same"),
-            Self::InUse(how) => f.write_str(how),
+            Self::InUse(what) | Self::Damaged(what) => f.write_str(what),
             Self::NotLocked => f.write_str(
                 "the file system has no locks: nothing keeps a virtual machine from writing to the image",
             ),
@@ -259,16 +264,23 @@ impl Opener<'_> {
             .at_path(source.path()));
         }
         let file = Arc::clone(&source);
-        let image: Box<dyn ImageFormat> = match format {
-            Format::Raw => Box::new(RawImage::open(file)?),
-            Format::Qcow2 => Box::new(Qcow2Image::open(file, snapshot, self.policy.allow_corrupt)?),
-            Format::Qcow => Box::new(QcowImage::open(file)?),
-            Format::Cow => Box::new(CowImage::open(file)?),
+        let OpenPolicy { past_damage, allow_corrupt, .. } = *self.policy;
+        let image: Box<dyn ImageFormat> = match (format, past_damage) {
+            (Format::Raw, _) => Box::new(RawImage::open(file)?),
+            (Format::Qcow2, false) => Box::new(Qcow2Image::open(file, snapshot, allow_corrupt)?),
+            (Format::Qcow2, true) => {
+                Box::new(Qcow2Image::open_past_damage(file, snapshot, allow_corrupt)?)
+            }
+            (Format::Qcow, false) => Box::new(QcowImage::open(file)?),
+            (Format::Qcow, true) => Box::new(QcowImage::open_past_damage(file)?),
+            (Format::Cow, false) => Box::new(CowImage::open(file)?),
+            (Format::Cow, true) => Box::new(CowImage::open_past_damage(file)?),
         };
         for notice in image.notices() {
             let kind = match notice {
                 Notice::Dirty => WarningKind::Dirty,
                 Notice::Corrupt => WarningKind::Corrupt,
+                Notice::Damaged(what) => WarningKind::Damaged(what),
             };
             self.warn(source.path(), kind);
         }

@@ -182,6 +182,8 @@ impl<F: FnMut(&Piece), J: FnMut(ScratchJob)> Cutter<'_, F, J> {
         match extent.mapping {
             Mapping::Data(place) => self.data(extent, place),
             Mapping::Zero(cause) => self.zeros(extent, cause),
+            // Whoever resolves knows of it, and lists it as an obstacle.
+            Mapping::Damaged { .. } => self.placeholder(start, length),
             Mapping::Compressed { host, stream_length, cluster } => {
                 if self.facts.options.compressed == CompressedMode::Refuse {
                     self.block(ObstacleKind::Compressed, extent.depth, start, 1);

@@ -9,6 +9,7 @@ use super::build::{Blocked, Noted, Stream, Tail, cut};
 use super::facts::{Facts, Piece};
 use super::{BackingId, ObstacleKind, Segment, SegmentCounts, SegmentTarget};
 use crate::chain::{Chain, Extents, HoleQuery};
+use crate::damage::DamageList;
 use crate::error::Result;
 use crate::status::FileRole;
 use crate::units::{GuestOffset, GuestRange, Sectors};
@@ -120,6 +121,8 @@ pub(super) struct Census<'f> {
     pub(super) blocked: BTreeMap<(BackingId, ObstacleKind), Blocked>,
     /// Bytes to be written to the scratch file.
     pub(super) scratch_bytes: u64,
+    /// Damaged metadata; what it spoils is zeros in the table, which nobody loads.
+    pub(super) damage: DamageList,
     /// The furthest tail of each file.
     pub(super) tails: BTreeMap<(u32, FileRole), Tail>,
 }
@@ -128,7 +131,7 @@ impl<'f> Census<'f> {
     /// Resolves the whole chain once. `max_segments` is how many segments a table may have.
     ///
     /// # Errors
-    /// What resolving says.
+    /// None: damage is counted too.
     pub(super) fn of(
         chain: &'f Chain,
         facts: &'f Facts,
@@ -150,9 +153,10 @@ impl<'f> Census<'f> {
             in_table: 0,
             blocked: BTreeMap::new(),
             scratch_bytes: 0,
+            damage: DamageList::default(),
             tails: BTreeMap::new(),
         };
-        chain.map_windows(
+        census.damage = chain.map_windows_past_damage(
             chain.whole(),
             holes,
             |window, extents| Tally::of(facts, stream, window, extents),
@@ -230,7 +234,7 @@ impl<'f> Census<'f> {
     /// A table ends among the segments between a window's ends: looks where.
     fn find_splits(&mut self, window: GuestRange, mut before: u64) -> Result<()> {
         let mut pieces = Vec::new();
-        let mut resolver = self.chain.resolver(self.holes);
+        let mut resolver = self.chain.resolver_past_damage(self.holes);
         let mut is_first = true;
         let emit = |piece: &Piece| {
             // The window's first and last piece are not among them.

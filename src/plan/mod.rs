@@ -15,6 +15,7 @@ mod tests;
 use std::path::PathBuf;
 
 use crate::chain::{Chain, HoleQuery};
+use crate::damage::DamageList;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lock::Sharing;
 use crate::open::{OpenPolicy, Warning, WarningKind};
@@ -136,14 +137,16 @@ pub struct Plan<'c> {
     layout: Layout,
     obstacles: Vec<Obstacle>,
     damage: Vec<Obstacle>,
+    /// Metadata is damaged: to be gone past, as the plan is not for loading.
+    is_damaged: bool,
 }
 
 impl<'c> Plan<'c> {
     /// Resolves the whole chain once and lays out the tables.
     ///
     /// # Errors
-    /// What resolving says; an encrypted layer's header is invalid. Obstacles are no
-    /// errors: see [`obstacles`](Self::obstacles).
+    /// An encrypted layer's header is invalid. Obstacles are no errors, damaged metadata
+    /// among them: see [`obstacles`](Self::obstacles).
     pub fn new(chain: &'c Chain, options: PlanOptions) -> Result<Self> {
         Self::with_found(chain, options, &[])
     }
@@ -159,7 +162,8 @@ impl<'c> Plan<'c> {
         let max_segments = options.max_segments.saturating_sub(files).max(1);
         let census = Census::of(chain, &facts, Stream::Guest, options.holes, max_segments)?;
         let layout = Layout::new(chain, &facts, &census, options, max_segments)?;
-        let blocked: Vec<_> = census.blocked.into_values().collect();
+        let Census { blocked, damage: found_damage, .. } = census;
+        let blocked: Vec<_> = blocked.into_values().collect();
         let mut plan = Self {
             chain,
             facts,
@@ -167,9 +171,24 @@ impl<'c> Plan<'c> {
             layout,
             obstacles: Vec::new(),
             damage: Vec::new(),
+            is_damaged: !found_damage.is_empty(),
         };
+        plan.list_damage(&found_damage);
         plan.list_obstacles(&blocked, options.on_error);
         Ok(plan)
+    }
+
+    fn list_damage(&mut self, found: &DamageList) {
+        for (depth, found) in found.layers() {
+            let layer = &self.chain.layers()[depth as usize];
+            self.obstacles.push(Obstacle {
+                kind: ObstacleKind::Damaged,
+                path: layer.source.path().to_owned(),
+                count: found.count,
+                first: Some(found.first),
+                detail: layer.damage_at(found.first).map(|error| error.without_path()),
+            });
+        }
     }
 
     fn list_obstacles(&mut self, blocked: &[Blocked], on_error: OnError) {
@@ -234,6 +253,12 @@ impl<'c> Plan<'c> {
                 WarningKind::ChangedBacking if !policy.allow_changed_backing => {
                     ObstacleKind::ChangedBacking
                 }
+                WarningKind::Damaged(what) => {
+                    let mut obstacle = Obstacle::of_file(ObstacleKind::Damaged, path);
+                    obstacle.detail = Some(what.clone());
+                    self.obstacles.push(obstacle);
+                    continue;
+                }
                 _ => continue,
             };
             self.obstacles.push(Obstacle::of_file(kind, path));
@@ -274,7 +299,11 @@ impl<'c> Plan<'c> {
     ) -> Result<()> {
         let ciphertext_facts = self.facts.for_ciphertext();
         let facts = if stream == Stream::Guest { &self.facts } else { &ciphertext_facts };
-        let mut resolver = self.chain.resolver(self.holes);
+        let mut resolver = if self.is_damaged {
+            self.chain.resolver_past_damage(self.holes)
+        } else {
+            self.chain.resolver(self.holes)
+        };
         let mut pieces = Vec::new();
         let mut pending: Option<Piece> = None;
         let mut finish = |piece: &Piece| {
@@ -320,9 +349,12 @@ impl<'c> Plan<'c> {
             cut(&self.facts, stream, extents, |_| (), |job| jobs.push(job));
             jobs
         };
-        self.chain.map_windows(self.chain.whole(), self.holes, jobs_of, |jobs| {
-            if jobs.is_empty() { Ok(()) } else { each(&jobs) }
-        })
+        let take = |jobs: Vec<ScratchJob>| if jobs.is_empty() { Ok(()) } else { each(&jobs) };
+        let whole = self.chain.whole();
+        if self.is_damaged {
+            return self.chain.map_windows_past_damage(whole, self.holes, jobs_of, take).map(drop);
+        }
+        self.chain.map_windows(whole, self.holes, jobs_of, take)
     }
 
     /// Fails with the whole list where anything stands in the way.
@@ -336,7 +368,7 @@ impl<'c> Plan<'c> {
         let list: Vec<_> = self.obstacles.iter().map(|o| format!("\n  {o}")).collect();
         let message = format!("the image can't be attached:{}", list.concat());
         let any = |kind| self.obstacles.iter().any(|o: &Obstacle| o.kind == kind);
-        Err(Error::new(if any(ObstacleKind::PastFileEnd) {
+        Err(Error::new(if any(ObstacleKind::Damaged) || any(ObstacleKind::PastFileEnd) {
             ErrorKind::InvalidImage(message)
         } else if any(ObstacleKind::InUse) {
             ErrorKind::InUse(message)

@@ -16,6 +16,8 @@ pub enum ObstacleKind {
     Unaligned,
     /// Clusters that lie wholly past the end of their file.
     PastFileEnd,
+    /// Metadata that contradicts the format or can't be read.
+    Damaged,
     /// A virtual disk of no bytes.
     Empty,
     /// A backing file without a declared format.
@@ -36,6 +38,7 @@ impl ObstacleKind {
             Self::NoScratch => "no-scratch",
             Self::Unaligned => "unaligned",
             Self::PastFileEnd => "past-end-of-file",
+            Self::Damaged => "damaged",
             Self::Empty => "empty",
             Self::UndeclaredBackingFormat => "undeclared-backing-format",
             Self::InUse => "in-use",
@@ -52,6 +55,7 @@ impl ObstacleKind {
             Self::PastFileEnd => {
                 "clusters past the end of the file (is it truncated? --on-error=zero reads zeros there)"
             }
+            Self::Damaged => "damaged metadata ('imgdm map' lists what it spoils)",
             Self::Empty => "a virtual disk of 0 bytes",
             Self::UndeclaredBackingFormat => "a backing file without a declared format",
             Self::InUse => "a program that may write to the file",

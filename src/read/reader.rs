@@ -175,6 +175,10 @@ impl<'c> ExtentReader<'c> {
                 piece.fill(0);
                 return Ok(());
             }
+            Mapping::Damaged { .. } => {
+                let error = layer.damage_at(part.start);
+                return Err(error.unwrap_or_else(|| Error::invalid("damaged metadata")));
+            }
             Mapping::Data(place) => {
                 let HostPlace { file, offset } = place.advanced(inside);
                 let read = layer.file(file).read_with_zeros(offset, piece);

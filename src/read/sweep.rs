@@ -160,7 +160,7 @@ impl<W: Iterator<Item = GuestRange>> Units<'_, W> {
             let mut end = extent.end();
             match extent.mapping {
                 Mapping::Zero(_) => {}
-                Mapping::Data(_) | Mapping::Encrypted { .. } => {
+                Mapping::Data(_) | Mapping::Encrypted { .. } | Mapping::Damaged { .. } => {
                     // Where the next extent starts does not move where the later units do.
                     let next = (self.start.get() / UNIT_BYTES).saturating_add(1);
                     end = end.min(GuestOffset::new(next.saturating_mul(UNIT_BYTES)));

@@ -22,6 +22,19 @@ fn assert_fails(output: &Output, status: i32, parts: &[&str]) {
     assert!(stdout.lines().all(|line| line.starts_with("Offset")), "{stdout}");
 }
 
+/// Damaged tables: what only looks goes on past them and lists them, all else refuses.
+#[track_caller]
+fn assert_finds_damage(command: &str, output: &Output, parts: &[&str]) {
+    if command != "plan" {
+        return assert_fails(output, 65, parts);
+    }
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    for part in parts.iter().chain(&["attachable:    no", "damaged metadata"]) {
+        assert!(stdout.contains(part), "'{part}' is missing in: {stdout}");
+    }
+}
+
 /// `imgdm COMMAND IMAGE` in a directory with the image written by `prepare`.
 fn on(command: &str, image: &Qcow2, more: &[&str]) -> Output {
     let directory = tempfile::tempdir().unwrap();
@@ -182,20 +195,31 @@ pub(super) fn one_l2_table_named_twice(command: &str) {
     let mut image = Qcow2::new();
     image.put(36, &2u32.to_be_bytes());
     image.put(2 * 65536 + 8, &(3 * 65536u64).to_be_bytes());
-    assert_fails(&on(command, &image, &[]), 65, &["x.qcow2: at offset 0x20008", "overlap"]);
+    assert_finds_damage(
+        command,
+        &on(command, &image, &[]),
+        &["x.qcow2: ", "at offset 0x20008: ", "overlap"],
+    );
 }
 
 pub(super) fn table_out_of_the_file(command: &str) {
     let mut image = Qcow2::new();
     image.put(40, &(1u64 << 50).to_be_bytes());
-    assert_fails(&on(command, &image, &[]), 65, &["x.qcow2: at offset 0x28", "L1 table"]);
+    let output = on(command, &image, &[]);
+    assert_finds_damage(command, &output, &["x.qcow2: ", "at offset 0x28: ", "L1 table"]);
 }
 
 pub(super) fn truncated(command: &str) {
-    for length in [0, 50, 104, 1000, 65536, 3 * 65536 + 512] {
+    let cut = |length| {
         let mut image = Qcow2::new().data(1);
         image.bytes.truncate(length);
-        assert_fails(&on(command, &image, &["-f", "qcow2"]), 65, &["x.qcow2: at offset 0x"]);
+        on(command, &image, &["-f", "qcow2"])
+    };
+    for in_header in [0, 50, 103] {
+        assert_fails(&cut(in_header), 65, &["x.qcow2: at offset 0x"]);
+    }
+    for in_tables in [104, 1000, 65536, 2 * 65536 + 7, 3 * 65536 + 512] {
+        assert_finds_damage(command, &cut(in_tables), &["x.qcow2: ", "at offset 0x"]);
     }
 }
 
@@ -343,13 +367,60 @@ fn names_are_refused_when_given_and_mended_when_made() {
 }
 
 #[test]
-fn a_map_that_breaks_off_is_no_whole_json() {
-    let image = Qcow2::new().data(1).entry(2, 4 * 65536 + 512);
-    for output in ["--output=json", "--output=json-full"] {
-        let output = on("map", &image, &[output]);
+fn a_map_goes_on_past_damage_and_lists_it() {
+    const BAD: u64 = 4 * 65536 + 512;
+    let image = Qcow2::new().data(1).entry(2, BAD).entry(3, BAD).data(4).entry(7, 1);
+    for (form, rows_expected) in [("--output=json", 7), ("--output=json-full", 8)] {
+        let output = on("map", &image, &[form]);
         assert_eq!(output.status.code(), Some(65));
-        assert!(serde_json::from_slice::<serde_json::Value>(&output.stdout).is_err());
+        let rows: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(rows.len(), rows_expected, "{rows:?}");
+        let mut at = 0;
+        for row in &rows {
+            assert_eq!(row["start"], at);
+            at += row["length"].as_u64().unwrap();
+        }
+        assert_eq!(at, 1 << 20, "the whole disk");
+        let bad = &rows[2];
+        assert_eq!(bad["start"], 2 * 65536);
+        assert_eq!(
+            [&bad["present"], &bad["zero"], &bad["data"], &bad["offset"]],
+            [&true.into(), &false.into(), &false.into(), &serde_json::Value::Null]
+        );
+        let message = "at offset 0x30018: the L2 entry of guest offset 0x30000 has the host offset";
+        if form == "--output=json-full" {
+            assert!(rows[3]["damage"].as_str().unwrap().starts_with(message), "{rows:?}");
+            assert_eq!(rows[4].get("damage"), None);
+        }
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(stderr.contains(&format!("imgdm: x.qcow2: {message}")), "{stderr}");
+        assert!(stderr.contains("it spoils the disk from 0x20000 to 0x30000"), "{stderr}");
+        assert!(stderr.ends_with("damaged in 2 places; all else is mapped\n"), "{stderr}");
     }
+    // What people read shows data alone, as ever.
+    let human = String::from_utf8(on("map", &image, &[]).stdout).unwrap();
+    assert_eq!(human.lines().count(), 3, "{human}");
+    // And a part of the disk has only its own damage.
+    let part = ["--output=json", "--max-length=131072"];
+    assert!(on("map", &image, &part).status.success());
+}
+
+#[test]
+fn a_long_list_of_damage_is_cut_and_counted() {
+    let mut image = Qcow2::new();
+    image.put(24, &(8192u64 << 16).to_be_bytes());
+    for cluster in 0..8192 {
+        image = image.entry(cluster, 512);
+    }
+    let output = on("map", &image, &["--output=json"]);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(stderr.lines().count(), 102, "{stderr}");
+    assert!(stderr.contains("\nimgdm: and 8092 more like these\n"), "{stderr}");
+    assert!(stderr.contains("damaged in 8192 places"), "{stderr}");
+    let output = on("plan", &image, &["--output=json"]);
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["obstacles"][0]["kind"], "damaged", "{report}");
+    assert_eq!(report["obstacles"][0]["count"], 8192, "{report}");
 }
 
 #[test]

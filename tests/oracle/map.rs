@@ -63,6 +63,17 @@ pub(crate) struct Row {
 }
 
 impl Row {
+    /// Whether damaged metadata does not tell what the range holds (imgdm only).
+    pub(crate) fn is_damaged(&self) -> bool {
+        self.present && !self.zero && !self.data
+    }
+
+    /// The row of a part of this one.
+    pub(crate) fn part(&self, start: u64, end: u64) -> Self {
+        let offset = self.offset.map(|offset| offset + (start - self.start));
+        Self { start, length: end - start, offset, ..self.clone() }
+    }
+
     /// Whether `next` carries this row on, as entry_mergeable() of qemu-img.c has it.
     pub(crate) fn absorbs(&self, next: &Self) -> bool {
         let alike = |row: &Self| (row.depth, row.present, row.zero, row.data, row.compressed);

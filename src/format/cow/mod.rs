@@ -6,7 +6,8 @@
 use std::sync::Arc;
 
 use super::{BackingIdentity, BackingReference, Format, ImageFormat, Scratch};
-use crate::error::Result;
+use crate::damage::{DamageList, spoil};
+use crate::error::{Error, Result};
 use crate::source::Source;
 use crate::status::{BlockStatus, HostPlace, StatusRun};
 use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset, SECTOR_SIZE};
@@ -44,9 +45,30 @@ impl CowImage {
     /// # Errors
     /// What [`CowHeader::parse`] says; a read failed.
     pub fn open(source: Arc<Source>) -> Result<Self> {
+        Self::open_inner(source, CowHeader::parse)
+    }
+
+    /// As [`open`](Self::open), but with a bitmap that is not in the file whole: what that
+    /// spoils is damage when it is asked for.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), but for the bitmap.
+    pub fn open_past_damage(source: Arc<Source>) -> Result<Self> {
+        const ANY_LENGTH: ByteLen = ByteLen::new(u64::MAX);
+        Self::open_inner(source, |start, length| {
+            // Whose a version 2 is, is told by what fits: first of all the file.
+            CowHeader::parse(start, length)
+                .or_else(|error| CowHeader::parse(start, ANY_LENGTH).map_err(|_| error))
+        })
+    }
+
+    fn open_inner(
+        source: Arc<Source>,
+        parse: impl FnOnce(&[u8], ByteLen) -> Result<CowHeader>,
+    ) -> Result<Self> {
         let mut start = [0; CowHeader::MAX_LENGTH];
         let length = source.read_up_to(HostOffset::ZERO, &mut start)?;
-        let header = CowHeader::parse(&start[..length], source.length())
+        let header = parse(&start[..length], source.length())
             .map_err(|error| error.at_path(source.path()))?;
         let backing = backing_reference(&header);
         Ok(Self { source, header, backing })
@@ -55,6 +77,31 @@ impl CowImage {
     /// The header.
     pub fn header(&self) -> &CowHeader {
         &self.header
+    }
+
+    /// What is wrong with a bitmap that is not in the file whole.
+    fn cut_off(&self) -> Error {
+        Error::invalid(format!(
+            "the bitmap ({} bytes) lies outside the file, which is {} bytes long: the image is truncated or corrupt",
+            self.header.bitmap_length().get(),
+            self.source.length().get()
+        ))
+        .at_offset(self.header.bitmap_offset().get())
+    }
+
+    /// The bits of the sectors from `first` up to `end` can't be read.
+    #[cold]
+    fn spoil(
+        &self,
+        first: u64,
+        end: u64,
+        error: Error,
+        damage: &mut Option<DamageList>,
+    ) -> Result<()> {
+        let disk_end = self.virtual_size().get() / SECTOR_SIZE;
+        let start = |sector: u64| GuestOffset::new(sector.min(disk_end) * SECTOR_SIZE);
+        let spoiled = GuestRange::new(start(first), start(end));
+        spoil(damage, spoiled, error.at_path(self.source.path())).map(drop)
     }
 }
 
@@ -106,37 +153,50 @@ fn bit_run(bitmap: &[u8], from: usize, end: usize) -> (bool, usize) {
     (set, at.min(end) - from)
 }
 
+/// What the bitmap says of sectors.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sectors {
+    InBacking,
+    InThisFile,
+    /// The bitmap can't be read from the bit of this sector on.
+    Damaged(u64),
+}
+
 /// Makes status runs of runs of bits, and joins those that neighbour.
 struct RunWriter<'r> {
     runs: &'r mut Vec<StatusRun>,
     range: GuestRange,
     data_offset: HostOffset,
-    /// Whether the sectors are in this file, the first of them, and the first after them.
-    pending: Option<(bool, u64, u64)>,
+    /// What the sectors are, the first of them, and the first after them.
+    pending: Option<(Sectors, u64, u64)>,
 }
 
 impl RunWriter<'_> {
     /// Takes the next `count` sectors, from `sector` on.
     #[inline]
-    fn push(&mut self, set: bool, sector: u64, count: u64) {
+    fn push(&mut self, what: Sectors, sector: u64, count: u64) {
         match &mut self.pending {
-            Some((value, _, end)) if *value == set => *end += count,
+            Some((value, _, end)) if *value == what => *end += count,
             _ => {
                 self.flush();
-                self.pending = Some((set, sector, sector + count));
+                self.pending = Some((what, sector, sector + count));
             }
         }
     }
 
     fn flush(&mut self) {
-        let Some((set, first, end)) = self.pending.take() else { return };
+        let Some((what, first, end)) = self.pending.take() else { return };
         let start = first * SECTOR_SIZE;
         let length = ByteLen::new((end - first) * SECTOR_SIZE);
-        let status = if set {
-            let offset = self.data_offset.saturating_add(ByteLen::new(start));
-            BlockStatus::Data(HostPlace::in_image(offset))
-        } else {
-            BlockStatus::Unallocated(None)
+        let status = match what {
+            Sectors::InThisFile => {
+                let offset = self.data_offset.saturating_add(ByteLen::new(start));
+                BlockStatus::Data(HostPlace::in_image(offset))
+            }
+            Sectors::InBacking => BlockStatus::Unallocated(None),
+            Sectors::Damaged(from) => {
+                BlockStatus::Damaged { from: GuestOffset::new(from * SECTOR_SIZE) }
+            }
         };
         let run = StatusRun { start: GuestOffset::new(start), length, status };
         self.runs.extend(run.clipped(self.range));
@@ -172,28 +232,49 @@ impl ImageFormat for CowImage {
         let end = range.end.get().div_ceil(SECTOR_SIZE);
         let mut sector = range.start.get() / SECTOR_SIZE;
         let with_bit = self.header.bitmap_length().get().saturating_mul(8).min(end);
+        let in_file = self.source.length().get().saturating_sub(self.header.bitmap_offset().get());
+        let readable = with_bit.min(in_file.saturating_mul(8));
         let data_offset = self.header.data_offset();
+        let Scratch { table, damage } = scratch;
         let mut writer = RunWriter { runs, range, data_offset, pending: None };
-        while sector < with_bit {
+        while sector < readable {
             let first_byte = sector / 8;
-            let length = usize::try_from(with_bit.div_ceil(8) - first_byte)
+            let length = usize::try_from(readable.div_ceil(8) - first_byte)
                 .unwrap_or(BITMAP_CHUNK)
                 .min(BITMAP_CHUNK);
             let offset = self.header.bitmap_offset().saturating_add(ByteLen::new(first_byte));
-            let bitmap = super::table_bytes(&self.source, offset, length, "the bitmap", scratch)?;
             let first_bit = first_byte * 8;
-            let bits = (with_bit - first_bit).min(length as u64 * 8);
+            let bits = (readable - first_bit).min(length as u64 * 8);
             let bits = usize::try_from(bits).unwrap_or(0);
+            let read = super::table_bytes(&self.source, offset, length, "the bitmap", table);
+            let bitmap = match read {
+                Ok(bitmap) => bitmap,
+                Err(error) => {
+                    let next = first_bit + bits as u64;
+                    self.spoil(sector, next, error, damage)?;
+                    writer.push(Sectors::Damaged(sector), sector, next - sector);
+                    sector = next;
+                    continue;
+                }
+            };
             let mut bit = usize::from((sector % 8) as u8);
             while bit < bits {
                 let (set, count) = bit_run(bitmap, bit, bits);
-                writer.push(set, first_bit + bit as u64, count as u64);
+                let what = if set { Sectors::InThisFile } else { Sectors::InBacking };
+                writer.push(what, first_bit + bit as u64, count as u64);
                 bit += count;
             }
             sector = first_bit + bits as u64;
         }
+        if sector < with_bit {
+            // A header whose bitmap is not in the file whole was opened past damage.
+            let bits = self.header.bitmap_length().get().saturating_mul(8);
+            self.spoil(readable, bits, self.cut_off(), damage)?;
+            writer.push(Sectors::Damaged(readable), sector, with_bit - sector);
+            sector = with_bit;
+        }
         if sector < end {
-            writer.push(false, sector, end - sector);
+            writer.push(Sectors::InBacking, sector, end - sector);
         }
         writer.flush();
         Ok(())

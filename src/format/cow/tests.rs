@@ -356,6 +356,45 @@ fn a_bitmap_that_the_file_does_not_hold_whole_is_refused() {
 }
 
 #[test]
+fn past_damage_the_bits_that_are_lost_spoil_their_sectors() {
+    for shape in SHAPES {
+        let mut builder = Builder::new(shape.layout, 1 << 20);
+        builder.set(0).set(1023).set(1600);
+        builder.bytes.truncate(builder.bitmap + 128);
+        let open = |bytes: &[u8]| {
+            CowImage::open_past_damage(Arc::new(Source::from_bytes("a.cow", bytes.to_vec())))
+        };
+        let image = open(&builder.bytes).unwrap();
+        let mut scratch = Scratch { damage: Some(DamageList::default()), ..Scratch::default() };
+        let mut runs = Vec::new();
+        image.status(range(0, 1 << 20), &mut scratch, &mut runs).unwrap();
+        let half = 512 << 10;
+        let lost = StatusRun {
+            start: GuestOffset::new(half),
+            length: ByteLen::new(half),
+            status: BlockStatus::Damaged { from: GuestOffset::new(half) },
+        };
+        let in_file = builder.data;
+        assert_eq!(
+            runs,
+            [
+                run(0, 512, Some(in_file)),
+                run(512, half - 1024, None),
+                run(half - 512, 512, Some(in_file + 1023 * 512)),
+                lost
+            ]
+        );
+        let found = scratch.damage.unwrap();
+        assert_eq!(found.count(), 1);
+        assert_eq!(found.listed()[0].range, range(half, 1 << 20));
+        refusal(image.status(range(0, 1 << 20), &mut Scratch::default(), &mut runs), "outside");
+        // The header itself is as strict as ever.
+        builder.bytes.truncate(100);
+        assert!(open(&builder.bytes).is_err());
+    }
+}
+
+#[test]
 fn a_version_2_that_fits_no_layout_names_what_was_tried() {
     let mut builder = Builder::new(UmlV2, 4096);
     let error = refusal(builder.put_u32(4116, 1024).open(), "fits no known layout");

@@ -268,6 +268,46 @@ fn a_cluster_that_no_file_can_hold_is_refused_with_the_place_of_its_entry() {
     }
 }
 
+/// The runs of the first `end` bytes, and the ranges that damage spoils.
+fn past_damage(builder: &Builder, end: u64) -> (Vec<StatusRun>, Vec<GuestRange>) {
+    let source = Source::from_bytes("a.qcow", builder.bytes());
+    let image = QcowImage::open_past_damage(Arc::new(source)).unwrap();
+    let mut scratch = Scratch { damage: Some(DamageList::default()), ..Scratch::default() };
+    let mut runs = Vec::new();
+    image.status(range(0, end), &mut scratch, &mut runs).unwrap();
+    let found = scratch.damage.unwrap();
+    (runs, found.listed().iter().map(|damage| damage.range).collect())
+}
+
+#[test]
+fn past_damage_each_range_that_is_spoiled_is_listed() {
+    const NONE: BlockStatus = BlockStatus::Unallocated(None);
+    let damaged = |from| BlockStatus::Damaged { from: GuestOffset::new(from) };
+    let bad_entry = (i64::MAX as u64).to_be_bytes();
+    let mut builder = Builder::new();
+    builder.put(4096, &8192_u64.to_be_bytes()).put(8192 + 511, &[0]);
+    builder.put(8192 + 24, &bad_entry).put(4096 + 8, &(1_u64 << 40).to_be_bytes());
+    let (runs, spoiled) = past_damage(&builder, 65536);
+    assert_eq!(
+        runs,
+        [
+            run(0, 1536, NONE),
+            run(1536, 512, damaged(1536)),
+            run(2048, 32768 - 2048, NONE),
+            run(32768, 32768, damaged(32768))
+        ]
+    );
+    assert_eq!(spoiled, [range(1536, 2048), range(32768, 65536)]);
+    // An L1 table of which one entry is in the file, and one of which none is.
+    let mut builder = Builder::new();
+    builder.set(40, &8184_u64.to_be_bytes());
+    assert_eq!(past_damage(&builder, 65536).1, [range(32768, 65536)]);
+    assert_eq!(past_damage(&builder, 40000).1, [range(32768, 65536)]);
+    assert_eq!(past_damage(&builder, 32768).1, []);
+    builder.set(40, &(1_u64 << 40).to_be_bytes());
+    assert_eq!(past_damage(&builder, 512).1, [range(0, 65536)]);
+}
+
 #[test]
 fn a_huge_sparse_disk_needs_no_more_memory_than_a_small_one() {
     // 4 GiB of a disk whose L1 entries map 32 KiB each.

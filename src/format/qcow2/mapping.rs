@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use super::Qcow2Image;
 use super::entry::{L2Entry, L2Format, Subcluster, SubclusterBitmap, l2_table_offset};
 use super::header::{Qcow2Header, SUBCLUSTERS_PER_CLUSTER};
+use crate::damage::{DamageList, spoil};
 use crate::error::{Error, Result};
 use crate::format::{Scratch, be64, table_bytes};
 use crate::status::{BlockStatus, FileRole, HostPlace, StatusRun, ZeroStatus};
@@ -27,6 +28,7 @@ pub(super) fn status(
     };
     let coverage = image.header.l2_coverage();
     let l1_entries = image.l1_table.length.get() / 8;
+    let l1_readable = image.l1_damage.as_ref().map_or(l1_entries, |damage| damage.first_entry);
     let mut at = range.start;
     while at < range.end {
         let first = at.get() / coverage;
@@ -35,17 +37,33 @@ pub(super) fn status(
             runs.push(unallocated(GuestRange::new(at, range.end)));
             return Ok(());
         }
-        let last = (range.end.get().div_ceil(coverage)).min(l1_entries).min(first + L1_CHUNK);
-        let chunk = l1_entries_of(image, first, last, scratch)?;
+        let end = range.end.get().div_ceil(coverage);
+        if let Some(damage) = image.l1_damage.as_ref().filter(|_| first >= l1_readable) {
+            let spoiled = covered(image, l1_readable, l1_entries);
+            let part = spoiled.intersection(GuestRange::new(at, range.end));
+            runs.push(spoiled_run(image, spoiled, part, damage.error(), &mut scratch.damage)?);
+            at = part.end;
+            continue;
+        }
+        let last = end.min(l1_readable).min(first + L1_CHUNK);
+        let chunk = match l1_entries_of(image, first, last, &mut scratch.table) {
+            Ok(chunk) => chunk,
+            Err(error) => {
+                let spoiled = covered(image, first, last);
+                let part = spoiled.intersection(GuestRange::new(at, range.end));
+                runs.push(spoiled_run(image, spoiled, part, error, &mut scratch.damage)?);
+                at = part.end;
+                continue;
+            }
+        };
         for (index, &entry) in (first..last).zip(chunk.iter()) {
-            let start = GuestOffset::new(index * coverage);
-            let end = start.saturating_add(ByteLen::new(coverage));
-            let part = GuestRange::new(start, end).intersection(range);
-            match l2_table_offset(entry) {
+            let described = covered(image, index, index + 1);
+            let part = described.intersection(range);
+            match l2_table_offset(entry).map(|table| check_l2_table(image, index, table)) {
                 None => runs.push(unallocated(part)),
-                Some(table) => {
-                    check_l2_offset(image, index, table)?;
-                    l2_status(image, table, start, part, scratch, runs)?;
+                Some(Ok(table)) => l2_status(image, table, described.start, part, scratch, runs)?,
+                Some(Err(error)) => {
+                    runs.push(spoiled_run(image, described, part, error, &mut scratch.damage)?);
                 }
             }
             at = part.end;
@@ -54,12 +72,33 @@ pub(super) fn status(
     Ok(())
 }
 
+/// The part of the disk that the L1 entries from `first` up to `last` describe.
+fn covered(image: &Qcow2Image, first: u64, last: u64) -> GuestRange {
+    let coverage = image.header.l2_coverage();
+    let start = |index: u64| GuestOffset::new(index.saturating_mul(coverage));
+    GuestRange::new(start(first), start(last))
+}
+
+/// The run of `part` of what damage spoils.
+#[cold]
+fn spoiled_run(
+    image: &Qcow2Image,
+    spoiled: GuestRange,
+    part: GuestRange,
+    error: Error,
+    damage: &mut Option<DamageList>,
+) -> Result<StatusRun> {
+    let spoiled = spoiled.intersection(image.disk());
+    let status = spoil(damage, spoiled, error.at_path(image.source.path()))?;
+    Ok(StatusRun { start: part.start, length: part.length(), status })
+}
+
 /// The L1 entries from `first` up to `last`: those that are kept, or read for the moment.
 fn l1_entries_of<'i>(
     image: &'i Qcow2Image,
     first: u64,
     last: u64,
-    scratch: &mut Scratch,
+    table: &mut Vec<u8>,
 ) -> Result<Cow<'i, [u64]>> {
     let kept = |at: u64| usize::try_from(at).unwrap_or(usize::MAX);
     if let Some(entries) = image.kept_l1.get(kept(first)..kept(last)) {
@@ -67,11 +106,15 @@ fn l1_entries_of<'i>(
     }
     let offset = image.l1_table.offset.saturating_add(ByteLen::new(first * 8));
     let count = usize::try_from(last - first).unwrap_or(0);
-    let bytes = table_bytes(&image.source, offset, count * 8, "the L1 table", scratch)?;
+    let bytes = table_bytes(&image.source, offset, count * 8, "the L1 table", table)?;
     Ok(Cow::Owned((0..count).map(|i| be64(bytes, i)).collect()))
 }
 
-fn check_l2_offset(image: &Qcow2Image, l1_index: u64, table: HostOffset) -> Result<()> {
+/// Gives back where the L2 table of an L1 entry is, checked.
+fn check_l2_table(image: &Qcow2Image, l1_index: u64, table: HostOffset) -> Result<HostOffset> {
+    if let Some(error) = image.repeated_l2.error_of(l1_index, table, image.l1_table) {
+        return Err(error);
+    }
     let cluster_size = image.header.cluster_size();
     let at = image.l1_table.offset.get() + l1_index * 8;
     let invalid = |what: String| {
@@ -95,7 +138,7 @@ fn check_l2_offset(image: &Qcow2Image, l1_index: u64, table: HostOffset) -> Resu
             image.source.length().get()
         ));
     }
-    Ok(())
+    Ok(table)
 }
 
 /// The runs of the clusters of `part`, which one L2 table describes; `start` is where the table's
@@ -116,8 +159,16 @@ fn l2_status(
     let count = usize::try_from(last - first).unwrap_or(0);
     let table_at = table.saturating_add(ByteLen::new(first * entry_size));
     let length = count * usize::try_from(entry_size).unwrap_or(0);
-    let bytes = table_bytes(&image.source, table_at, length, "the L2 table", scratch)?;
+    let Scratch { table: buffer, damage } = scratch;
+    let bytes = match table_bytes(&image.source, table_at, length, "the L2 table", buffer) {
+        Ok(bytes) => bytes,
+        Err(error) => {
+            runs.push(spoiled_run(image, part, part, error, damage)?);
+            return Ok(());
+        }
+    };
     let slice = L2Slice {
+        image,
         header,
         format: L2Format::of(header),
         bytes,
@@ -127,11 +178,24 @@ fn l2_status(
         guest: start.saturating_add(ByteLen::new(first * cluster_size)),
         data_role: if header.has_data_file() { FileRole::DataFile } else { FileRole::Image },
     };
-    if header.has_extended_l2() { slice.extended(runs) } else { slice.standard(runs) }
+    if header.has_extended_l2() {
+        slice.extended(runs, damage)
+    } else {
+        slice.standard(runs, damage)
+    }
+}
+
+/// What an extended entry says of its cluster.
+enum Extended {
+    /// The same of all of it.
+    Whole(BlockStatus),
+    /// Where it lies, and what of each subcluster.
+    Subclusters(Option<HostPlace>, SubclusterBitmap),
 }
 
 /// Consecutive entries of one L2 table.
 struct L2Slice<'a> {
+    image: &'a Qcow2Image,
     header: &'a Qcow2Header,
     format: L2Format,
     bytes: &'a [u8],
@@ -185,7 +249,7 @@ impl L2Slice<'_> {
         count
     }
 
-    fn standard(&self, runs: &mut Vec<StatusRun>) -> Result<()> {
+    fn standard(&self, runs: &mut Vec<StatusRun>, damage: &mut Option<DamageList>) -> Result<()> {
         let entries = &self.bytes.as_chunks::<8>().0[..self.count];
         let before = runs.len();
         let in_the_clear = self.header.encryption.is_none() && self.data_role == FileRole::Image;
@@ -198,26 +262,22 @@ impl L2Slice<'_> {
             let entry = u64::from_be_bytes(entry);
             let first = index;
             index += 1 + self.format.followers(entry, rest);
-            let status = match self.format.decode(entry) {
-                L2Entry::Standard(host) => {
-                    self.check_place(host, first)?;
-                    self.data(HostPlace { file: self.data_role, offset: host })
+            match self.standard_status(entry, first) {
+                Ok(status) => {
+                    let start = self.guest_at(first);
+                    let length = self.guest_at(index).since(start);
+                    runs.push(StatusRun { start, length, status });
                 }
-                L2Entry::Unallocated => BlockStatus::Unallocated(None),
-                L2Entry::ZeroPlain => {
-                    self.check_zero_allowed(first)?;
-                    BlockStatus::Zero(ZeroStatus::Plain)
+                // Those that follow in its run are bad as it is, each by itself.
+                Err(_) => {
+                    for bad in first..index {
+                        let entry = be64(self.bytes, bad);
+                        if let Err(error) = self.standard_status(entry, bad) {
+                            runs.push(self.spoiled_cluster(bad, error, damage)?);
+                        }
+                    }
                 }
-                L2Entry::ZeroAllocated(host) => {
-                    self.check_zero_allowed(first)?;
-                    BlockStatus::Zero(self.zero(Some(self.place(host, first)?)))
-                }
-                L2Entry::Compressed { host, stream_length } => {
-                    self.compressed(host, stream_length, first)?
-                }
-            };
-            let start = self.guest_at(first);
-            runs.push(StatusRun { start, length: self.guest_at(index).since(start), status });
+            }
         }
         // Whole clusters so far: only the first and the last can reach out of the range.
         for end in [before, runs.len().saturating_sub(1)] {
@@ -228,49 +288,106 @@ impl L2Slice<'_> {
         Ok(())
     }
 
-    fn extended(&self, runs: &mut Vec<StatusRun>) -> Result<()> {
-        let subcluster_size = self.header.subcluster_size();
+    /// What an entry says of its cluster, or of the first of a run of clusters.
+    #[inline]
+    fn standard_status(&self, entry: u64, index: usize) -> Result<BlockStatus> {
+        Ok(match self.format.decode(entry) {
+            L2Entry::Standard(host) => {
+                self.check_place(host, index)?;
+                self.data(HostPlace { file: self.data_role, offset: host })
+            }
+            L2Entry::Unallocated => BlockStatus::Unallocated(None),
+            L2Entry::ZeroPlain => {
+                self.check_zero_allowed(index)?;
+                BlockStatus::Zero(ZeroStatus::Plain)
+            }
+            L2Entry::ZeroAllocated(host) => {
+                self.check_zero_allowed(index)?;
+                BlockStatus::Zero(self.zero(Some(self.place(host, index)?)))
+            }
+            L2Entry::Compressed { host, stream_length } => {
+                self.compressed(host, stream_length, index)?
+            }
+        })
+    }
+
+    /// The run of a whole cluster whose entry is bad.
+    #[cold]
+    fn spoiled_cluster(
+        &self,
+        index: usize,
+        error: Error,
+        damage: &mut Option<DamageList>,
+    ) -> Result<StatusRun> {
+        let cluster = GuestRange::new(self.guest_at(index), self.guest_at(index + 1));
+        spoiled_run(self.image, cluster, cluster, error, damage)
+    }
+
+    fn extended(&self, runs: &mut Vec<StatusRun>, damage: &mut Option<DamageList>) -> Result<()> {
+        let cluster_size = ByteLen::new(self.header.cluster_size());
         for index in 0..self.count {
-            let host = match self.format.decode(be64(self.bytes, index * 2)) {
-                L2Entry::Compressed { host, stream_length } => {
-                    let status = self.compressed(host, stream_length, index)?;
-                    let length = ByteLen::new(self.header.cluster_size());
-                    let run = StatusRun { start: self.guest_at(index), length, status };
-                    runs.extend(run.clipped(self.range));
+            let whole = match self.extended_status(index) {
+                Ok(Extended::Subclusters(host, bitmap)) => {
+                    self.subclusters(index, host, bitmap, runs);
                     continue;
                 }
-                L2Entry::Standard(host) => Some(self.place(host, index)?),
-                // decode() gives zero clusters only without extended entries.
-                L2Entry::Unallocated | L2Entry::ZeroPlain | L2Entry::ZeroAllocated(_) => None,
-            };
-            let bits = be64(self.bytes, index * 2 + 1);
-            let bitmap = SubclusterBitmap::new(bits, host.is_some()).ok_or_else(|| {
-                self.invalid(index, format!("has the contradicting subcluster bitmap {bits:#x}"))
-            })?;
-            let mut subcluster = 0;
-            while subcluster < SUBCLUSTERS_PER_CLUSTER {
-                let count = bitmap.run_length(subcluster);
-                let skipped = ByteLen::new(subcluster * subcluster_size);
-                let start = self.guest_at(index).saturating_add(skipped);
-                let length = ByteLen::new(count * subcluster_size);
-                let place = host.map(|place| place.advanced(skipped));
-                let status = match (bitmap.get(subcluster), place) {
-                    (Subcluster::Unallocated, place) => {
-                        BlockStatus::Unallocated(place.filter(|_| self.header.encryption.is_none()))
-                    }
-                    (Subcluster::Zero, place) => BlockStatus::Zero(self.zero(place)),
-                    (Subcluster::Allocated, Some(place)) => self.data(place),
-                    (Subcluster::Allocated, None) => {
-                        return Err(self.invalid(index, "has no host cluster".to_owned()));
-                    }
-                };
-                if let Some(run) = (StatusRun { start, length, status }).clipped(self.range) {
-                    push_joined(runs, run);
+                Ok(Extended::Whole(status)) => {
+                    StatusRun { start: self.guest_at(index), length: cluster_size, status }
                 }
-                subcluster += count;
-            }
+                Err(error) => self.spoiled_cluster(index, error, damage)?,
+            };
+            runs.extend(whole.clipped(self.range));
         }
         Ok(())
+    }
+
+    /// What an extended entry says of its cluster.
+    #[inline]
+    fn extended_status(&self, index: usize) -> Result<Extended> {
+        let host = match self.format.decode(be64(self.bytes, index * 2)) {
+            L2Entry::Compressed { host, stream_length } => {
+                return self.compressed(host, stream_length, index).map(Extended::Whole);
+            }
+            L2Entry::Standard(host) => Some(self.place(host, index)?),
+            // decode() gives zero clusters only without extended entries.
+            L2Entry::Unallocated | L2Entry::ZeroPlain | L2Entry::ZeroAllocated(_) => None,
+        };
+        let bits = be64(self.bytes, index * 2 + 1);
+        let bitmap = SubclusterBitmap::new(bits, host.is_some()).ok_or_else(|| {
+            self.invalid(index, format!("has the contradicting subcluster bitmap {bits:#x}"))
+        })?;
+        Ok(Extended::Subclusters(host, bitmap))
+    }
+
+    /// Appends the runs of a cluster's subclusters.
+    fn subclusters(
+        &self,
+        index: usize,
+        host: Option<HostPlace>,
+        bitmap: SubclusterBitmap,
+        runs: &mut Vec<StatusRun>,
+    ) {
+        let subcluster_size = self.header.subcluster_size();
+        let mut subcluster = 0;
+        while subcluster < SUBCLUSTERS_PER_CLUSTER {
+            let count = bitmap.run_length(subcluster);
+            let skipped = ByteLen::new(subcluster * subcluster_size);
+            let start = self.guest_at(index).saturating_add(skipped);
+            let length = ByteLen::new(count * subcluster_size);
+            let place = host.map(|place| place.advanced(skipped));
+            let status = match (bitmap.get(subcluster), place) {
+                (Subcluster::Zero, place) => BlockStatus::Zero(self.zero(place)),
+                (Subcluster::Allocated, Some(place)) => self.data(place),
+                // No bitmap has an allocated subcluster without a host cluster.
+                (Subcluster::Unallocated | Subcluster::Allocated, place) => {
+                    BlockStatus::Unallocated(place.filter(|_| self.header.encryption.is_none()))
+                }
+            };
+            if let Some(run) = (StatusRun { start, length, status }).clipped(self.range) {
+                push_joined(runs, run);
+            }
+            subcluster += count;
+        }
     }
 
     /// The place of the host cluster of entry `index`, checked.

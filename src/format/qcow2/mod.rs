@@ -20,7 +20,7 @@ use crate::crypt::{CryptHeader, LUKS_HEADER_BYTES, LuksHeader};
 use crate::error::{Error, ErrorKind, Result, printable};
 use crate::source::Source;
 use crate::status::{Encryption, StatusRun};
-use crate::units::{ByteLen, GuestRange, HostOffset};
+use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset};
 
 use entry::l2_table_offset;
 pub use extension::{ExtensionPlace, Extensions};
@@ -43,6 +43,13 @@ pub struct Qcow2Image {
     l1_table: TableLocation,
     /// The L1 entries, where they are few; else they are read when they are needed.
     kept_l1: Vec<u64>,
+    /// From where on the L1 table can't be read; only in an image opened past damage.
+    l1_damage: Option<L1Damage>,
+    /// L1 entries that name an L2 table which another one names as well; only in an image
+    /// opened past damage.
+    repeated_l2: RepeatedL2,
+    /// Damage that spoils no guest range; only in an image opened past damage.
+    other_damage: Vec<String>,
     virtual_size: ByteLen,
     allow_corrupt: bool,
     preallocated: OnceLock<bool>,
@@ -60,7 +67,21 @@ impl Qcow2Image {
         snapshot: Option<&SnapshotSelector>,
         allow_corrupt: bool,
     ) -> Result<Self> {
-        Self::open_inner(&source, snapshot, allow_corrupt)
+        Self::open_inner(&source, snapshot, allow_corrupt, false)
+            .map_err(|error| error.at_path(source.path()))
+    }
+
+    /// As [`open`](Self::open), but with tables that can't be read or overlap: what they
+    /// spoil is damage when it is asked for, and what spoils nothing is a [`Notice`].
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), but for the L1, L2 and refcount tables.
+    pub fn open_past_damage(
+        source: Arc<Source>,
+        snapshot: Option<&SnapshotSelector>,
+        allow_corrupt: bool,
+    ) -> Result<Self> {
+        Self::open_inner(&source, snapshot, allow_corrupt, true)
             .map_err(|error| error.at_path(source.path()))
     }
 
@@ -68,6 +89,7 @@ impl Qcow2Image {
         source: &Arc<Source>,
         selector: Option<&SnapshotSelector>,
         allow_corrupt: bool,
+        past_damage: bool,
     ) -> Result<Self> {
         let mut start = [0; header::KNOWN_HEADER_LENGTH];
         let n = source.read_up_to(HostOffset::ZERO, &mut start)?;
@@ -87,7 +109,12 @@ impl Qcow2Image {
             )
             .at_offset(72));
         }
-        check_table_in_file(source, header.refcount_table, 48, "the refcount table")?;
+        let in_file = check_table_in_file(source, header.refcount_table, 48, "the refcount table");
+        let mut other_damage = Vec::new();
+        match in_file {
+            Err(error) if past_damage => other_damage.push(error.to_string()),
+            in_file => in_file?,
+        }
         let snapshot = match selector {
             None => None,
             Some(selector) => {
@@ -96,15 +123,25 @@ impl Qcow2Image {
             }
         };
         let l1_table = snapshot.as_ref().map_or(Ok(header.l1_table), |s| s.l1_table(&header))?;
-        match &snapshot {
-            None => check_table_in_file(source, l1_table, 40, "the L1 table")?,
+        let in_file = match &snapshot {
+            None => check_table_in_file(source, l1_table, 40, "the L1 table"),
             Some(snapshot) => {
                 let name = format!("the L1 table of snapshot '{}'", printable(&snapshot.name));
-                check_table_in_file(source, l1_table, snapshot.entry_offset.get(), &name)?;
+                check_table_in_file(source, l1_table, snapshot.entry_offset.get(), &name)
             }
+        };
+        let (mut kept_l1, l1_damage) = read_l1(source, l1_table, in_file, past_damage)?;
+        let repeated_l2 = RepeatedL2::of(&kept_l1);
+        if !past_damage && let Some(error) = repeated_l2.first_error_from(0, &kept_l1, l1_table) {
+            return Err(error);
         }
-        let mut kept_l1 = read_l1(source, l1_table)?;
-        check_l2_tables_are_distinct(&kept_l1, l1_table)?;
+        let virtual_size = snapshot.as_ref().map_or(header.virtual_size, |s| s.virtual_size);
+        // An L1 table may have more entries than the disk needs.
+        let needed = virtual_size.get().div_ceil(header.l2_coverage());
+        let lost = l1_damage.as_ref().filter(|damage| damage.first_entry >= needed);
+        other_damage.extend(lost.map(|damage| damage.error().to_string()));
+        let repeated = repeated_l2.first_error_from(needed, &kept_l1, l1_table);
+        other_damage.extend(repeated.map(|error| error.to_string()));
         if kept_l1.len() > MAX_KEPT_L1_ENTRIES {
             kept_l1 = Vec::new();
         }
@@ -114,9 +151,12 @@ impl Qcow2Image {
             data_file_name: extensions
                 .data_file
                 .map(|name| PathBuf::from(OsString::from_vec(name))),
-            virtual_size: snapshot.as_ref().map_or(header.virtual_size, |s| s.virtual_size),
+            virtual_size,
             l1_table,
             kept_l1,
+            l1_damage,
+            repeated_l2,
+            other_damage,
             snapshot,
             allow_corrupt,
             source: Arc::clone(source),
@@ -128,6 +168,11 @@ impl Qcow2Image {
     /// The header.
     pub fn header(&self) -> &Qcow2Header {
         &self.header
+    }
+
+    /// The whole virtual disk.
+    fn disk(&self) -> GuestRange {
+        GuestRange::new(GuestOffset::ZERO, GuestOffset::new(self.virtual_size.get()))
     }
 
     fn luks_header(&self) -> Result<CryptHeader> {
@@ -229,10 +274,12 @@ impl ImageFormat for Qcow2Image {
         let features = self.header.incompatible_features;
         let dirty = features & incompatible::DIRTY != 0;
         let corrupt = features & incompatible::CORRUPT != 0 && self.allow_corrupt;
+        let damage = self.other_damage.iter().cloned().map(Notice::Damaged);
         dirty
             .then_some(Notice::Dirty)
             .into_iter()
             .chain(corrupt.then_some(Notice::Corrupt))
+            .chain(damage)
             .collect()
     }
 
@@ -280,27 +327,110 @@ fn read_backing(
     Ok(Some(BackingReference { name, format, expected: None }))
 }
 
-/// Reads an L1 table, which is at most 32 MiB and inside of the file.
-fn read_l1(source: &Source, l1_table: TableLocation) -> Result<Vec<u64>> {
-    let mut bytes = vec![0; usize::try_from(l1_table.length.get()).unwrap_or(0)];
-    source.read_exact(l1_table.offset, &mut bytes, "the L1 table")?;
-    Ok(bytes.as_chunks::<8>().0.iter().map(|&entry| u64::from_be_bytes(entry)).collect())
+/// From where on an L1 table can't be read.
+#[derive(Debug)]
+struct L1Damage {
+    /// The first entry that can't be.
+    first_entry: u64,
+    /// Why, and where in the file.
+    kind: ErrorKind,
+    offset: Option<u64>,
 }
 
-/// Refuses an L1 table that names an L2 table twice: a file of a few MiB could otherwise
-/// stand for extents without end.
-fn check_l2_tables_are_distinct(entries: &[u64], l1_table: TableLocation) -> Result<()> {
-    let indexed = entries.iter().zip(0u64..);
-    let mut tables: Vec<_> =
-        indexed.filter_map(|(&entry, i)| Some((l2_table_offset(entry)?, i))).collect();
-    tables.sort_unstable();
-    match tables.windows(2).find(|pair| pair[0].0 == pair[1].0) {
-        None => Ok(()),
-        Some(pair) => Err(Error::invalid(format!(
-            "the L1 entries {} and {} overlap: both name the L2 table at {}",
-            pair[0].1, pair[1].1, pair[0].0
-        ))
-        .at_offset(l1_table.offset.get() + pair[1].1 * 8)),
+impl L1Damage {
+    fn error(&self) -> Error {
+        let error = Error::new(self.kind.clone());
+        match self.offset {
+            Some(offset) => error.at_offset(offset),
+            None => error,
+        }
+    }
+}
+
+/// Reads an L1 table, which is at most 32 MiB; `in_file` says whether it is in the file
+/// whole. Past damage it gives the entries that can be read.
+fn read_l1(
+    source: &Source,
+    l1_table: TableLocation,
+    in_file: Result<()>,
+    past_damage: bool,
+) -> Result<(Vec<u64>, Option<L1Damage>)> {
+    let mut bytes = vec![0; usize::try_from(l1_table.length.get()).unwrap_or(0)];
+    let entries = |bytes: &[u8]| -> Vec<u64> {
+        bytes.as_chunks::<8>().0.iter().map(|&entry| u64::from_be_bytes(entry)).collect()
+    };
+    let whole =
+        in_file.and_then(|()| source.read_exact(l1_table.offset, &mut bytes, "the L1 table"));
+    let error = match whole {
+        Ok(()) => return Ok((entries(&bytes), None)),
+        Err(error) if !past_damage => return Err(error),
+        Err(error) => error,
+    };
+    let mut readable = 0;
+    for page in bytes.chunks_mut(4096) {
+        let at = l1_table.offset.saturating_add(ByteLen::new(readable as u64));
+        let read = source.read_up_to(at, page).unwrap_or(0);
+        readable += read / 8 * 8;
+        if read < page.len() {
+            break;
+        }
+    }
+    bytes.truncate(readable);
+    let first_entry = readable as u64 / 8;
+    let kind = match std::error::Error::source(&error) {
+        Some(cause) => ErrorKind::Io(format!("{}: {cause}", error.kind())),
+        None => error.kind().clone(),
+    };
+    Ok((entries(&bytes), Some(L1Damage { first_entry, kind, offset: error.offset() })))
+}
+
+/// L1 entries that name an L2 table which an earlier entry names too: a file of a few MiB
+/// could otherwise stand for extents without end.
+#[derive(Debug, Default)]
+struct RepeatedL2 {
+    /// Such an entry and the first one that names the table, by their indices; sorted.
+    pairs: Vec<(u32, u32)>,
+}
+
+impl RepeatedL2 {
+    fn of(l1_entries: &[u64]) -> Self {
+        let indexed = l1_entries.iter().zip(0u32..);
+        let mut tables: Vec<_> =
+            indexed.filter_map(|(&entry, i)| Some((l2_table_offset(entry)?, i))).collect();
+        tables.sort_unstable();
+        let mut pairs: Vec<_> = tables
+            .chunk_by(|a, b| a.0 == b.0)
+            .flat_map(|same| same[1..].iter().map(|later| (later.1, same[0].1)))
+            .collect();
+        pairs.sort_unstable();
+        Self { pairs }
+    }
+
+    /// What is wrong with L1 entry `index`, which names `table`, if that is such a one.
+    #[inline]
+    fn error_of(&self, index: u64, table: HostOffset, l1_table: TableLocation) -> Option<Error> {
+        if self.pairs.is_empty() {
+            return None;
+        }
+        let at = self.pairs.binary_search_by_key(&index, |&(later, _)| u64::from(later)).ok()?;
+        let (_, first) = self.pairs.get(at)?;
+        let error = Error::invalid(format!(
+            "the L1 entries {first} and {index} overlap: both name the L2 table at {table}"
+        ));
+        Some(error.at_offset(l1_table.offset.get() + index * 8))
+    }
+
+    /// The error of the first such entry from entry `start` on.
+    fn first_error_from(
+        &self,
+        start: u64,
+        l1_entries: &[u64],
+        l1_table: TableLocation,
+    ) -> Option<Error> {
+        let at = self.pairs.partition_point(|&(later, _)| u64::from(later) < start);
+        let (index, _) = *self.pairs.get(at)?;
+        let table = l2_table_offset(*l1_entries.get(index as usize)?)?;
+        self.error_of(u64::from(index), table, l1_table)
     }
 }
 

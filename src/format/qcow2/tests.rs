@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::*;
+use crate::damage::{Damage, DamageList};
 use crate::error::ErrorKind;
 use crate::status::{BlockStatus, Encryption, FileRole, HostPlace, ZeroStatus};
 use crate::units::GuestOffset;
@@ -10,6 +11,9 @@ use crate::units::GuestOffset;
 const CLUSTER: u64 = 65536;
 const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
+
+/// Start, length, status.
+type Run = (u64, u64, BlockStatus);
 
 /// A qcow2 file with the header in cluster 0, the refcount table in 1, the L1 table in 2
 /// and one L2 table in 3; data is put where a test wants it.
@@ -68,7 +72,7 @@ impl Builder {
         Qcow2Image::open(source, selector.as_ref(), false)
     }
 
-    fn status(&self, start: u64, end: u64) -> Result<Vec<(u64, u64, BlockStatus)>> {
+    fn status(&self, start: u64, end: u64) -> Result<Vec<Run>> {
         let mut runs = Vec::new();
         let range = GuestRange::new(GuestOffset::new(start), GuestOffset::new(end));
         self.open()?.status(range, &mut Scratch::default(), &mut runs)?;
@@ -79,6 +83,33 @@ impl Builder {
 /// A header all of whose bounds hold.
 pub(super) fn header() -> Qcow2Header {
     Qcow2Header::parse(&Builder::new(4).bytes).unwrap()
+}
+
+impl Builder {
+    fn open_past_damage(&self) -> Qcow2Image {
+        let source = Arc::new(Source::from_bytes("x.qcow2", self.bytes.clone()));
+        Qcow2Image::open_past_damage(source, None, false).unwrap()
+    }
+
+    fn runs_and_damage(&self) -> (Vec<StatusRun>, DamageList) {
+        let image = self.open_past_damage();
+        let mut scratch = Scratch { damage: Some(DamageList::default()), ..Scratch::default() };
+        let mut runs = Vec::new();
+        image.status(image.disk(), &mut scratch, &mut runs).unwrap();
+        (runs, scratch.damage.unwrap())
+    }
+
+    /// The runs of the whole disk, and the damage: the range that it spoils, and where.
+    fn past_damage(&self) -> (Vec<Run>, Vec<(u64, u64, u64)>) {
+        let (runs, damage) = self.runs_and_damage();
+        assert_eq!(damage.count(), damage.listed().len() as u64);
+        let places = damage.listed().iter().map(|Damage { range, error, .. }| {
+            assert!(error.to_string().starts_with("x.qcow2: at offset "), "{error}");
+            (range.start.get(), range.length().get(), error.offset().unwrap())
+        });
+        let runs = runs.iter().map(|run| (run.start.get(), run.length.get(), run.status));
+        (runs.collect(), places.collect())
+    }
 }
 
 fn data(offset: u64) -> BlockStatus {
@@ -269,6 +300,127 @@ fn entries_that_contradict_the_specification_are_refused_at_their_offset() {
     let data_file = incompatible::DATA_FILE;
     assert_refused(|i| _ = i.u64(72, data_file).l2(1, 5 * CLUSTER), l2 + 8, "only 0x10000 can be");
     assert_refused(|i| _ = i.u64(72, data_file).l2(1, COMPRESSED), l2 + 8, "compressed");
+}
+
+fn damaged(from: u64) -> BlockStatus {
+    BlockStatus::Damaged { from: GuestOffset::new(from) }
+}
+
+#[test]
+fn past_damage_a_bad_entry_spoils_its_cluster() {
+    const L2: u64 = 3 * CLUSTER;
+    let mut image = Builder::new(8);
+    image.l2(0, 4 * CLUSTER).l2(1, 512).l2(2, CLUSTER + 512).l2(3, 5 * CLUSTER).l2(63, 512);
+    let (runs, damage) = image.past_damage();
+    assert_eq!(
+        runs,
+        [
+            (0, CLUSTER, data(4 * CLUSTER)),
+            (CLUSTER, CLUSTER, damaged(CLUSTER)),
+            (2 * CLUSTER, CLUSTER, damaged(2 * CLUSTER)),
+            (3 * CLUSTER, CLUSTER, data(5 * CLUSTER)),
+            (4 * CLUSTER, 59 * CLUSTER, NONE),
+            (63 * CLUSTER, CLUSTER, damaged(63 * CLUSTER)),
+        ]
+    );
+    assert_eq!(
+        damage,
+        [
+            (CLUSTER, CLUSTER, L2 + 8),
+            (2 * CLUSTER, CLUSTER, L2 + 16),
+            (63 * CLUSTER, CLUSTER, L2 + 63 * 8)
+        ]
+    );
+    // With subclusters too, where an entry's own bitmap can be bad.
+    let mut image = Builder::new(8);
+    image.extended(0, 4 * CLUSTER, u64::MAX >> 32).extended(1, 0, 1).extended(2, 512, 0);
+    let (runs, damage) = image.past_damage();
+    assert_eq!(
+        runs,
+        [
+            (0, CLUSTER, data(4 * CLUSTER)),
+            (CLUSTER, CLUSTER, damaged(CLUSTER)),
+            (2 * CLUSTER, CLUSTER, damaged(2 * CLUSTER)),
+            (3 * CLUSTER, 61 * CLUSTER, NONE),
+        ]
+    );
+    assert_eq!(damage, [(CLUSTER, CLUSTER, L2 + 16), (2 * CLUSTER, CLUSTER, L2 + 32)]);
+}
+
+#[test]
+fn past_damage_a_bad_table_spoils_what_it_describes() {
+    const L1: u64 = 2 * CLUSTER;
+    const COVERAGE: u64 = CLUSTER / 8 * CLUSTER;
+    let size = 3 * COVERAGE + 4 * CLUSTER;
+    let mut image = Builder::new(8);
+    image.u64(24, size).u32(36, 4).l2(0, 5 * CLUSTER);
+    // Unaligned; the first one again; past the end of the file.
+    image.u64(L1 + 8, 4 * CLUSTER + 512).u64(L1 + 16, 3 * CLUSTER).u64(L1 + 24, 8 * CLUSTER);
+    let (runs, damage) = image.past_damage();
+    assert_eq!(
+        runs,
+        [
+            (0, CLUSTER, data(5 * CLUSTER)),
+            (CLUSTER, COVERAGE - CLUSTER, NONE),
+            (COVERAGE, COVERAGE, damaged(COVERAGE)),
+            (2 * COVERAGE, COVERAGE, damaged(2 * COVERAGE)),
+            (3 * COVERAGE, 4 * CLUSTER, damaged(3 * COVERAGE)),
+        ]
+    );
+    assert_eq!(
+        damage,
+        [
+            (COVERAGE, COVERAGE, L1 + 8),
+            (2 * COVERAGE, COVERAGE, L1 + 16),
+            (3 * COVERAGE, 4 * CLUSTER, L1 + 24)
+        ]
+    );
+    // The file ends inside the L1 table: the rest of the disk is lost.
+    image.bytes.truncate(usize::try_from(L1 + 20).unwrap());
+    let (runs, damage) = image.past_damage();
+    assert_eq!(runs.last(), Some(&(2 * COVERAGE, size - 2 * COVERAGE, damaged(2 * COVERAGE))));
+    assert_eq!(damage.last(), Some(&(2 * COVERAGE, size - 2 * COVERAGE, 40)));
+    // And where it is not there at all, all of it.
+    image.u64(40, 1 << 40);
+    assert_eq!(image.past_damage(), (vec![(0, size, damaged(0))], vec![(0, size, 40)]));
+}
+
+#[test]
+fn tables_named_again_and_again_give_no_extents_without_end() {
+    let mut image = Builder::new(8);
+    let entries = 4096;
+    image.u64(24, entries * (CLUSTER / 8) * CLUSTER).u32(36, u32::try_from(entries).unwrap());
+    for entry in 0..entries {
+        image.u64(2 * CLUSTER + entry * 8, 3 * CLUSTER);
+    }
+    for cluster in (0..CLUSTER / 8).step_by(2) {
+        image.l2(cluster, 4 * CLUSTER);
+    }
+    let (runs, damage) = image.runs_and_damage();
+    assert_eq!(runs.len() as u64, CLUSTER / 8 + entries - 1);
+    assert_eq!(damage.count(), entries - 1);
+}
+
+#[test]
+fn a_refcount_table_out_of_the_file_is_noted_and_not_needed() {
+    let mut image = Builder::new(8);
+    image.u64(48, 1 << 40).l2(0, 4 * CLUSTER);
+    assert!(image.open().is_err());
+    let notices = image.open_past_damage().notices();
+    let [Notice::Damaged(what)] = &notices[..] else { panic!("{notices:?}") };
+    assert!(what.starts_with("at offset 0x30: the refcount table"), "{what}");
+    assert_eq!(image.past_damage().1, []);
+    // So is damage of the L1 table past what the disk needs of it.
+    let mut image = Builder::new(8);
+    image.u32(36, 3).u64(2 * CLUSTER + 8, 3 * CLUSTER).u64(2 * CLUSTER + 16, 3 * CLUSTER);
+    assert!(image.open().is_err());
+    let noted = |image: &Builder| image.open_past_damage().notices();
+    let what =
+        "at offset 0x20008: the L1 entries 0 and 1 overlap: both name the L2 table at 0x30000";
+    assert_eq!(noted(&image), [Notice::Damaged(what.to_owned())]);
+    image.u64(2 * CLUSTER, 0).bytes.truncate(usize::try_from(2 * CLUSTER + 8).unwrap());
+    assert_eq!(noted(&image).len(), 1);
+    assert_eq!(image.past_damage().1, []);
 }
 
 #[test]
