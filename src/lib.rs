@@ -20,6 +20,7 @@
 //! | [`open`] | which files may be opened; names, formats, depth, cycles |
 //! | [`format`](mod@format) | raw, qcow2, qcow, cow |
 //! | [`crypt`] | encrypted images: from passphrase to volume key |
+//! | [`check`](mod@check) | what is wrong with an image's metadata |
 //! | [`status`] | what one layer says of a guest range |
 //! | [`damage`] | what damage spoils, where resolving goes on past it |
 //! | [`chain`] | folding the layers, top first |
@@ -32,6 +33,7 @@
 //! | [`device`] | loop devices and device-mapper, real and fake |
 
 pub mod chain;
+pub mod check;
 pub mod crypt;
 pub mod damage;
 pub mod device;

@@ -2,6 +2,7 @@
 
 #[cfg(feature = "device")]
 mod attach;
+mod check;
 #[cfg(feature = "device")]
 mod detach;
 mod exit;
@@ -50,6 +51,7 @@ enum Command {
     Map(map::Args),
     Plan(plan::Args),
     Table(table::Args),
+    Check(check::Args),
     #[cfg(feature = "device")]
     Attach(attach::Args),
     #[cfg(feature = "device")]
@@ -127,6 +129,10 @@ pub(crate) fn run() -> ExitCode {
         Command::Map(args) => map::run(&args, globals),
         Command::Plan(args) => plan::run(&args, globals),
         Command::Table(args) => table::run(&args, globals),
+        Command::Check(args) => match check::run(&args, globals) {
+            Ok(status) => return ExitCode::from(status),
+            Err(error) => Err(error),
+        },
         #[cfg(feature = "device")]
         Command::Attach(args) => attach::run(&args, globals),
         #[cfg(feature = "device")]

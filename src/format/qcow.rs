@@ -18,9 +18,9 @@ use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset, SECTOR_SIZE};
 /// The first four bytes: `QCOW_MAGIC`.
 const MAGIC: [u8; 4] = *b"QFI\xfb";
 /// `QCOW_OFLAG_COMPRESSED`: set in the L2 entry of a compressed cluster.
-const OFLAG_COMPRESSED: u64 = 1 << 63;
+pub(crate) const OFLAG_COMPRESSED: u64 = 1 << 63;
 /// Bytes of an L1 or L2 entry.
-const ENTRY_SIZE: u64 = 8;
+pub(crate) const ENTRY_SIZE: u64 = 8;
 /// Most entries of the L1 table; QEMU holds them in an array of at most INT_MAX bytes.
 const L1_ENTRIES_MAX: u64 = 0x7fff_ffff / ENTRY_SIZE;
 /// Longest backing file name, in bytes.
@@ -179,8 +179,16 @@ impl QcowHeader {
         self.l1_size
     }
 
+    /// The stream of a compressed cluster's L2 entry: where it starts, and its length.
+    #[inline]
+    pub(crate) fn stream(&self, entry: u64) -> (HostOffset, ByteLen) {
+        let offset_bits = 63 - self.cluster_bits;
+        let host = HostOffset::new(entry & ((1 << offset_bits) - 1));
+        (host, ByteLen::new((entry >> offset_bits) & (self.cluster_size() - 1)))
+    }
+
     /// Guest bytes that one L2 table maps.
-    fn l2_span(&self) -> u64 {
+    pub(crate) fn l2_span(&self) -> u64 {
         1 << (self.cluster_bits + self.l2_bits)
     }
 }
@@ -268,12 +276,9 @@ impl QcowImage {
         }
         let cluster_size = self.header.cluster_size();
         if entry & OFLAG_COMPRESSED != 0 {
-            let offset_bits = 63 - self.header.cluster_bits;
-            return Ok(BlockStatus::Compressed {
-                host: HostOffset::new(entry & ((1 << offset_bits) - 1)),
-                stream_length: ByteLen::new((entry >> offset_bits) & (cluster_size - 1)),
-                cluster: GuestOffset::new(cluster),
-            });
+            let (host, stream_length) = self.header.stream(entry);
+            let cluster = GuestOffset::new(cluster);
+            return Ok(BlockStatus::Compressed { host, stream_length, cluster });
         }
         if !is_file_range(entry, cluster_size) {
             return Err(Error::invalid(format!(

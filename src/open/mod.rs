@@ -158,6 +158,34 @@ pub fn open_chain(image: &Path, policy: &OpenPolicy) -> Result<OpenedChain> {
     Ok(OpenedChain { chain: Chain::new(opener.layers)?, warnings: opener.warnings })
 }
 
+/// An image file by itself.
+#[derive(Debug)]
+pub struct OpenedFile {
+    /// The file, locked.
+    pub source: Source,
+    /// Its format: given, or probed.
+    pub format: Format,
+    /// What the user should know.
+    pub warnings: Vec<Warning>,
+}
+
+/// Opens an image file without looking at more of it than tells its format: neither its
+/// backing file nor its external data file.
+///
+/// # Errors
+/// The file can't be opened, is in use, or looks like a format that imgdm does not read.
+pub fn open_file(image: &Path, policy: &OpenPolicy) -> Result<OpenedFile> {
+    let mut opener =
+        Opener { policy, seen: HashSet::new(), warnings: Vec::new(), layers: Vec::new() };
+    let reference = opener.active_layer_name(image)?;
+    let source = opener.open_file(&reference.path)?;
+    let format = match reference.format {
+        Some(format) => format,
+        None => opener.probe(&reference, &source)?,
+    };
+    Ok(OpenedFile { source, format, warnings: opener.warnings })
+}
+
 /// Adds to an error about a backing file which overlay asked for it.
 fn in_backing_file(error: Error, overlay: &Path) -> Error {
     let kind = error.kind().clone();

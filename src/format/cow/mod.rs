@@ -125,7 +125,7 @@ fn backing_reference(header: &CowHeader) -> Option<BackingReference> {
 /// significant bit of a byte first) and ends before bit `end`; and what the bits are.
 /// `from` is less than `end`, and `end` at most 8 times the bitmap's length.
 #[inline]
-fn bit_run(bitmap: &[u8], from: usize, end: usize) -> (bool, usize) {
+pub(crate) fn bit_run(bitmap: &[u8], from: usize, end: usize) -> (bool, usize) {
     let set = bitmap[from / 8] >> (from % 8) & 1 == 1;
     let flip = if set { u64::MAX } else { 0 };
     let mut at = from;

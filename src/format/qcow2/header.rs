@@ -3,6 +3,7 @@
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
+use super::extension::Extensions;
 use crate::error::{Error, ErrorKind, Result};
 use crate::status::Encryption;
 use crate::units::{ByteLen, HostOffset, SECTOR_SIZE};
@@ -19,11 +20,11 @@ pub(crate) const KNOWN_HEADER_LENGTH: usize = 112;
 const MIN_CLUSTER_BITS: u32 = 9;
 const MAX_CLUSTER_BITS: u32 = 21;
 /// QCOW_MAX_L1_SIZE in QEMU's block/qcow2.h.
-const MAX_L1_BYTES: u64 = 32 << 20;
+pub(crate) const MAX_L1_BYTES: u64 = 32 << 20;
 /// QCOW_MAX_REFTABLE_SIZE.
 const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 /// QCOW_MAX_SNAPSHOTS.
-const MAX_SNAPSHOTS: u32 = 65536;
+pub(crate) const MAX_SNAPSHOTS: u32 = 65536;
 /// QEMU's limit of a backing file's name.
 const MAX_BACKING_NAME: u32 = 1023;
 
@@ -131,7 +132,7 @@ pub struct Qcow2Header {
     pub refcount_table: TableLocation,
     /// log2 of the width of a refcount in bits, 0 to 6.
     pub refcount_order: u32,
-    /// Where the snapshot table starts.
+    /// Where the snapshot table starts: on a cluster boundary.
     pub snapshots_offset: HostOffset,
     /// Number of internal snapshots, at most 65536.
     pub snapshot_count: u32,
@@ -160,6 +161,18 @@ impl Qcow2Header {
     /// `InvalidImage` with the field's offset where a bound of QEMU's qcow2_do_open()
     /// does not hold; `Unsupported` for a version or compression type that is not known.
     pub fn parse(bytes: &[u8]) -> Result<Self> {
+        let header = Self::parse_damaged(bytes)?;
+        header.check_tables()?;
+        Ok(header)
+    }
+
+    /// Reads the header of an image that is to be checked: tables may overlap, the refcount
+    /// table may be empty and what is said of the snapshot table may be wrong, as when QEMU
+    /// opens an image with BDRV_O_CHECK.
+    ///
+    /// # Errors
+    /// As [`parse`](Self::parse), but for those.
+    pub(crate) fn parse_damaged(bytes: &[u8]) -> Result<Self> {
         let mut padded = [0; KNOWN_HEADER_LENGTH];
         let given = bytes.len().min(KNOWN_HEADER_LENGTH);
         padded[..given].copy_from_slice(&bytes[..given]);
@@ -246,7 +259,7 @@ impl Qcow2Header {
                 MAX_REFCOUNT_TABLE_BYTES,
             )?,
             refcount_order,
-            snapshots_offset: table(64, "the snapshot table", raw.snapshots_offset, 0, 0)?.offset,
+            snapshots_offset: HostOffset::new(raw.snapshots_offset.get()),
             snapshot_count: raw.nb_snapshots.get(),
             incompatible_features,
             compatible_features: feature(raw.compatible_features),
@@ -270,6 +283,16 @@ impl Qcow2Header {
                 format!("the L1 table has {entries} entries, the virtual size needs {needed}"),
             ));
         }
+        if self.autoclear_features & AUTOCLEAR_DATA_FILE_RAW != 0 && !self.has_data_file() {
+            return Err(at(88, "data-file-raw is set on an image without an external data file"));
+        }
+        Ok(())
+    }
+
+    /// The bounds without which an image can be checked, but not read.
+    fn check_tables(&self) -> Result<()> {
+        let (snapshots, cluster_size) = (self.snapshots_offset.get(), self.cluster_size());
+        table_location(64, "the snapshot table", snapshots, 0, 0, cluster_size)?;
         if self.refcount_table.length.is_zero() {
             return Err(at(56, "the image has no refcount table"));
         }
@@ -278,9 +301,6 @@ impl Qcow2Header {
                 60,
                 format!("{} snapshots are more than {MAX_SNAPSHOTS}", self.snapshot_count),
             ));
-        }
-        if self.autoclear_features & AUTOCLEAR_DATA_FILE_RAW != 0 && !self.has_data_file() {
-            return Err(at(88, "data-file-raw is set on an image without an external data file"));
         }
         let header_cluster =
             TableLocation { offset: HostOffset::ZERO, length: ByteLen::new(self.cluster_size()) };
@@ -339,6 +359,19 @@ impl Qcow2Header {
     /// The bits of `incompatible_features` that imgdm does not know.
     pub fn unknown_incompatible(&self) -> u64 {
         self.incompatible_features & !incompatible::KNOWN
+    }
+
+    /// Refuses an image with incompatible features that imgdm does not know, naming them.
+    pub(crate) fn refuse_unknown_features(&self, extensions: &Extensions) -> Result<()> {
+        let unknown = self.unknown_incompatible();
+        if unknown == 0 {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Unsupported(format!(
+            "the image uses incompatible features that imgdm does not know: {}",
+            extensions.name_incompatible(unknown)
+        )))
+        .at_offset(72))
     }
 
     /// Where the header extension area ends: at the backing file's name, or with the

@@ -91,18 +91,9 @@ impl Qcow2Image {
         allow_corrupt: bool,
         past_damage: bool,
     ) -> Result<Self> {
-        let mut start = [0; header::KNOWN_HEADER_LENGTH];
-        let n = source.read_up_to(HostOffset::ZERO, &mut start)?;
-        let header = Qcow2Header::parse(&start[..n])?;
+        let header = read_header(source, Qcow2Header::parse)?;
         let extensions = read_extensions(source, &header)?;
-        let unknown = header.unknown_incompatible();
-        if unknown != 0 {
-            return Err(Error::new(ErrorKind::Unsupported(format!(
-                "the image uses incompatible features that imgdm does not know: {}",
-                extensions.name_incompatible(unknown)
-            )))
-            .at_offset(72));
-        }
+        header.refuse_unknown_features(&extensions)?;
         if header.incompatible_features & incompatible::CORRUPT != 0 && !allow_corrupt {
             return Err(Error::invalid(
                 "the image is marked corrupt; repair a copy with 'qemu-img check -r all', or read it as it is with --allow-corrupt",
@@ -292,6 +283,16 @@ impl ImageFormat for Qcow2Image {
         mapping::status(self, range, scratch, runs)
             .map_err(|error| error.at_path(self.source.path()))
     }
+}
+
+/// Reads the header, by [`Qcow2Header::parse`] or [`Qcow2Header::parse_damaged`].
+pub(crate) fn read_header(
+    source: &Source,
+    parse: impl Fn(&[u8]) -> Result<Qcow2Header>,
+) -> Result<Qcow2Header> {
+    let mut start = [0; header::KNOWN_HEADER_LENGTH];
+    let n = source.read_up_to(HostOffset::ZERO, &mut start)?;
+    parse(&start[..n])
 }
 
 pub(crate) fn read_extensions(source: &Source, header: &Qcow2Header) -> Result<Extensions> {

@@ -10,9 +10,9 @@ use crate::units::{ByteLen, HostOffset};
 
 const FIXED_LENGTH: usize = 40;
 /// QCOW_MAX_SNAPSHOT_EXTRA_DATA in QEMU's block/qcow2.h.
-const MAX_EXTRA_DATA: usize = 1024;
+pub(crate) const MAX_EXTRA_DATA: usize = 1024;
 /// QCOW_MAX_SNAPSHOTS_SIZE.
-const MAX_TABLE_BYTES: u64 = 1024 * 65536;
+pub(crate) const MAX_TABLE_BYTES: u64 = 1024 * 65536;
 /// QCOW_MAX_L1_SIZE.
 const MAX_L1_BYTES: u64 = 32 << 20;
 
