@@ -27,6 +27,7 @@
 //! | [`extent`] | a row of a map |
 //! | [`inflate`] | inflating a compressed cluster |
 //! | [`read`] | reading the disk through its chain: at any offset, or a range on all cores |
+//! | [`metadata`] | where every piece of metadata lies, and what nothing refers to |
 //! | [`plan`] | extents to segments, backings and tables; what stands in the way |
 //! | [`scratch`] | what the image's files don't hold as it is: inflated clusters, partial sectors |
 //! | [`table`] | `dmsetup` text, printed and parsed |
@@ -43,6 +44,7 @@ pub mod format;
 pub mod holes;
 pub mod inflate;
 pub mod lock;
+pub mod metadata;
 pub mod open;
 pub mod plan;
 pub mod read;

@@ -7,6 +7,7 @@ use std::fmt;
 
 use crate::error::{Error, ErrorKind, Result, printable};
 use crate::format::bytes_at;
+use crate::format::qcow2::TableLocation;
 use crate::units::{ByteLen, HostOffset, SECTOR_SIZE};
 
 /// `COW_MAGIC` as a big-endian number.
@@ -335,6 +336,17 @@ impl CowHeader {
     /// `backing_file`: the backing file's name; empty for none.
     pub fn backing_file(&self) -> &[u8] {
         &self.backing_file
+    }
+
+    /// Length of the header in bytes, the room for the backing file's name included.
+    pub fn length(&self) -> ByteLen {
+        ByteLen::new(self.layout.places().end as u64)
+    }
+
+    /// The room for the backing file's name. What follows the NUL in it means nothing.
+    pub fn backing_name_field(&self) -> TableLocation {
+        let (offset, room) = self.layout.places().name;
+        TableLocation { offset: HostOffset::new(offset as u64), length: ByteLen::new(room as u64) }
     }
 
     /// `mtime`: the backing file's time of modification, in seconds since 1970, cut to

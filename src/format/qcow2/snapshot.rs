@@ -94,7 +94,11 @@ pub(crate) fn read_table(source: &Source, header: &Qcow2Header) -> Result<Vec<Sn
 }
 
 /// Reads one entry; gives its length as well, at most 40 + 1024 + 2 * 65535 bytes.
-fn read_entry(source: &Source, at: HostOffset, header: &Qcow2Header) -> Result<(Snapshot, u64)> {
+pub(crate) fn read_entry(
+    source: &Source,
+    at: HostOffset,
+    header: &Qcow2Header,
+) -> Result<(Snapshot, u64)> {
     const WHAT: &str = "the snapshot table";
     let mut fixed = [0; FIXED_LENGTH];
     source.read_exact(at, &mut fixed, WHAT)?;
