@@ -28,6 +28,7 @@
 //! | [`inflate`] | inflating a compressed cluster |
 //! | [`read`] | reading the disk through its chain: at any offset, or a range on all cores |
 //! | [`metadata`] | where every piece of metadata lies, and what nothing refers to |
+//! | [`info`] | what an image says of itself, as `qemu-img info` has it |
 //! | [`plan`] | extents to segments, backings and tables; what stands in the way |
 //! | [`scratch`] | what the image's files don't hold as it is: inflated clusters, partial sectors |
 //! | [`table`] | `dmsetup` text, printed and parsed |
@@ -43,6 +44,7 @@ pub mod extent;
 pub mod format;
 pub mod holes;
 pub mod inflate;
+pub mod info;
 pub mod lock;
 pub mod metadata;
 pub mod open;

@@ -20,18 +20,26 @@ const DOES_NOT_SHARE: i64 = 200;
 
 /// QEMU's block permissions, by the number that a lock byte carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Permission {
+pub enum Permission {
+    /// Reading data that nobody changes beside.
     ConsistentRead = 0,
+    /// Changing what the guest sees.
     Write = 1,
+    /// Writing what does not change what the guest sees.
     WriteUnchanged = 2,
+    /// Changing the length.
     Resize = 3,
 }
+
+const ALL: [Permission; 4] =
+    [Permission::ConsistentRead, Permission::Write, Permission::WriteUnchanged, Permission::Resize];
 
 const WRITERS: [Permission; 3] =
     [Permission::Write, Permission::WriteUnchanged, Permission::Resize];
 
 impl Permission {
-    fn name(self) -> &'static str {
+    /// QEMU's name of it, with spaces.
+    pub fn name(self) -> &'static str {
         match self {
             Self::ConsistentRead => "consistent read",
             Self::Write => "write",
@@ -100,9 +108,48 @@ pub fn lock(source: &Source, sharing: Sharing) -> Result<Locked> {
     Ok(Locked::Yes)
 }
 
+/// What a lock byte says of a permission.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Claim {
+    /// Its holder uses the permission.
+    Uses,
+    /// Its holder does not share the permission.
+    DoesNotShare,
+}
+
+/// A byte that somebody else holds a lock on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OthersLock {
+    /// Which permission.
+    pub permission: Permission,
+    /// What of it.
+    pub claim: Claim,
+}
+
+impl OthersLock {
+    /// The lock's offset in the file.
+    pub fn byte(self) -> u64 {
+        let first = match self.claim {
+            Claim::Uses => USES,
+            Claim::DoesNotShare => DOES_NOT_SHARE,
+        };
+        (first + self.permission as i64).unsigned_abs()
+    }
+}
+
+/// The QEMU locks that others hold on the file at this moment. Who they are, the kernel
+/// does not say.
+pub fn others(source: &Source) -> Vec<OthersLock> {
+    let Some(file) = source.file() else { return Vec::new() };
+    let locks = [Claim::Uses, Claim::DoesNotShare]
+        .into_iter()
+        .flat_map(|claim| ALL.map(|permission| OthersLock { permission, claim }));
+    locks.filter(|lock| is_locked(file, lock.byte().cast_signed())).collect()
+}
+
 fn in_use(source: &Source, how: &str) -> Error {
     Error::new(ErrorKind::InUse(format!(
-        "the image is in use: {how} (a running virtual machine?); stop it, or see who with 'lsof'"
+        "the image is in use: {how} (a running virtual machine?); stop it, or see who with 'imgdm info -U'"
     )))
     .at_path(source.path())
 }
@@ -166,5 +213,10 @@ mod tests {
         assert_eq!(lock(&b, Sharing::Readers).unwrap(), Locked::Yes);
         let writer = File::open(file.path()).unwrap();
         assert!(is_locked(&writer, DOES_NOT_SHARE + Permission::Write as i64));
+        // Each sees the other's locks, and not its own.
+        let bytes: Vec<_> = others(&a).into_iter().map(OthersLock::byte).collect();
+        assert_eq!(bytes, [100, 201, 202, 203]);
+        drop(b);
+        assert_eq!(others(&a), []);
     }
 }

@@ -35,7 +35,8 @@ impl FileId {
         std::fs::metadata(path).ok().as_ref().map(Self::of)
     }
 
-    fn of(metadata: &Metadata) -> Self {
+    /// What `metadata` is of.
+    pub fn of(metadata: &Metadata) -> Self {
         if metadata.file_type().is_block_device() {
             Self { device: metadata.rdev(), inode: 0 }
         } else {

@@ -6,8 +6,10 @@ mod check;
 #[cfg(feature = "device")]
 mod detach;
 mod exit;
+mod facts;
 #[cfg(feature = "device")]
 mod fill;
+mod info;
 #[cfg(feature = "device")]
 mod key;
 #[cfg(feature = "device")]
@@ -19,6 +21,7 @@ mod plan;
 mod scratch;
 #[cfg(feature = "device")]
 mod signal;
+mod snapshots;
 mod table;
 
 use std::io::{self, Write};
@@ -48,6 +51,8 @@ pub(crate) struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Info(info::Args),
+    Snapshots(snapshots::Args),
     Map(map::Args),
     Plan(plan::Args),
     Table(table::Args),
@@ -126,6 +131,8 @@ pub(crate) fn run() -> ExitCode {
     }
     imgdm::device::raise_open_files_limit();
     let outcome = match cli.command {
+        Command::Info(args) => info::run(&args, globals),
+        Command::Snapshots(args) => snapshots::run(&args, globals),
         Command::Map(args) => map::run(&args, globals),
         Command::Plan(args) => plan::run(&args, globals),
         Command::Table(args) => table::run(&args, globals),

@@ -6,6 +6,7 @@ use clap::ValueEnum;
 use imgdm::Result;
 use imgdm::format::Format;
 use imgdm::format::qcow2::SnapshotSelector;
+use imgdm::info::InfoOptions;
 use imgdm::lock::Sharing;
 use imgdm::open::{OpenPolicy, Warning, WarningKind};
 use imgdm::plan::ZeroMode;
@@ -57,7 +58,7 @@ impl OpenArgs {
         OpenPolicy {
             format: self.format,
             snapshot: self.snapshot.clone(),
-            sharing: if self.force_share { Sharing::Writers } else { Sharing::Readers },
+            sharing: sharing(self.force_share),
             probe_backing: self.probe_backing,
             allow_changed_backing: self.allow_changed_backing,
             allow_corrupt: self.allow_corrupt,
@@ -65,6 +66,33 @@ impl OpenArgs {
             ..OpenPolicy::default()
         }
     }
+}
+
+/// Arguments that open one image to look at its metadata.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct ImageArgs {
+    /// The image: a file or a block device
+    #[arg(value_name = "IMAGE")]
+    pub(crate) image: PathBuf,
+
+    /// Format of the image (raw, qcow2, qcow, cow); without it the format is probed
+    #[arg(short, long, value_name = "FMT")]
+    format: Option<Format>,
+
+    /// Read even while another program writes to the image; what is read may be torn
+    #[arg(short = 'U', long)]
+    force_share: bool,
+}
+
+impl ImageArgs {
+    /// The options that these arguments ask for.
+    pub(crate) fn options(&self) -> InfoOptions {
+        InfoOptions { format: self.format, sharing: sharing(self.force_share) }
+    }
+}
+
+fn sharing(force_share: bool) -> Sharing {
+    if force_share { Sharing::Writers } else { Sharing::Readers }
 }
 
 /// The switch for FIEMAP, on the commands that use it.

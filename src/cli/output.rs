@@ -52,6 +52,43 @@ impl JsonPath {
     }
 }
 
+/// A size as QEMU prints it for people (size_to_str() in its util/cutils.c): three digits,
+/// and the next unit from 1000 on.
+pub(crate) fn human_size(bytes: u64) -> String {
+    const UNITS: [&str; 7] = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"];
+    let bytes = bytes as f64;
+    let mut unit = 0;
+    let mut divisor = 1.0;
+    while unit + 1 < UNITS.len() && bytes / divisor >= 1000.0 {
+        unit += 1;
+        divisor *= 1024.0;
+    }
+    format!("{} {}B", three_digits(bytes / divisor), UNITS[unit])
+}
+
+/// `%.3g` of the C library, for 0 and for numbers from 0.9 on.
+fn three_digits(number: f64) -> String {
+    let scientific = format!("{number:.2e}");
+    let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
+    let trimmed = |digits: &str| match digits.contains('.') {
+        true => digits.trim_end_matches('0').trim_end_matches('.').to_owned(),
+        false => digits.to_owned(),
+    };
+    match exponent.parse() {
+        Ok(exponent @ 3usize..) => format!("{}e+{exponent:02}", trimmed(digits)),
+        Ok(exponent) => trimmed(&format!("{number:.*}", 2 - exponent)),
+        // Less than 1: 0.977 and the like.
+        Err(_) => trimmed(&format!("{number:.3}")),
+    }
+}
+
+/// Seconds since 1970 in the time zone of the user (TZ, or else the machine's), as QEMU
+/// prints them.
+pub(crate) fn local_time(seconds: i64) -> String {
+    let Ok(time) = jiff::Timestamp::from_second(seconds) else { return seconds.to_string() };
+    jiff::tz::TimeZone::system().to_datetime(time).strftime("%Y-%m-%d %H:%M:%S").to_string()
+}
+
 /// Stdout without the line buffering of [`std::io::Stdout`]: a map has millions of lines.
 pub(crate) fn stdout() -> io::Result<io::BufWriter<File>> {
     let fd = io::stdout().as_fd().try_clone_to_owned()?;
@@ -65,4 +102,29 @@ pub(crate) fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
     writeln!(out)?;
     out.flush()?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_printed_as_by_qemu() {
+        // Each as `qemu-img info` prints it for a raw file of that size.
+        for (bytes, text) in [
+            (0, "0 B"),
+            (512, "512 B"),
+            (999, "999 B"),
+            (1000, "0.977 KiB"),
+            (1024, "1 KiB"),
+            (1536, "1.5 KiB"),
+            (196_608, "192 KiB"),
+            (1_023_488, "1e+03 KiB"),
+            (1_024_000, "0.977 MiB"),
+            (1 << 40, "1 TiB"),
+            (u64::MAX, "16 EiB"),
+        ] {
+            assert_eq!(human_size(bytes), text, "{bytes}");
+        }
+    }
 }

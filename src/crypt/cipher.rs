@@ -209,6 +209,12 @@ impl CipherSpec {
         known.then_some(Self { algorithm, chaining, iv })
     }
 
+    /// Bits of the block cipher's own key, where the volume's has so many bytes.
+    pub(super) fn key_bits(self, bytes: usize) -> usize {
+        let own = if self.chaining == Chaining::Xts { bytes / 2 } else { bytes };
+        own.saturating_mul(8)
+    }
+
     /// True for as many bytes as the cipher's key has: XTS takes two keys.
     pub(super) fn takes_key(self, bytes: usize) -> bool {
         match self.chaining {

@@ -61,6 +61,39 @@ struct Slot {
     key_sector: u32,
 }
 
+/// What a header says but for its secrets, in the words of QEMU's `qemu-img info`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LuksFacts {
+    /// Cipher and the bits of its key, like `aes-256` (of one of the two keys with XTS).
+    pub cipher: String,
+    /// Like `xts`.
+    pub mode: String,
+    /// Like `plain64` or `essiv`.
+    pub iv_generator: String,
+    /// The hash of ESSIV.
+    pub iv_hash: Option<String>,
+    /// The hash of key slots and digest.
+    pub hash: String,
+    /// The volume's UUID, as it is stored.
+    pub uuid: String,
+    /// Where LUKS would have the payload, from the start of its header. In qcow2 the
+    /// clusters lie elsewhere.
+    pub payload_offset: ByteLen,
+    /// Iterations of the volume key's digest.
+    pub digest_iterations: u32,
+    /// All eight key slots.
+    pub slots: Vec<LuksSlotFacts>,
+}
+
+/// What a header says of a key slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LuksSlotFacts {
+    /// Where the key material lies, from the start of the LUKS header.
+    pub key_offset: ByteLen,
+    /// Iterations and stripes of an active slot.
+    pub active: Option<(u32, u32)>,
+}
+
 /// A LUKS1 header all of whose bounds hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LuksHeader {
@@ -76,6 +109,7 @@ pub struct LuksHeader {
     digest_iterations: u32,
     /// The enabled ones.
     slots: Vec<Slot>,
+    facts: LuksFacts,
 }
 
 /// A NUL-terminated field.
@@ -85,6 +119,31 @@ fn text(field: &[u8], name: &str, at: u64) -> Result<String> {
         return Err(Error::invalid(format!("the LUKS {name} has no end")).at_offset(at));
     }
     Ok(printable(&String::from_utf8_lossy(bytes)))
+}
+
+fn sectors(count: u32) -> ByteLen {
+    ByteLen::new(u64::from(count) * SECTOR_SIZE)
+}
+
+/// The part of the facts that the names of cipher and hash give.
+fn cipher_facts(name: &str, mode: &str, hash: &str, key_bits: usize) -> LuksFacts {
+    let (mode, iv) = mode.split_once('-').unwrap_or((mode, ""));
+    let (iv_generator, iv_hash) = match iv.split_once(':') {
+        Some((generator, hash)) => (generator, Some(hash.to_owned())),
+        None => (iv, None),
+    };
+    LuksFacts {
+        // QEMU has no number in the name of the one cipher that has one key length only.
+        cipher: if name == "sm4" { name.to_owned() } else { format!("{name}-{key_bits}") },
+        mode: mode.to_owned(),
+        iv_generator: iv_generator.to_owned(),
+        iv_hash,
+        hash: hash.to_owned(),
+        uuid: String::new(),
+        payload_offset: ByteLen::ZERO,
+        digest_iterations: 0,
+        slots: Vec::new(),
+    }
 }
 
 impl LuksHeader {
@@ -137,6 +196,12 @@ impl LuksHeader {
         let material_sectors = (key_bytes as u64 * u64::from(STRIPES)).div_ceil(SECTOR_SIZE);
         let end = u64::from(raw.payload_offset.get()).min(length.div_ceil(SECTOR_SIZE));
         let mut slots = Vec::new();
+        let mut facts = LuksFacts {
+            payload_offset: sectors(raw.payload_offset.get()),
+            digest_iterations: raw.digest_iterations.get(),
+            uuid: text(&raw.uuid, "UUID", at(168))?,
+            ..cipher_facts(&name, &mode, &hash_name, cipher.key_bits(key_bytes))
+        };
         let mut taken: Vec<u64> = Vec::new();
         for (raw, index) in raw.slots.iter().zip(0u64..) {
             let field = 208 + index * 48;
@@ -158,6 +223,11 @@ impl LuksHeader {
                 return invalid(field + 40, format!("key slot {index} overlaps another"));
             }
             taken.push(start);
+            facts.slots.push(LuksSlotFacts {
+                key_offset: sectors(raw.key_offset.get()),
+                active: (raw.active.get() == SLOT_ENABLED)
+                    .then_some((raw.iterations.get(), raw.stripes.get())),
+            });
             match raw.active.get() {
                 SLOT_DISABLED => {}
                 SLOT_ENABLED if raw.iterations.get() == 0 => {
@@ -183,7 +253,13 @@ impl LuksHeader {
             digest_salt: raw.digest_salt,
             digest_iterations: raw.digest_iterations.get(),
             slots,
+            facts,
         })
+    }
+
+    /// What the header says, but for its secrets.
+    pub fn facts(&self) -> &LuksFacts {
+        &self.facts
     }
 
     /// The cipher as dm-crypt's table names it.

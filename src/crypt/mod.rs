@@ -16,7 +16,7 @@ use crate::status::Encryption;
 
 pub use cipher::SectorCipher;
 pub(crate) use luks::LUKS_HEADER_BYTES;
-pub use luks::LuksHeader;
+pub use luks::{LuksFacts, LuksHeader, LuksSlotFacts};
 
 /// Bytes of the key of legacy AES (QEMU: qcrypto_block_qcow_init() in crypto/block-qcow.c).
 const LEGACY_KEY_BYTES: usize = 16;

@@ -10,6 +10,7 @@ pub mod detach;
 pub mod fake;
 pub mod fault;
 pub mod fiemap;
+pub mod holders;
 pub mod keys;
 pub mod list;
 pub mod name;

@@ -1,5 +1,5 @@
 //! The system calls that no library wraps: ioctls of device-mapper, loop devices and
-//! FIEMAP, and leases. The only `unsafe` of the crate; all of it is behind safe
+//! files, and leases. The only `unsafe` of the crate; all of it is behind safe
 //! functions that hold for any argument.
 #![allow(unsafe_code)]
 #![cfg_attr(not(feature = "device"), allow(dead_code))]
@@ -276,6 +276,32 @@ pub(crate) fn logical_block_size(device: BorrowedFd<'_>) -> io::Result<u32> {
     let result = unsafe { libc::ioctl(device.as_raw_fd(), BLKSSZGET, &raw mut size) };
     Errno::result(result)?;
     u32::try_from(size).map_err(|_| Errno::EINVAL.into())
+}
+
+/// `struct fsxattr` (linux/fs.h).
+#[repr(C)]
+#[derive(Default)]
+struct FsXattr {
+    flags: u32,
+    extent_size: u32,
+    extents: u32,
+    project: u32,
+    copied_extent_size: u32,
+    pad: [u8; 8],
+}
+
+/// `_IOR('X', 31, struct fsxattr)`.
+const FS_IOC_FSGETXATTR: libc::c_ulong = 0x801c_581f;
+
+/// The extent size hint of a file in bytes (XFS); `None` where it has none, or the file
+/// system can't say.
+pub fn extent_size_hint(file: &File) -> Option<u32> {
+    let mut attributes = FsXattr::default();
+    let request = FS_IOC_FSGETXATTR;
+    // SAFETY: the kernel writes one `struct fsxattr`, which any bytes are.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), request, &raw mut attributes) };
+    Errno::result(result).ok()?;
+    Some(attributes.extent_size).filter(|&size| size != 0)
 }
 
 /// An extent of a file (`struct fiemap_extent`, linux/fiemap.h).

@@ -216,7 +216,7 @@ impl QcowImage {
     /// outside of the file (`InvalidImage`); a read failed.
     pub fn open(source: Arc<Source>) -> Result<Self> {
         let image = Self::open_past_damage(source)?;
-        image.check_l1_table()?;
+        require_l1_inside(&image.source, &image.header)?;
         Ok(image)
     }
 
@@ -226,19 +226,11 @@ impl QcowImage {
     /// # Errors
     /// As [`open`](Self::open), but for the L1 table.
     pub fn open_past_damage(source: Arc<Source>) -> Result<Self> {
-        let mut start = [0; QcowHeader::LENGTH];
-        let length = source.read_up_to(HostOffset::ZERO, &mut start)?;
-        let header =
-            QcowHeader::parse(&start[..length]).map_err(|error| error.at_path(source.path()))?;
+        let header = read_header(&source)?;
         let backing = read_backing(&source, &header)?;
         let behind = source.length().get().saturating_sub(header.l1_table_offset);
         let l1_in_file = header.l1_size.min(behind / ENTRY_SIZE);
         Ok(Self { source, header, backing, l1_in_file })
-    }
-
-    fn check_l1_table(&self) -> Result<()> {
-        let length = self.header.l1_size * ENTRY_SIZE;
-        require_inside(&self.source, self.header.l1_table_offset, length, "the L1 table")
     }
 
     /// The part of the disk that the L1 entries from `first` up to `end` describe.
@@ -337,7 +329,27 @@ impl QcowImage {
 }
 
 /// The name of the backing file, where the header has one.
-fn read_backing(source: &Source, header: &QcowHeader) -> Result<Option<BackingReference>> {
+/// Reads the header.
+///
+/// # Errors
+/// What [`QcowHeader::parse`] says; a read failed.
+pub(crate) fn read_header(source: &Source) -> Result<QcowHeader> {
+    let mut start = [0; QcowHeader::LENGTH];
+    let length = source.read_up_to(HostOffset::ZERO, &mut start)?;
+    QcowHeader::parse(&start[..length]).map_err(|error| error.at_path(source.path()))
+}
+
+/// Refuses an L1 table that does not lie in the file whole.
+pub(crate) fn require_l1_inside(source: &Source, header: &QcowHeader) -> Result<()> {
+    let length = header.l1_size * ENTRY_SIZE;
+    require_inside(source, header.l1_table_offset, length, "the L1 table")
+}
+
+/// Reads the backing file's name, where there is one.
+pub(crate) fn read_backing(
+    source: &Source,
+    header: &QcowHeader,
+) -> Result<Option<BackingReference>> {
     if header.backing_file_offset == 0 {
         return Ok(None);
     }
@@ -475,8 +487,7 @@ impl ImageFormat for QcowImage {
             let spoiled = self.covered(self.l1_in_file, self.header.l1_size);
             let part = range.intersection(self.covered(index, wanted_end));
             // The file has not grown: it is locked.
-            let error = self
-                .check_l1_table()
+            let error = require_l1_inside(&self.source, &self.header)
                 .err()
                 .unwrap_or_else(|| Error::invalid("the L1 table was cut off"));
             merger.push(self.spoiled_run(spoiled, part, error, damage)?);

@@ -23,6 +23,7 @@ use crate::lock::{self, Locked, Sharing};
 use crate::source::{FileId, Source, UnwrittenProbe};
 use crate::units::HostOffset;
 
+pub(crate) use name::full_backing_name;
 pub use name::{LocalName, resolve_beside};
 
 /// Layers of a chain at most.
@@ -139,13 +140,11 @@ pub struct OpenedChain {
 pub fn open_chain(image: &Path, policy: &OpenPolicy) -> Result<OpenedChain> {
     let mut opener =
         Opener { policy, seen: HashSet::new(), warnings: Vec::new(), layers: Vec::new() };
-    let mut next = Some(opener.active_layer_name(image)?);
+    let (path, format) = image_argument(image, policy.format)?;
+    let mut next = Some(Reference { path, format, expected: None, is_backing: false });
     while let Some(reference) = next {
         if opener.layers.len() == MAX_LAYERS {
-            return Err(Error::new(ErrorKind::Unsupported(format!(
-                "the backing chain is longer than {MAX_LAYERS} layers"
-            )))
-            .at_path(&reference.path));
+            return Err(too_many_layers(&reference.path));
         }
         let overlay = opener.layers.last().map(|layer: &Layer| layer.source.path().to_owned());
         let layer = opener.open_layer(&reference).map_err(|error| match &overlay {
@@ -177,17 +176,101 @@ pub struct OpenedFile {
 pub fn open_file(image: &Path, policy: &OpenPolicy) -> Result<OpenedFile> {
     let mut opener =
         Opener { policy, seen: HashSet::new(), warnings: Vec::new(), layers: Vec::new() };
-    let reference = opener.active_layer_name(image)?;
-    let source = opener.open_file(&reference.path)?;
-    let format = match reference.format {
-        Some(format) => format,
-        None => opener.probe(&reference, &source)?,
-    };
+    let (path, format) = image_argument(image, policy.format)?;
+    let source = opener.open_file(&path)?;
+    let format = format.map_or_else(|| probe_format(&source), Ok)?;
     Ok(OpenedFile { source, format, warnings: opener.warnings })
 }
 
+/// The file and the format that an argument of the command line names.
+///
+/// # Errors
+/// A `json:` or `file:` name that leads to no local file, or contradicts `format`.
+pub(crate) fn image_argument(
+    image: &Path,
+    format: Option<Format>,
+) -> Result<(PathBuf, Option<Format>)> {
+    let bytes = image.as_os_str().as_bytes();
+    if bytes.starts_with(b"json:") || (bytes.starts_with(b"file:") && !image.exists()) {
+        let name = LocalName::parse(bytes)?;
+        let format = agree(format, name.driver.as_deref())?;
+        return Ok((name.path, format));
+    }
+    Ok((image.to_owned(), format))
+}
+
+/// The file that a backing reference of `overlay` leads to, and the format that it is
+/// declared to have.
+///
+/// # Errors
+/// A name that leads to no local file, a format that is not known.
+pub(crate) fn resolve_backing(
+    overlay: &Path,
+    backing: &BackingReference,
+) -> Result<(PathBuf, Option<Format>)> {
+    let resolve = || {
+        let name = LocalName::parse(&backing.name)?;
+        let declared = backing.format.as_deref().map(str::parse).transpose()?;
+        let format = agree(declared, name.driver.as_deref())?;
+        Ok((beside(overlay, &name.path), format))
+    };
+    resolve().map_err(|error: Error| error.at_path(overlay))
+}
+
+/// The external data file that `image` names.
+///
+/// # Errors
+/// A name that leads to no local file.
+pub(crate) fn resolve_data_file(image: &Path, stored: &Path) -> Result<PathBuf> {
+    let name = LocalName::parse(stored.as_os_str().as_bytes())
+        .and_then(|name| agree(Some(Format::Raw), name.driver.as_deref()).map(|_| name))
+        .map_err(|error| error.at_path(image))?;
+    Ok(beside(image, &name.path))
+}
+
+/// Opens a file that is not one of `seen`, and adds it there.
+///
+/// # Errors
+/// It can't be opened; the chain has come to it before.
+pub(crate) fn open_once(path: &Path, seen: &mut HashSet<FileId>) -> Result<Source> {
+    let source = Source::open(path)?;
+    if let Some(id) = source.id()
+        && !seen.insert(id)
+    {
+        return Err(Error::invalid(
+            "the backing chain runs in a circle: it comes to this file a second time",
+        )
+        .at_path(path));
+    }
+    Ok(source)
+}
+
+/// The format that a file's first bytes announce.
+///
+/// # Errors
+/// A format that imgdm does not read; a read failed.
+pub(crate) fn probe_format(source: &Source) -> Result<Format> {
+    let mut start = [0; PROBE_LENGTH];
+    let n = source.read_up_to(HostOffset::ZERO, &mut start)?;
+    if let Some(foreign) = Format::foreign(&start[..n]) {
+        return Err(Error::new(ErrorKind::Unsupported(format!(
+            "this looks like {foreign}, which imgdm does not read; if it is the raw bytes of a disk, say so with -f raw"
+        )))
+        .at_path(source.path()));
+    }
+    Ok(Format::probe(&start[..n]))
+}
+
+/// That a chain has more layers than can be opened, at the file that would be the next.
+pub(crate) fn too_many_layers(path: &Path) -> Error {
+    Error::new(ErrorKind::Unsupported(format!(
+        "the backing chain is longer than {MAX_LAYERS} layers"
+    )))
+    .at_path(path)
+}
+
 /// Adds to an error about a backing file which overlay asked for it.
-fn in_backing_file(error: Error, overlay: &Path) -> Error {
+pub(crate) fn in_backing_file(error: Error, overlay: &Path) -> Error {
     let kind = error.kind().clone();
     let wrapped = match &kind {
         ErrorKind::NotFound(what) | ErrorKind::PermissionDenied(what) => {
@@ -220,29 +303,9 @@ struct Opener<'p> {
 }
 
 impl Opener<'_> {
-    fn active_layer_name(&self, image: &Path) -> Result<Reference> {
-        let bytes = image.as_os_str().as_bytes();
-        let mut format = self.policy.format;
-        let mut path = image.to_owned();
-        if bytes.starts_with(b"json:") || (bytes.starts_with(b"file:") && !image.exists()) {
-            let name = LocalName::parse(bytes)?;
-            format = agree(format, name.driver.as_deref())?;
-            path = name.path;
-        }
-        Ok(Reference { path, format, expected: None, is_backing: false })
-    }
-
     /// Opens and locks a file, which must not be part of the chain yet.
     fn open_file(&mut self, path: &Path) -> Result<Source> {
-        let mut source = Source::open(path)?;
-        if let Some(id) = source.id()
-            && !self.seen.insert(id)
-        {
-            return Err(Error::invalid(
-                "the backing chain runs in a circle: it comes to this file a second time",
-            )
-            .at_path(path));
-        }
+        let mut source = open_once(path, &mut self.seen)?;
         let locked = match lock::lock(&source, self.policy.sharing) {
             Err(error) if self.policy.report_in_use => match error.kind() {
                 ErrorKind::InUse(how) => {
@@ -336,15 +399,7 @@ impl Opener<'_> {
     }
 
     fn probe(&mut self, reference: &Reference, source: &Source) -> Result<Format> {
-        let mut start = [0; PROBE_LENGTH];
-        let n = source.read_up_to(HostOffset::ZERO, &mut start)?;
-        if let Some(foreign) = Format::foreign(&start[..n]) {
-            return Err(Error::new(ErrorKind::Unsupported(format!(
-                "this looks like {foreign}, which imgdm does not read; if it is the raw bytes of a disk, say so with -f raw"
-            )))
-            .at_path(source.path()));
-        }
-        let format = Format::probe(&start[..n]);
+        let format = probe_format(source)?;
         if reference.is_backing {
             if !self.policy.probe_backing {
                 let overlay = self.layers.last().map(|layer| layer.image.format());
@@ -380,12 +435,7 @@ impl Opener<'_> {
                 .at_path(source.path()));
             }
             (Some(_), Some(given)) => given,
-            (Some(Some(stored)), None) => {
-                let name = LocalName::parse(stored.as_os_str().as_bytes())
-                    .and_then(|name| agree(Some(Format::Raw), name.driver.as_deref()).map(|_| name))
-                    .map_err(|error| error.at_path(source.path()))?;
-                beside(source.path(), &name.path)
-            }
+            (Some(Some(stored)), None) => resolve_data_file(source.path(), &stored)?,
             (Some(None), None) => {
                 return Err(Error::invalid(
                     "the image has an external data file but does not name it; give it with --data-file",
@@ -404,18 +454,9 @@ impl Opener<'_> {
     }
 
     fn backing_of(&self, layer: &Layer) -> Result<Option<Reference>> {
-        let Some(BackingReference { name, format, expected }) = layer.backing() else {
-            return Ok(None);
-        };
-        let overlay = layer.source.path();
-        let resolve = || {
-            let name = LocalName::parse(name)?;
-            let declared = format.as_deref().map(str::parse).transpose()?;
-            let format = agree(declared, name.driver.as_deref())?;
-            let path = beside(overlay, &name.path);
-            Ok(Reference { path, format, expected: *expected, is_backing: true })
-        };
-        resolve().map(Some).map_err(|error: Error| error.at_path(overlay))
+        let Some(backing) = layer.backing() else { return Ok(None) };
+        let (path, format) = resolve_backing(layer.source.path(), backing)?;
+        Ok(Some(Reference { path, format, expected: backing.expected, is_backing: true }))
     }
 }
 

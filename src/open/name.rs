@@ -79,6 +79,15 @@ pub fn resolve_beside(image: &Path, name: &Path) -> PathBuf {
     PathBuf::from(std::ffi::OsString::from_vec(path))
 }
 
+/// A backing file's name seen from where `overlay` is, as QEMU prints it
+/// (bdrv_get_full_backing_filename()): one with a protocol or `json:` stays as it is.
+pub(crate) fn full_backing_name(overlay: &Path, name: &[u8]) -> Vec<u8> {
+    if protocol(name).is_some() {
+        return name.to_vec();
+    }
+    resolve_beside(overlay, Path::new(OsStr::from_bytes(name))).into_os_string().into_vec()
+}
+
 /// What stands before a colon that comes before any slash (QEMU's path_has_protocol()).
 fn protocol(name: &[u8]) -> Option<&[u8]> {
     let end = name.iter().position(|&b| b == b':' || b == b'/')?;

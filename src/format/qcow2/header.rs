@@ -47,6 +47,9 @@ pub mod incompatible {
     pub const KNOWN: u64 = DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2;
 }
 
+/// Bit of `compatible_features`: refcounts may be written lazily.
+const COMPATIBLE_LAZY_REFCOUNTS: u64 = 1 << 0;
+
 /// Bit of `autoclear_features`: the bitmaps extension is consistent.
 pub(crate) const AUTOCLEAR_BITMAPS: u64 = 1 << 0;
 
@@ -159,7 +162,8 @@ impl Qcow2Header {
     ///
     /// # Errors
     /// `InvalidImage` with the field's offset where a bound of QEMU's qcow2_do_open()
-    /// does not hold; `Unsupported` for a version or compression type that is not known.
+    /// does not hold, or tables overlap; `Unsupported` for a version or compression type that
+    /// is not known.
     pub fn parse(bytes: &[u8]) -> Result<Self> {
         let header = Self::parse_damaged(bytes)?;
         header.check_tables()?;
@@ -290,7 +294,7 @@ impl Qcow2Header {
     }
 
     /// The bounds without which an image can be checked, but not read.
-    fn check_tables(&self) -> Result<()> {
+    pub(crate) fn check_tables(&self) -> Result<()> {
         let (snapshots, cluster_size) = (self.snapshots_offset.get(), self.cluster_size());
         table_location(64, "the snapshot table", snapshots, 0, 0, cluster_size)?;
         if self.refcount_table.length.is_zero() {
@@ -330,6 +334,21 @@ impl Qcow2Header {
     /// True where guest clusters lie in an external data file.
     pub fn has_data_file(&self) -> bool {
         self.incompatible_features & incompatible::DATA_FILE != 0
+    }
+
+    /// True where the external data file is a raw image by itself.
+    pub fn has_raw_data_file(&self) -> bool {
+        self.autoclear_features & AUTOCLEAR_DATA_FILE_RAW != 0
+    }
+
+    /// True where refcounts may be written later than what they count.
+    pub fn has_lazy_refcounts(&self) -> bool {
+        self.compatible_features & COMPATIBLE_LAZY_REFCOUNTS != 0
+    }
+
+    /// True where somebody found the image corrupt and marked it.
+    pub fn is_marked_corrupt(&self) -> bool {
+        self.incompatible_features & incompatible::CORRUPT != 0
     }
 
     /// Bytes of an L2 entry: 8, or 16 with subclusters.

@@ -166,24 +166,6 @@ impl Qcow2Image {
         GuestRange::new(GuestOffset::ZERO, GuestOffset::new(self.virtual_size.get()))
     }
 
-    fn luks_header(&self) -> Result<CryptHeader> {
-        let Some((offset, length)) = self.crypt_header else {
-            return Err(Error::invalid(
-                "the image is encrypted by LUKS, but its header does not say where the LUKS header is",
-            ));
-        };
-        if !offset.is_multiple_of(self.header.cluster_size()) {
-            return Err(Error::invalid(format!(
-                "the LUKS header does not start on a cluster boundary: {offset:#x}"
-            )));
-        }
-        let start = HostOffset::new(offset);
-        let mut bytes = [0; LUKS_HEADER_BYTES];
-        let read = self.source.read_up_to(start, &mut bytes)?;
-        let header = LuksHeader::parse(&bytes[..read], start, length)?;
-        Ok(CryptHeader::Luks(Box::new(header)))
-    }
-
     /// The header extensions, read anew.
     ///
     /// # Errors
@@ -241,7 +223,10 @@ impl ImageFormat for Qcow2Image {
         let header = match self.header.encryption {
             None => return Ok(None),
             Some(Encryption::Aes) => Ok(CryptHeader::Aes),
-            Some(Encryption::Luks) => self.luks_header(),
+            Some(Encryption::Luks) => {
+                read_luks_header(&self.source, &self.header, self.crypt_header)
+                    .map(|header| CryptHeader::Luks(Box::new(header)))
+            }
         };
         header.map(Some).map_err(|error| error.at_path(self.source.path()))
     }
@@ -305,7 +290,32 @@ pub(crate) fn read_extensions(source: &Source, header: &Qcow2Header) -> Result<E
     Extensions::parse(&area, start)
 }
 
-fn read_backing(
+/// Reads the LUKS header at the place, offset and length, that the header extension gives.
+///
+/// # Errors
+/// There is no such extension; what [`LuksHeader::parse`] says.
+pub(crate) fn read_luks_header(
+    source: &Source,
+    header: &Qcow2Header,
+    place: Option<(u64, u64)>,
+) -> Result<LuksHeader> {
+    let Some((offset, length)) = place else {
+        return Err(Error::invalid(
+            "the image is encrypted by LUKS, but its header does not say where the LUKS header is",
+        ));
+    };
+    if !offset.is_multiple_of(header.cluster_size()) {
+        return Err(Error::invalid(format!(
+            "the LUKS header does not start on a cluster boundary: {offset:#x}"
+        )));
+    }
+    let start = HostOffset::new(offset);
+    let mut bytes = [0; LUKS_HEADER_BYTES];
+    let read = source.read_up_to(start, &mut bytes)?;
+    LuksHeader::parse(&bytes[..read], start, length)
+}
+
+pub(crate) fn read_backing(
     source: &Source,
     header: &Qcow2Header,
     extensions: &Extensions,
@@ -435,7 +445,7 @@ impl RepeatedL2 {
     }
 }
 
-fn check_table_in_file(
+pub(crate) fn check_table_in_file(
     source: &Source,
     table: TableLocation,
     field: u64,

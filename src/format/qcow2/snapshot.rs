@@ -39,6 +39,8 @@ pub struct Snapshot {
     pub vm_clock_nanoseconds: u64,
     /// Bytes of the VM state.
     pub vm_state_size: u64,
+    /// Instructions that the guest had run, where they were counted.
+    pub instruction_count: Option<u64>,
 }
 
 impl Snapshot {
@@ -130,6 +132,7 @@ pub(crate) fn read_entry(
         date_nanoseconds: u32_at(20),
         vm_clock_nanoseconds: crate::format::be64(&fixed, 3),
         vm_state_size: extra_u64(0).unwrap_or_else(|| u64::from(u32_at(32))),
+        instruction_count: extra_u64(16).filter(|&count| count != u64::MAX),
     };
     if i64::try_from(snapshot.virtual_size.get()).is_err() {
         return Err(Error::invalid(format!(
@@ -261,6 +264,7 @@ mod tests {
             date_nanoseconds: 0,
             vm_clock_nanoseconds: 0,
             vm_state_size: 0,
+            instruction_count: None,
         }
     }
 
