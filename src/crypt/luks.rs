@@ -74,7 +74,7 @@ pub struct LuksFacts {
     pub iv_hash: Option<String>,
     /// The hash of key slots and digest.
     pub hash: String,
-    /// The volume's UUID, as it is stored.
+    /// The volume's UUID as it is stored, whatever that is.
     pub uuid: String,
     /// Where LUKS would have the payload, from the start of its header. In qcow2 the
     /// clusters lie elsewhere.
@@ -112,9 +112,14 @@ pub struct LuksHeader {
     facts: LuksFacts,
 }
 
+/// What stands before a field's NUL.
+fn c_bytes(field: &[u8]) -> &[u8] {
+    field.split(|&byte| byte == 0).next().unwrap_or_default()
+}
+
 /// A NUL-terminated field.
 fn text(field: &[u8], name: &str, at: u64) -> Result<String> {
-    let bytes = field.split(|&byte| byte == 0).next().unwrap_or_default();
+    let bytes = c_bytes(field);
     if bytes.len() == field.len() {
         return Err(Error::invalid(format!("the LUKS {name} has no end")).at_offset(at));
     }
@@ -199,7 +204,7 @@ impl LuksHeader {
         let mut facts = LuksFacts {
             payload_offset: sectors(raw.payload_offset.get()),
             digest_iterations: raw.digest_iterations.get(),
-            uuid: text(&raw.uuid, "UUID", at(168))?,
+            uuid: String::from_utf8_lossy(c_bytes(&raw.uuid)).into_owned(),
             ..cipher_facts(&name, &mode, &hash_name, cipher.key_bits(key_bytes))
         };
         let mut taken: Vec<u64> = Vec::new();

@@ -178,15 +178,16 @@ pub fn chain_info(image: &Path, options: &InfoOptions) -> Result<Vec<ImageInfo>>
 /// The internal snapshots of an image, and its format; a format other than qcow2 has none.
 ///
 /// # Errors
-/// Those of [`image_info`]; the snapshot table can't be read.
+/// Those of [`image_info`]; the snapshot table is damaged.
 pub fn snapshots(image: &Path, options: &InfoOptions) -> Result<(Format, Vec<Snapshot>)> {
     let (path, format) = image_argument(image, options.format)?;
     let mut source = open_once(&path, &mut HashSet::new())?;
     lock_and_refresh(&mut source, options.sharing)?;
     let format = format.map_or_else(|| probe_format(&source), Ok)?;
     let snapshots = match format {
+        // Not facts(), which goes on past a damaged table.
         Format::Qcow2 => qcow2::read_snapshots(&source)?,
-        _ => Vec::new(),
+        _ => facts(format, &Arc::new(source))?.snapshots,
     };
     Ok((format, snapshots))
 }
@@ -273,12 +274,7 @@ impl Layer {
         };
         let file = FileFacts::of(self.source);
         let source = &file.source;
-        let facts = match format {
-            Format::Raw => raw(source)?,
-            Format::Qcow2 => qcow2::facts(source)?,
-            Format::Qcow => qcow(source)?,
-            Format::Cow => cow(source)?,
-        };
+        let facts = facts(format, source)?;
         notices.extend(facts.notices);
         let data_file = match facts.data_file.map(|name| data_file(source, name)) {
             None => None,
@@ -302,6 +298,15 @@ impl Layer {
             notices,
             file,
         })
+    }
+}
+
+fn facts(format: Format, source: &Arc<Source>) -> Result<FormatFacts> {
+    match format {
+        Format::Raw => raw(source),
+        Format::Qcow2 => qcow2::facts(source),
+        Format::Qcow => qcow(source),
+        Format::Cow => cow(source),
     }
 }
 

@@ -89,7 +89,10 @@ fn read(source: &Source) -> Result<FormatFacts> {
         facts.unless_damaged(source, check_table_in_file(source, table, field, name))?;
     }
     facts.backing = facts.unless_damaged(source, read_backing(source, &header, &extensions))?;
-    facts.snapshots = facts.unless_damaged(source, snapshot::read_table(source, &header))?;
+    let mut snapshots = Vec::new();
+    let table = snapshot::read_table_into(source, &header, &mut snapshots);
+    facts.unless_damaged(source, table)?;
+    facts.snapshots = snapshots;
     let bitmaps = facts.unless_damaged(source, read_bitmaps(source, &header, &extensions))?;
     let encryption = facts.unless_damaged(source, encryption(source, &header, &extensions))?;
     let data_file = extensions.data_file;

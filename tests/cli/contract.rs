@@ -254,6 +254,50 @@ macro_rules! for_every_reader {
 
 for_every_reader! { map plan table attach }
 
+// These read headers, and go on past what else is damaged.
+contract! {
+    info: missing_file no_argument unknown_option unknown_format help not_an_image_file garbage
+        no_permission unknown_feature absurd_size an_image_of_another_format;
+    snapshots: missing_file no_argument unknown_option unknown_format help not_an_image_file
+        garbage no_permission unknown_feature absurd_size an_image_of_another_format;
+}
+
+#[test]
+fn info_opens_backing_files_for_the_chain_only() {
+    for (name, format, status, part) in [
+        ("gone.raw", "raw", 66, "backing file of x.qcow2"),
+        ("nbd://host/disk", "raw", 65, "'nbd'"),
+        ("base.vmdk", "vmdk", 65, "vmdk"),
+        ("x\x1b[2J:y", "raw", 65, "x.qcow2"),
+        ("./x.qcow2", "qcow2", 65, "circle"),
+    ] {
+        let image = Qcow2::new().backing(Path::new(name), Some(format));
+        assert_fails(&on("info", &image, &["--backing-chain"]), status, &[part]);
+        for output in ["--output=human", "--output=json"] {
+            let output = on("info", &image, &[output]);
+            assert!(output.status.success(), "{output:?}");
+            assert!(!output.stdout.contains(&0x1b), "{output:?}");
+        }
+    }
+}
+
+#[test]
+fn info_tells_of_damage_that_it_goes_past() {
+    let mut cut = Qcow2::new().data(1);
+    cut.bytes.truncate(1000);
+    let mut corrupt = Qcow2::new();
+    corrupt.put(72, &2u64.to_be_bytes());
+    let mut far = Qcow2::new();
+    far.put(40, &(1u64 << 50).to_be_bytes());
+    for (image, part) in [(cut, "L1 table"), (corrupt, "marked corrupt"), (far, "L1 table")] {
+        let output = on("info", &image, &[]);
+        assert!(output.status.success(), "{output:?}");
+        let notices = String::from_utf8(output.stdout).unwrap();
+        let notices = notices.split_once("Notices:").expect("notices").1;
+        assert!(notices.contains(part), "{notices}");
+    }
+}
+
 #[test]
 fn an_undeclared_backing_format_is_refused_by_those_that_hand_the_bytes_on() {
     let directory = chain();
@@ -426,7 +470,7 @@ fn a_long_list_of_damage_is_cut_and_counted() {
 #[test]
 fn a_full_disk_is_an_error() {
     let directory = chain();
-    for name in ["map", "plan", "table"] {
+    for name in ["info", "map", "plan", "table"] {
         let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
         let output = command(directory.path(), &[name, "top.qcow2"]).stdout(full).output().unwrap();
         assert_eq!(output.status.code(), Some(1), "{output:?}");

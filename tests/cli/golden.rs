@@ -75,7 +75,7 @@ fn table_json() {
 
 #[test]
 fn help_of_each_command() {
-    for command in ["map", "plan", "table", "attach", "detach", "list"] {
+    for command in ["info", "snapshots", "map", "plan", "table", "attach", "detach", "list"] {
         check(&[command, "--help"], &format!("help-{command}.txt"));
     }
     check(&["--help"], "help.txt");

@@ -11,6 +11,7 @@ mod encrypted;
 mod faults;
 mod guest;
 mod holes;
+mod info;
 mod locks;
 mod names;
 mod odd;

@@ -12,6 +12,7 @@ use crate::common::qemu;
 use crate::common::rng::Rng;
 use crate::device::{self, Reading};
 use crate::imgdm::{EX_NOT_REPRESENTABLE, imgdm};
+use crate::info::check_info;
 use crate::map::{Row, plan_of, plan_of_full, rows};
 use crate::read;
 use crate::table::{Plan, compare};
@@ -280,6 +281,7 @@ fn check_snapshot(
 /// What is not as qemu-img has it.
 pub(crate) fn check_image(dir: &Path, recipe: &Recipe, rng: &mut Rng) -> Outcome {
     let map = check_maps(dir, recipe.top(), rng)?;
+    check_info(dir, recipe.top(), rng)?;
     check_table(dir, recipe, None, &recipe.top().file, &map, rng)?;
     if !recipe.top().snapshots.is_empty() {
         let ids = snapshots(dir, &recipe.top().file)?;

@@ -304,9 +304,9 @@ pub(crate) fn read_luks_header(
             "the image is encrypted by LUKS, but its header does not say where the LUKS header is",
         ));
     };
-    if !offset.is_multiple_of(header.cluster_size()) {
+    if !offset.is_multiple_of(header.cluster_size()) || i64::try_from(offset).is_err() {
         return Err(Error::invalid(format!(
-            "the LUKS header does not start on a cluster boundary: {offset:#x}"
+            "the LUKS header is not on a cluster boundary below 2^63: {offset:#x}"
         )));
     }
     let start = HostOffset::new(offset);

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::header::{Qcow2Header, TableLocation};
+use super::header::{MAX_SNAPSHOTS, Qcow2Header, TableLocation};
 use crate::error::{Error, ErrorKind, Result, printable};
 use crate::source::Source;
 use crate::units::{ByteLen, HostOffset};
@@ -77,14 +77,40 @@ impl Snapshot {
 /// It is cut off, larger than 64 MiB, or an entry has more than 1024 bytes of extra data.
 pub(crate) fn read_table(source: &Source, header: &Qcow2Header) -> Result<Vec<Snapshot>> {
     let mut snapshots = Vec::new();
-    let mut at = header.snapshots_offset.get();
+    read_table_into(source, header, &mut snapshots)?;
+    Ok(snapshots)
+}
+
+/// Appends the entries of the snapshot table, up to where it is damaged.
+///
+/// # Errors
+/// Those of [`read_table`].
+pub(crate) fn read_table_into(
+    source: &Source,
+    header: &Qcow2Header,
+    snapshots: &mut Vec<Snapshot>,
+) -> Result<()> {
+    if header.snapshot_count > MAX_SNAPSHOTS {
+        return Err(Error::invalid(format!(
+            "{} snapshots are more than {MAX_SNAPSHOTS}",
+            header.snapshot_count
+        ))
+        .at_path(source.path())
+        .at_offset(60));
+    }
+    let start = header.snapshots_offset.get();
+    if header.snapshot_count > 0 && i64::try_from(start).is_err() {
+        let message = format!("the snapshot table at {start:#x} lies past 2^63");
+        return Err(Error::invalid(message).at_path(source.path()).at_offset(64));
+    }
+    let mut at = start;
     for index in 0..header.snapshot_count {
         at = at.next_multiple_of(8);
         let (snapshot, length) = read_entry(source, HostOffset::new(at), header)
             .map_err(|error| error.at_path(source.path()).at_offset(at))?;
         snapshots.push(snapshot);
         at += length;
-        if at - header.snapshots_offset.get() > MAX_TABLE_BYTES {
+        if at - start > MAX_TABLE_BYTES {
             return Err(Error::invalid(format!(
                 "the snapshot table is larger than {MAX_TABLE_BYTES} bytes at entry {index}"
             ))
@@ -92,7 +118,7 @@ pub(crate) fn read_table(source: &Source, header: &Qcow2Header) -> Result<Vec<Sn
             .at_offset(at));
         }
     }
-    Ok(snapshots)
+    Ok(())
 }
 
 /// Reads one entry; gives its length as well, at most 40 + 1024 + 2 * 65535 bytes.
