@@ -108,9 +108,11 @@ pub(super) fn no_permission(command: &str) {
 /// Runs `imgdm COMMAND top.qcow2` as a user who owns nothing; root may read anything.
 fn as_nobody(name: &str, directory: &Path) -> Output {
     if nix::unistd::geteuid().is_root() {
-        // The binary may lie where only root gets to: a copy beside the image.
+        // The binary may lie where only root gets to: its own name beside the image, or else
+        // a copy (which can't be run while another test's child has it open to write).
         let copy = directory.join("imgdm");
-        fs::copy(env!("CARGO_BIN_EXE_imgdm"), &copy).unwrap();
+        let program = env!("CARGO_BIN_EXE_imgdm");
+        fs::hard_link(program, &copy).or_else(|_| fs::copy(program, &copy).map(drop)).unwrap();
         let arguments = ["--reuid=65534", "--regid=65534", "--clear-groups"];
         return std::process::Command::new("setpriv")
             .args(arguments)
