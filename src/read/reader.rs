@@ -109,6 +109,9 @@ pub(super) fn joined(extents: impl Iterator<Item = Extent>, to: &mut Vec<Extent>
 
 /// The range made longer to whole sectors, which ciphers need. (A disk is of whole ones.)
 pub(super) fn in_sectors(range: GuestRange) -> GuestRange {
+    if range.is_empty() {
+        return range;
+    }
     let start = range.start.get() / SECTOR_SIZE * SECTOR_SIZE;
     let end = range.end.get().div_ceil(SECTOR_SIZE).saturating_mul(SECTOR_SIZE);
     GuestRange::new(GuestOffset::new(start), GuestOffset::new(end))

@@ -165,6 +165,15 @@ fn a_cluster_that_does_not_inflate_is_named_with_its_place() {
 }
 
 #[test]
+fn an_empty_range_has_no_chunks() {
+    let chain = chain_over(vec![vec![Sector::Zero, Sector::Data(1)]], file);
+    for at in [0, 1, 512, 700, 1024, 5000] {
+        assert!(swept(&chain, &Ciphers::new(), range(at, at)).unwrap().is_empty());
+        assert!(swept(&chain, &Ciphers::new(), range(at.max(1024), 9999)).unwrap().is_empty());
+    }
+}
+
+#[test]
 fn reads_past_the_end_of_the_disk_are_refused() {
     let chain = chain_over(vec![vec![Sector::Data(1); 4]], file);
     for (offset, length) in [(0, 2049), (2048, 1), (4096, 0), (u64::MAX, 2)] {
