@@ -90,7 +90,9 @@ pub enum HoleQuery {
 /// A whole backing chain: the active layer first.
 #[derive(Debug)]
 pub struct Chain {
-    layers: Vec<Layer>,
+    layers: Arc<[Layer]>,
+    /// The active layer: those before it are of a chain that this one is the base of.
+    first: usize,
 }
 
 impl Chain {
@@ -102,17 +104,24 @@ impl Chain {
         if layers.is_empty() {
             return Err(Error::new(ErrorKind::Usage("a chain needs a layer".to_owned())));
         }
-        Ok(Self { layers })
+        Ok(Self { layers: layers.into(), first: 0 })
     }
 
     /// The layers, the active one first.
     pub fn layers(&self) -> &[Layer] {
-        &self.layers
+        &self.layers[self.first..]
+    }
+
+    /// The chain that starts at the layer at `depth`, with the same open files; `None`
+    /// where there is no such layer.
+    pub fn base(&self, depth: u32) -> Option<Self> {
+        let first = self.first.checked_add(usize::try_from(depth).ok()?)?;
+        (first < self.layers.len()).then(|| Self { layers: Arc::clone(&self.layers), first })
     }
 
     /// Size of the virtual disk: the active layer's.
     pub fn virtual_size(&self) -> ByteLen {
-        self.layers[0].image.virtual_size()
+        self.layers()[0].image.virtual_size()
     }
 
     /// The whole virtual disk.
@@ -254,7 +263,8 @@ impl Chain {
 
     /// Cuts `range` into the windows in which it is best resolved.
     pub fn windows(&self, range: GuestRange) -> impl Iterator<Item = GuestRange> + use<> {
-        let finest = self.layers.iter().map(|layer| layer.image.granularity()).min().unwrap_or(512);
+        let finest =
+            self.layers().iter().map(|layer| layer.image.granularity()).min().unwrap_or(512);
         let size = (finest.saturating_mul(RUNS_PER_WINDOW)).clamp(1 << 20, 4 << 30);
         let mut at = range.start;
         let end = range.end;
@@ -365,7 +375,7 @@ impl Resolver<'_> {
             status: BlockStatus::Unallocated(None),
         });
         let mut layers_with_rows = 0;
-        for depth in 0..self.chain.layers.len() {
+        for depth in 0..self.chain.layers().len() {
             let rows_before = self.extents.len();
             self.fold_layer(depth)?;
             layers_with_rows += usize::from(self.extents.len() > rows_before);
@@ -387,8 +397,9 @@ impl Resolver<'_> {
     /// Asks layer `depth` for the open runs: rows for what it answers, and the open
     /// runs anew for what it leaves to its backing file.
     fn fold_layer(&mut self, depth: usize) -> Result<()> {
-        let layer = &self.chain.layers[depth];
-        let backing_size = self.chain.layers.get(depth + 1).map(|l| l.image.virtual_size());
+        let layers = self.chain.layers();
+        let layer = &layers[depth];
+        let backing_size = layers.get(depth + 1).map(|l| l.image.virtual_size());
         let (Some(first), Some(last)) = (self.open.first(), self.open.last()) else {
             return Ok(());
         };

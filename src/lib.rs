@@ -29,6 +29,7 @@
 //! | [`read`] | reading the disk through its chain: at any offset, or a range on all cores |
 //! | [`metadata`] | where every piece of metadata lies, and what nothing refers to |
 //! | [`info`] | what an image says of itself, as `qemu-img info` has it |
+//! | [`diff`] | where two disks differ, by mapping or by bytes |
 //! | [`plan`] | extents to segments, backings and tables; what stands in the way |
 //! | [`scratch`] | what the image's files don't hold as it is: inflated clusters, partial sectors |
 //! | [`table`] | `dmsetup` text, printed and parsed |
@@ -39,6 +40,7 @@ pub mod check;
 pub mod crypt;
 pub mod damage;
 pub mod device;
+pub mod diff;
 pub mod error;
 pub mod extent;
 pub mod format;

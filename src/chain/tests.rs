@@ -80,13 +80,20 @@ pub(crate) fn chain_of(layers: Vec<Vec<Sector>>) -> Chain {
 
 /// A chain whose layers' files hold what `file` gives for each depth.
 pub(crate) fn chain_over(layers: Vec<Vec<Sector>>, file: impl Fn(usize) -> Vec<u8>) -> Chain {
-    let layer = |(depth, sectors)| Layer {
+    let source = |depth| Arc::new(Source::from_bytes(format!("layer{depth}"), file(depth)));
+    let sources: Vec<_> = (0..layers.len()).map(source).collect();
+    chain_on(layers, &sources)
+}
+
+/// A chain whose layers' files are these.
+pub(crate) fn chain_on(layers: Vec<Vec<Sector>>, files: &[Arc<Source>]) -> Chain {
+    let layer = |(sectors, source): (_, &Arc<Source>)| Layer {
         image: Box::new(Synthetic(sectors)),
-        source: Arc::new(Source::from_bytes(format!("layer{depth}"), file(depth))),
+        source: Arc::clone(source),
         data_file: None,
         declared_format: None,
     };
-    Chain::new(layers.into_iter().enumerate().map(layer).collect()).unwrap()
+    Chain::new(layers.into_iter().zip(files).map(layer).collect()).unwrap()
 }
 
 fn sector() -> impl Strategy<Value = Sector> {

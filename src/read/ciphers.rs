@@ -1,6 +1,7 @@
 //! The unlocked ciphers of a chain's encrypted layers.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use super::HOLES;
 use crate::chain::Chain;
@@ -11,8 +12,8 @@ use crate::units::GuestRange;
 
 /// Ciphers with their keys, by the depth of the layer that each is for (0 the active
 /// layer). None are needed for a chain in the clear.
-#[derive(Debug, Default)]
-pub struct Ciphers(BTreeMap<u32, SectorCipher>);
+#[derive(Clone, Debug, Default)]
+pub struct Ciphers(pub(super) BTreeMap<u32, Arc<SectorCipher>>);
 
 impl Ciphers {
     /// No layer unlocked.
@@ -25,13 +26,20 @@ impl Ciphers {
     /// # Errors
     /// `WrongKey` where the key is not as long as the cipher's.
     pub fn insert(&mut self, depth: u32, header: &CryptHeader, key: &VolumeKey) -> Result<()> {
-        self.0.insert(depth, SectorCipher::new(header, key)?);
+        self.0.insert(depth, Arc::new(SectorCipher::new(header, key)?));
         Ok(())
+    }
+
+    /// Those of [`Chain::base`] at that depth.
+    #[must_use]
+    pub fn of_base(&self, depth: u32) -> Self {
+        let below = self.0.range(depth..);
+        Self(below.map(|(at, cipher)| (at - depth, Arc::clone(cipher))).collect())
     }
 
     /// The cipher of the layer at `depth` of `chain`.
     pub(super) fn get(&self, chain: &Chain, depth: u32) -> Result<&SectorCipher> {
-        self.0.get(&depth).ok_or_else(|| {
+        self.0.get(&depth).map(Arc::as_ref).ok_or_else(|| {
             let message = format!("layer {depth} is encrypted, and its key is missing");
             let error = Error::new(ErrorKind::WrongKey(message));
             match chain.layers().get(depth as usize) {

@@ -3,13 +3,14 @@
 #![allow(clippy::cast_possible_truncation)]
 
 use std::io::Write;
+use std::sync::OnceLock;
 
 use proptest::prelude::*;
 use zeroize::Zeroizing;
 
 use super::*;
 use crate::chain::tests::{FILE_SECTORS, Sector, chain_over, layers, model};
-use crate::crypt::{CryptHeader, Passphrase, SectorCipher, VolumeKey};
+use crate::crypt::{CryptHeader, Passphrase, VolumeKey};
 use crate::error::{Error, ErrorKind};
 use crate::source::Source;
 use crate::units::{GuestRange, SECTOR_SIZE};
@@ -23,7 +24,7 @@ fn inflated(depth: usize) -> Vec<u8> {
 
 /// A layer's file: no two sectors are the same, the first is a stream, and the last is cut
 /// off.
-fn file(depth: usize) -> Vec<u8> {
+pub(crate) fn file(depth: usize) -> Vec<u8> {
     let sectors = FILE_SECTORS as usize;
     let mut bytes: Vec<u8> = (0..sectors * SECTOR)
         .map(|at| ((at / SECTOR * 37 + depth * 101 + 1) ^ (at % SECTOR * 3)) as u8)
@@ -42,16 +43,20 @@ fn key(depth: usize) -> VolumeKey {
     CryptHeader::Aes.unlock(&Source::from_bytes("", Vec::new()), &passphrase).unwrap()
 }
 
-fn ciphers(count: usize) -> Ciphers {
-    let mut ciphers = Ciphers::new();
-    for depth in 0..count {
-        ciphers.insert(depth as u32, &CryptHeader::Aes, &key(depth)).unwrap();
-    }
-    ciphers
+/// The ciphers of as many layers as a chain has, made once.
+pub(crate) fn ciphers() -> &'static Ciphers {
+    static MADE: OnceLock<Ciphers> = OnceLock::new();
+    MADE.get_or_init(|| {
+        let mut ciphers = Ciphers::new();
+        for depth in 0..8 {
+            ciphers.insert(depth, &CryptHeader::Aes, &key(depth as usize)).unwrap();
+        }
+        ciphers
+    })
 }
 
 /// The whole disk, by the model.
-fn disk(layers: &[Vec<Sector>]) -> Vec<u8> {
+pub(crate) fn disk(layers: &[Vec<Sector>]) -> Vec<u8> {
     let mut disk = Vec::new();
     for sector in 0..layers[0].len() {
         let (depth, found) = model(layers, sector);
@@ -64,8 +69,7 @@ fn disk(layers: &[Vec<Sector>]) -> Vec<u8> {
             Sector::Data(place) => at(place),
             Sector::Encrypted(place) => {
                 let mut bytes = at(place);
-                let cipher = SectorCipher::new(&CryptHeader::Aes, &key(depth)).unwrap();
-                cipher.decrypt(sector as u64, &mut bytes);
+                ciphers().0[&(depth as u32)].decrypt(sector as u64, &mut bytes);
                 bytes
             }
             Sector::Compressed => inflated(depth),
@@ -98,15 +102,17 @@ fn swept(chain: &Chain, ciphers: &Ciphers, range: GuestRange) -> Result<Vec<u8>>
 }
 
 proptest! {
+    // Each case starts and ends work on all cores several times.
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
     #[test]
     fn any_read_gives_what_asking_sector_by_sector_gives(
         layers in layers(),
         reads in prop::collection::vec((any::<prop::sample::Index>(), 0..2000usize, any::<bool>()), 1..8),
     ) {
         let chain = chain_over(layers.clone(), file);
-        let ciphers = ciphers(layers.len());
         let disk = disk(&layers);
-        let mut reader = ChainReader::new(&chain, &ciphers);
+        let mut reader = ChainReader::new(&chain, ciphers());
         let mut last = 0;
         for (offset, length, in_order) in reads {
             let start = if in_order { last } else { offset.index(disk.len() + 1) };
@@ -115,12 +121,12 @@ proptest! {
             reader.read_at(GuestOffset::new(start as u64), &mut bytes).unwrap();
             prop_assert_eq!(&bytes, &disk[start..end]);
             bytes.fill(0xaa);
-            chain.read_at(&ciphers, GuestOffset::new(start as u64), &mut bytes).unwrap();
+            chain.read_at(ciphers(), GuestOffset::new(start as u64), &mut bytes).unwrap();
             prop_assert_eq!(&bytes, &disk[start..end]);
-            prop_assert_eq!(&swept(&chain, &ciphers, range(start, end)).unwrap(), &disk[start..end]);
+            prop_assert_eq!(&swept(&chain, ciphers(), range(start, end)).unwrap(), &disk[start..end]);
             last = end;
         }
-        prop_assert_eq!(swept(&chain, &ciphers, chain.whole()).unwrap(), disk);
+        prop_assert_eq!(swept(&chain, ciphers(), chain.whole()).unwrap(), disk);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::{FailedCluster, FailedWhy, ScratchContent, ScratchJob};
 use crate::chain::{Chain, Layer};
 use crate::error::{Error, Result};
 use crate::inflate::InflateFault;
-use crate::read::{ClusterPart, ClusterReader, Stream};
+use crate::read::{ClusterPart, ClusterReader, Stream, is_zero};
 use crate::status::FileRole;
 use crate::units::{ByteLen, GuestRange};
 
@@ -188,10 +188,4 @@ fn failed(layer: &Layer, job: &ScratchJob, why: FailedWhy) -> FailedCluster {
 
 fn contradiction() -> Error {
     Error::invalid("a piece of the scratch file is planned that its layer can't have")
-}
-
-/// True where all of `bytes` are zeros.
-fn is_zero(bytes: &[u8]) -> bool {
-    // Each byte is the one before it, and the first is 0: one comparison of memory.
-    bytes.first().is_none_or(|&first| first == 0 && bytes[1..] == bytes[..bytes.len() - 1])
 }
