@@ -5,7 +5,6 @@ use std::io::Write;
 
 use anyhow::Context;
 use clap::ValueEnum;
-use imgdm::chain::Chain;
 use imgdm::device::attach::{
     Attachment, DirectIo, LayerFiles, Options, Request, attach, find_attached,
 };
@@ -20,7 +19,7 @@ use imgdm::plan::{Plan, TableSource, ZeroMode};
 use imgdm::scratch::{OnError, ScratchWork};
 use imgdm::source::Source;
 
-use super::key::{KeyArgs, KeySources};
+use super::key::{KeyArgs, KeySources, encrypted_layers};
 use super::open::{FiemapArgs, OpenArgs, ZeroArgs, print_warnings};
 use super::output::show_path;
 use super::scratch::{ContentArgs, PlaceArgs};
@@ -109,13 +108,6 @@ fn warn_of_holders(kernel: &LinuxKernel, file: &Source, globals: Globals) {
     }
 }
 
-/// Depths of the layers that are encrypted, be it in a way that can't be read.
-fn encrypted_layers(chain: &Chain) -> Vec<u32> {
-    let layers = (0u32..).zip(chain.layers());
-    let encrypted = layers.filter(|(_, layer)| !matches!(layer.image.crypt_header(), Ok(None)));
-    encrypted.map(|(depth, _)| depth).collect()
-}
-
 /// The plan's options as the bits that the device's UUID carries.
 fn plan_bits(zero: ZeroMode, content: ContentArgs, fiemap: FiemapArgs) -> u16 {
     let zero = match zero {
@@ -193,7 +185,7 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     for depth in wanted {
         let layer = &chain.layers()[depth as usize];
         let Some(header) = layer.image.crypt_header()? else { continue };
-        let key = key_sources.unlock(&name, depth, &header, &layer.source, &interrupt)?;
+        let key = key_sources.unlock(Some(&name), depth, &header, &layer.source, &interrupt)?;
         let description = request(&plan, None).uuid()?.key_description(depth);
         keys.insert(depth, kernel.store_key(&description, &key)?);
     }

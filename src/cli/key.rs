@@ -14,6 +14,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
+use imgdm::chain::Chain;
 use imgdm::crypt::{CryptHeader, Passphrase, VolumeKey};
 use imgdm::device::name::DmName;
 use imgdm::device::{Interrupt, sys};
@@ -195,14 +196,15 @@ impl KeySources {
     }
 
     /// The volume's key of an encrypted layer: by the key given for that layer, or else the
-    /// one given for all, or a credential for `device`, or a passphrase typed in.
+    /// one given for all, or a credential for `device` (where the image's name makes one) or
+    /// for any, or a passphrase typed in.
     ///
     /// # Errors
     /// `WrongKey` where there is none or it is the wrong one; a read failed; `interrupt`
     /// came.
     pub(crate) fn unlock(
         &self,
-        device: &DmName,
+        device: Option<&DmName>,
         layer: u32,
         header: &CryptHeader,
         source: &Arc<Source>,
@@ -233,17 +235,14 @@ impl KeySources {
 
     fn credential(
         &self,
-        device: &DmName,
+        device: Option<&DmName>,
         layer: u32,
         interrupt: &Interrupt<'_>,
     ) -> Result<Option<(PathBuf, Arc<Passphrase>)>> {
         let Some(directory) = &self.credentials else { return Ok(None) };
-        let names = [
-            format!("imgdm.key.{device}.{layer}"),
-            format!("imgdm.key.{device}"),
-            "imgdm.key".to_owned(),
-        ];
-        for name in names {
+        let of_device = device
+            .map(|device| [format!("imgdm.key.{device}.{layer}"), format!("imgdm.key.{device}")]);
+        for name in of_device.into_iter().flatten().chain(["imgdm.key".to_owned()]) {
             let path = directory.join(name);
             match read_file(&path, interrupt) {
                 Ok(key) => return Ok(Some((path, Arc::new(key)))),
@@ -253,6 +252,13 @@ impl KeySources {
         }
         Ok(None)
     }
+}
+
+/// Depths of the layers that are encrypted, be it in a way that can't be read.
+pub(crate) fn encrypted_layers(chain: &Chain) -> Vec<u32> {
+    let layers = (0u32..).zip(chain.layers());
+    let encrypted = layers.filter(|(_, layer)| !matches!(layer.image.crypt_header(), Ok(None)));
+    encrypted.map(|(depth, _)| depth).collect()
 }
 
 impl Given {

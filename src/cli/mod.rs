@@ -5,6 +5,7 @@ mod attach;
 mod check;
 #[cfg(feature = "device")]
 mod detach;
+mod diff;
 mod exit;
 mod facts;
 #[cfg(feature = "device")]
@@ -23,6 +24,7 @@ mod scratch;
 mod signal;
 mod snapshots;
 mod table;
+mod unlock;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -57,6 +59,7 @@ enum Command {
     Plan(plan::Args),
     Table(table::Args),
     Check(check::Args),
+    Diff(diff::Args),
     #[cfg(feature = "device")]
     Attach(attach::Args),
     #[cfg(feature = "device")]
@@ -140,6 +143,7 @@ pub(crate) fn run() -> ExitCode {
             Ok(status) => return ExitCode::from(status),
             Err(error) => Err(error),
         },
+        Command::Diff(args) => diff::run(&args, globals),
         #[cfg(feature = "device")]
         Command::Attach(args) => attach::run(&args, globals),
         #[cfg(feature = "device")]

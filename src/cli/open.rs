@@ -14,9 +14,9 @@ use imgdm::plan::ZeroMode;
 use super::Globals;
 use super::output::show_path;
 
-/// Arguments that open an image.
+/// Arguments that open an image; which of its snapshots is for `S` to say.
 #[derive(Clone, Debug, clap::Args)]
-pub(crate) struct OpenArgs {
+pub(crate) struct OpenArgs<S: clap::Args = OneSnapshot> {
     /// The image: a file or a block device
     #[arg(value_name = "IMAGE")]
     pub(crate) image: PathBuf,
@@ -25,10 +25,8 @@ pub(crate) struct OpenArgs {
     #[arg(short, long, value_name = "FMT")]
     format: Option<Format>,
 
-    /// Read this internal snapshot, by ID or else by name (also snapshot.id=ID,
-    /// snapshot.name=NAME)
-    #[arg(short = 'l', long, value_name = "SNAP")]
-    snapshot: Option<SnapshotSelector>,
+    #[command(flatten)]
+    pub(crate) snapshots: S,
 
     /// Read even while another program writes to the image; what is read may be torn
     #[arg(short = 'U', long)]
@@ -52,12 +50,28 @@ pub(crate) struct OpenArgs {
     data_file: Option<PathBuf>,
 }
 
+/// The active layer, or one snapshot in its stead.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct OneSnapshot {
+    /// Read this internal snapshot, by ID or else by name (also snapshot.id=ID,
+    /// snapshot.name=NAME)
+    #[arg(short = 'l', long, value_name = "SNAP")]
+    snapshot: Option<SnapshotSelector>,
+}
+
 impl OpenArgs {
     /// The policy that these arguments ask for.
     pub(crate) fn policy(&self) -> OpenPolicy {
+        self.policy_for(self.snapshots.snapshot.as_ref())
+    }
+}
+
+impl<S: clap::Args> OpenArgs<S> {
+    /// The policy for one of the image's snapshots, or for the active layer.
+    pub(crate) fn policy_for(&self, snapshot: Option<&SnapshotSelector>) -> OpenPolicy {
         OpenPolicy {
             format: self.format,
-            snapshot: self.snapshot.clone(),
+            snapshot: snapshot.cloned(),
             sharing: sharing(self.force_share),
             probe_backing: self.probe_backing,
             allow_changed_backing: self.allow_changed_backing,

@@ -1,5 +1,6 @@
 //! Encrypted images: what their headers say of cipher and key, and how a passphrase
-//! becomes the volume's key. The data itself is decrypted by the kernel's dm-crypt.
+//! becomes the volume's key. On a device the kernel's dm-crypt decrypts the data; what is
+//! read in user space is decrypted here ([`SectorCipher`]).
 
 mod cipher;
 mod luks;

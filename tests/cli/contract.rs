@@ -300,6 +300,36 @@ fn info_tells_of_damage_that_it_goes_past() {
     }
 }
 
+// An image by itself is compared with nothing: its tables are read only where it has a
+// backing file.
+contract! { diff:
+    missing_file no_argument unknown_option unknown_format help not_an_image_file garbage
+    no_permission no_such_snapshot missing_backing_file remote_backing_file
+    unknown_backing_format cycle unknown_feature corrupt_bit table_out_of_the_file absurd_size
+    an_image_of_another_format names_that_move_the_cursor;
+}
+
+#[test]
+fn diff_says_what_it_can_compare() {
+    let directory = chain();
+    let diff = |arguments: &[&str]| imgdm(directory.path(), &[&["diff"], arguments].concat());
+    assert_fails(&diff(&["base.raw"]), 64, &["base.raw", "no backing file", "-l SNAP"]);
+    for base in ["0", "2", "99999999999999999999", "top.qcow2", "nowhere", ""] {
+        let given = format!("--base={base}");
+        assert_fails(&diff(&[&given, "top.qcow2"]), 64, &["no layer below", "base.raw"]);
+    }
+    for base in ["1", "base.raw", "./base.raw"] {
+        assert!(diff(&["--base", base, "top.qcow2"]).status.success());
+    }
+    let three = ["-l", "a", "-l", "b", "-l", "c", "top.qcow2"];
+    assert_fails(&diff(&three), 64, &["two snapshots"]);
+    let output = diff(&["-l", "a", "--base=1", "top.qcow2"]);
+    assert_eq!(output.status.code(), Some(64));
+    let image = Qcow2::new().data(1).entry(2, 4 * 65536 + 512);
+    image.backing(Path::new("base.raw"), Some("raw")).write(directory.path(), "bad.qcow2");
+    assert_fails(&diff(&["bad.qcow2"]), 65, &["bad.qcow2: at offset 0x30010"]);
+}
+
 #[test]
 fn an_undeclared_backing_format_is_refused_by_those_that_hand_the_bytes_on() {
     let directory = chain();
@@ -472,7 +502,7 @@ fn a_long_list_of_damage_is_cut_and_counted() {
 #[test]
 fn a_full_disk_is_an_error() {
     let directory = chain();
-    for name in ["info", "map", "plan", "table"] {
+    for name in ["info", "map", "plan", "table", "diff"] {
         let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
         let output = command(directory.path(), &[name, "top.qcow2"]).stdout(full).output().unwrap();
         assert_eq!(output.status.code(), Some(1), "{output:?}");

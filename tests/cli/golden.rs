@@ -74,8 +74,24 @@ fn table_json() {
 }
 
 #[test]
+fn diff_human() {
+    check(&["diff", "top.qcow2"], "diff.txt");
+}
+
+#[test]
+fn diff_json() {
+    check(&["diff", "--output=json", "--base=base.raw", "top.qcow2"], "diff.json.txt");
+}
+
+#[test]
+fn diff_of_content() {
+    check(&["diff", "--content", "top.qcow2"], "diff-content.txt");
+}
+
+#[test]
 fn help_of_each_command() {
-    for command in ["info", "snapshots", "map", "plan", "table", "attach", "detach", "list"] {
+    for command in ["info", "snapshots", "map", "plan", "table", "diff", "attach", "detach", "list"]
+    {
         check(&[command, "--help"], &format!("help-{command}.txt"));
     }
     check(&["--help"], "help.txt");

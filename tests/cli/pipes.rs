@@ -16,12 +16,14 @@ fn a_closed_pipe_is_no_error() {
     for cluster in (0..clusters).step_by(2) {
         image = image.entry(cluster, 1);
     }
-    image.write(directory.path(), "x.qcow2");
+    std::fs::File::create(directory.path().join("base")).unwrap().set_len(1 << 40).unwrap();
+    image.backing(Path::new("base"), Some("raw")).write(directory.path(), "x.qcow2");
     for arguments in [
         ["map", "--output=json"],
         ["map", "--output=json-full"],
         ["table", "--zero=dm"],
         ["table", "--output=json"],
+        ["diff", "--output=json"],
     ] {
         let mut child = command(directory.path(), &arguments)
             .arg("x.qcow2")

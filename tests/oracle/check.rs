@@ -235,6 +235,26 @@ pub(crate) fn snapshots(dir: &Path, image: &str) -> Outcome<Vec<(String, String)
     Ok(list.iter().map(|one| (text(&one["id"]), text(&one["name"]))).collect())
 }
 
+/// Makes a copy of an image with a snapshot applied; gives its name.
+///
+/// # Errors
+/// cp or qemu-img failed.
+pub(crate) fn applied(dir: &Path, image: &LayerMade, id: &str) -> Outcome<String> {
+    // A copy beside the image, so that a relative backing name still leads somewhere.
+    let copy = match image.file.rsplit_once('/') {
+        Some((folder, _)) => format!("{folder}/applied"),
+        None => "applied".to_owned(),
+    };
+    let mut cp = Command::new("cp");
+    run(cp.current_dir(dir).args(["--sparse=auto", &image.file, &copy]))?.ok()?;
+    for bitmap in &image.bitmaps {
+        // QEMU applies no snapshot to an image that has bitmaps.
+        qemu::img(dir, &["bitmap", "--remove", "-f", "qcow2", &copy, bitmap])?;
+    }
+    qemu::img(dir, &["snapshot", "-a", id, &copy])?;
+    Ok(copy)
+}
+
 /// A snapshot's map and table against what `qemu-img snapshot -a` makes of a copy.
 fn check_snapshot(
     dir: &Path,
@@ -244,18 +264,7 @@ fn check_snapshot(
     rng: &mut Rng,
 ) -> Outcome {
     let top = recipe.top();
-    // A copy beside the image, so that a relative backing name still leads somewhere.
-    let copy = match top.file.rsplit_once('/') {
-        Some((folder, _)) => format!("{folder}/applied"),
-        None => "applied".to_owned(),
-    };
-    let mut cp = Command::new("cp");
-    run(cp.current_dir(dir).args(["--sparse=auto", &top.file, &copy]))?.ok()?;
-    for bitmap in &top.bitmaps {
-        // QEMU applies no snapshot to an image that has bitmaps.
-        qemu::img(dir, &["bitmap", "--remove", "-f", "qcow2", &copy, bitmap])?;
-    }
-    qemu::img(dir, &["snapshot", "-a", id, &copy])?;
+    let copy = applied(dir, top, id)?;
     let theirs = qemu::img_any(dir, &["map", "-f", "qcow2", "--output=json", &copy])?;
     let argument = match rng.below(4) {
         0 => id.clone(),

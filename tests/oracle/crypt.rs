@@ -19,6 +19,7 @@ use crate::common::process::{Outcome, Ran, run};
 use crate::common::qemu;
 use crate::common::rng::Rng;
 use crate::device::{self, Reading};
+use crate::imgdm::imgdm;
 use crate::luks::{Spec, header, put_aes, put_luks};
 
 const SECRET: &str = "abc";
@@ -551,5 +552,88 @@ fn a_qcow_cluster_may_lie_on_any_sector_with_aes_and_without() {
             image.set_length(length - cut).unwrap();
             same_disk(dir, &layers).unwrap_or_else(|error| panic!("{method} {cut}: {error}"));
         }
+    }
+}
+
+/// Runs of sectors that differ in two copies: start and length.
+fn differing(a: &[u8], b: &[u8]) -> Vec<(u64, u64)> {
+    let mut rows: Vec<(u64, u64)> = Vec::new();
+    for (start, (a, b)) in (0..).step_by(512).zip(a.chunks(512).zip(b.chunks(512))) {
+        match rows.last_mut() {
+            _ if a == b => {}
+            Some((from, length)) if *from + *length == start => *length += 512,
+            _ => rows.push((start, 512)),
+        }
+    }
+    rows
+}
+
+#[test]
+fn contents_of_encrypted_layers_are_compared_with_their_keys() {
+    for method in ["luks", "aes"] {
+        let dir = scratch_dir("crypt").unwrap();
+        let dir = dir.path();
+        // The base and the overlay have each a key of their own; the overlay's snapshot has
+        // a cluster in the clear, which it compressed.
+        let keys = [("x", "overlay's"), ("base", "base's")];
+        plain(dir, "base", "cluster_size=16k", "512k", &["write -P 1 0 400k"]).unwrap();
+        let backing = ["-b", "base", "-F", "qcow2", "x", "512k"];
+        let create = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=16k"];
+        qemu::img(dir, &[&create[..], &backing].concat()).unwrap();
+        let clear = [("qcow2", "x", ""), ("qcow2", "base", "")];
+        write(dir, &clear, &["write -P 2 16k 96k", "write -c -P 3 160k 16k"]).unwrap();
+        qemu::img(dir, &["snapshot", "-c", "one", "x"]).unwrap();
+        write(dir, &clear, &["write -P 4 32k 32k", "write -P 5 160k 20k", "write -z 240k 16k"])
+            .unwrap();
+        for (file, key) in keys {
+            if method == "aes" {
+                put_aes(&dir.join(file)).unwrap();
+            } else {
+                put_luks(&dir.join(file), &header(&usual(), &[(0, key.as_bytes())], 6)).unwrap();
+            }
+            std::fs::write(dir.join(format!("{file}.key")), key).unwrap();
+        }
+        let layers = [("qcow2", "x", keys[0].1), ("qcow2", "base", keys[1].1)];
+        let copy = |layers: &[(&str, &str, &str)], snapshot: &[&str]| {
+            let mut args = vec!["convert".to_owned()];
+            args.extend(secrets(&layers.iter().map(|layer| layer.2).collect::<Vec<_>>()));
+            args.extend(snapshot.iter().map(|&arg| arg.to_owned()));
+            args.extend(["--image-opts".to_owned(), image_opts(layers)]);
+            args.extend(["-O", "raw", "copy.raw"].map(str::to_owned));
+            qemu::img(dir, &args).unwrap();
+            std::fs::read(dir.join("copy.raw")).unwrap()
+        };
+        let (now, base) = (copy(&layers, &[]), copy(&layers[1..], &[]));
+        let before = copy(&layers, &["-l", "snapshot.name=one"]);
+        let given = ["--key-file", "x.key:0", "--key-file", "base.key:1"];
+        let rows = |more: &[&str]| -> Vec<(u64, u64)> {
+            let line = [&["diff", "--content", "--output=json"], &given[..], more].concat();
+            let ran = imgdm(dir, &line).unwrap().ok().unwrap();
+            let rows: Vec<serde_json::Value> = serde_json::from_slice(&ran.stdout).unwrap();
+            let field = |row: &serde_json::Value, name: &str| row[name].as_u64().unwrap();
+            let mut joined: Vec<(u64, u64)> = Vec::new();
+            for row in &rows {
+                let (start, length) = (field(row, "start"), field(row, "length"));
+                match joined.last_mut() {
+                    Some((from, so_far)) if *from + *so_far == start => *so_far += length,
+                    _ => joined.push((start, length)),
+                }
+            }
+            joined
+        };
+        assert_eq!(rows(&["-l", "one", "x"]), differing(&before, &now), "{method}");
+        assert_eq!(rows(&["x"]), differing(&base, &now), "{method}");
+        assert!(differing(&before, &now).len() >= 3 && differing(&base, &now).len() >= 3);
+        // By mapping it takes no key.
+        imgdm(dir, &["diff", "x"]).unwrap().ok().unwrap();
+        let missing = ["diff", "--content", "--key-file", "x.key:0", "x"];
+        // Without a terminal nobody can be asked.
+        let mut alone = Command::new("setsid");
+        alone.current_dir(dir).arg("-w").arg(crate::imgdm::PROGRAM).args(missing);
+        let ran = run(&mut alone).unwrap();
+        crate::imgdm::refused(&ran, &[67], &["layer 1", "missing", "base"]).unwrap();
+        let needless = ["diff", "--content", "--key-file", "x.key:7", "x"];
+        let ran = imgdm(dir, &needless).unwrap();
+        crate::imgdm::refused(&ran, &[64], &["layer 7"]).unwrap();
     }
 }

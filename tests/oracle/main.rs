@@ -17,6 +17,7 @@ mod crypt;
 mod damaged;
 mod deep;
 mod device;
+mod diff;
 mod far;
 mod imgdm;
 mod inflate;

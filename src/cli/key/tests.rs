@@ -39,7 +39,7 @@ fn in_memory() -> Arc<Source> {
 fn opens(sources: &KeySources, layer: u32) -> Result<String> {
     let device = DmName::new("disk").unwrap();
     let never = Interrupt::never();
-    let key = sources.unlock(&device, layer, &CryptHeader::Aes, &in_memory(), &never)?;
+    let key = sources.unlock(Some(&device), layer, &CryptHeader::Aes, &in_memory(), &never)?;
     Ok(String::from_utf8_lossy(key.bytes()).trim_end_matches('\0').to_owned())
 }
 
@@ -205,7 +205,7 @@ fn a_newline_at_the_end_of_a_wrong_key_is_pointed_out() {
         fs::write(&path, key).unwrap();
         let given = sources(&["--key-file", path.to_str().unwrap()], None).unwrap();
         let device = DmName::new("disk").unwrap();
-        given.unlock(&device, 0, &header, &source, &Interrupt::never())
+        given.unlock(Some(&device), 0, &header, &source, &Interrupt::never())
     };
     assert_eq!(unlock("secret").unwrap().bytes().len(), 16);
     let wrong = |key| {
@@ -376,8 +376,8 @@ fn a_wrong_passphrase_may_be_typed_three_times() {
         let given = KeySources::with(&KeyArgs::default(), None, pty.path()).unwrap();
         let device = DmName::new("disk").unwrap();
         std::thread::scope(|scope| {
-            let asking =
-                scope.spawn(|| given.unlock(&device, 1, &header, &source, &Interrupt::never()));
+            let asking = scope
+                .spawn(|| given.unlock(Some(&device), 1, &header, &source, &Interrupt::never()));
             for answer in answers {
                 let shown = pty.answer("(layer 1): ", answer);
                 assert!(shown.contains("luks.qcow2"), "{shown}");
@@ -419,7 +419,7 @@ fn a_signal_ends_an_unlocking_that_takes_hours() {
     let (flag, start) = (AtomicUsize::new(0), Instant::now());
     let interrupt = Interrupt::new(&flag);
     let unlocked = std::thread::scope(|scope| {
-        let unlock = || given.unlock(&device, 0, &header, &source, &interrupt);
+        let unlock = || given.unlock(Some(&device), 0, &header, &source, &interrupt);
         let unlocking = scope.spawn(unlock);
         std::thread::sleep(LOOK * 2);
         flag.store(2, Ordering::Relaxed);
