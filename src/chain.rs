@@ -394,6 +394,35 @@ impl Resolver<'_> {
         })
     }
 
+    /// What one layer by itself says of `range`, which lies inside its own virtual disk:
+    /// runs in order, without gap. They are not joined.
+    ///
+    /// # Errors
+    /// What its metadata says, with its file's path (nothing of a walker that goes on past
+    /// damage); no layer is so deep.
+    pub fn layer_runs(&mut self, depth: usize, range: GuestRange) -> Result<&[StatusRun]> {
+        let chain = self.chain;
+        let Some(layer) = chain.layers.get(depth) else {
+            return Err(Error::new(ErrorKind::Usage(format!("there is no layer {depth}"))));
+        };
+        self.ask(layer, u32::try_from(depth).unwrap_or(u32::MAX), range)?;
+        Ok(&self.runs)
+    }
+
+    /// Puts what `layer`, at that depth, says of `range` into `runs`.
+    fn ask(&mut self, layer: &Layer, depth: u32, range: GuestRange) -> Result<()> {
+        self.runs.clear();
+        if let Some(damage) = &mut self.scratch.damage {
+            damage.set_layer(depth);
+        }
+        layer
+            .image
+            .status(range, &mut self.scratch, &mut self.runs)
+            .map_err(|error| error.at_path(layer.source.path()))?;
+        self.ask_for_holes(layer);
+        Ok(())
+    }
+
     /// Asks layer `depth` for the open runs: rows for what it answers, and the open
     /// runs anew for what it leaves to its backing file.
     fn fold_layer(&mut self, depth: usize) -> Result<()> {
@@ -404,16 +433,8 @@ impl Resolver<'_> {
             return Ok(());
         };
         let hull = GuestRange::new(first.start, last.end());
-        self.runs.clear();
         let depth_number = u32::try_from(depth).unwrap_or(u32::MAX);
-        if let Some(damage) = &mut self.scratch.damage {
-            damage.set_layer(depth_number);
-        }
-        layer
-            .image
-            .status(hull, &mut self.scratch, &mut self.runs)
-            .map_err(|error| error.at_path(layer.source.path()))?;
-        self.ask_for_holes(layer);
+        self.ask(layer, depth_number, hull)?;
 
         if let ([run], Some(backing_size)) = (self.runs.as_slice(), backing_size)
             && matches!(run.status, BlockStatus::Unallocated(_))

@@ -96,6 +96,12 @@ impl DamageList {
         news
     }
 
+    /// Forgets the damage of all layers but those at these depths.
+    pub(crate) fn retain_layers(&mut self, keep: impl Fn(u32) -> bool) {
+        self.listed.retain(|damage| keep(damage.depth));
+        self.layers.retain(|&depth, _| keep(depth));
+    }
+
     /// Adds what was found in windows further on.
     pub fn append(&mut self, later: DamageList) {
         let known_ends: Vec<_> = later

@@ -206,6 +206,11 @@ pub trait ImageFormat: Send + Sync + fmt::Debug {
         None
     }
 
+    /// How many internal snapshots its header counts (qcow2 only).
+    fn snapshot_count(&self) -> u32 {
+        0
+    }
+
     /// How the image is encrypted; `None` for one in the clear. Read when it is asked for:
     /// a map needs no more than to know that it is.
     ///

@@ -246,6 +246,10 @@ impl ImageFormat for Qcow2Image {
         self.snapshot.as_ref()
     }
 
+    fn snapshot_count(&self) -> u32 {
+        self.header.snapshot_count
+    }
+
     fn notices(&self) -> Vec<Notice> {
         let features = self.header.incompatible_features;
         let dirty = features & incompatible::DIRTY != 0;
