@@ -6,16 +6,16 @@ use std::sync::{Mutex, PoisonError};
 
 use clap::ValueEnum;
 use imgdm::chain::{Chain, HoleQuery};
-use imgdm::damage::{Damage, DamageList};
+use imgdm::damage::DamageList;
 use imgdm::extent::{Extent, Mapping, ZeroCause};
-use imgdm::open::{Warning, WarningKind, open_chain};
 use imgdm::status::{FileRole, ZeroStatus};
 use imgdm::units::{GuestOffset, GuestRange};
 use imgdm::{Error, ErrorKind, Result};
 
 use super::Globals;
-use super::open::{FiemapArgs, OpenArgs, is_undeclared, parse_size, print_warnings};
-use super::output::{JsonPath, show_path, stdout};
+use super::damage::{open_to_look, report_damage};
+use super::open::{FiemapArgs, OpenArgs, parse_size};
+use super::output::{JsonPath, stdout};
 
 /// Show where each part of the disk lies, as `qemu-img map` does
 #[derive(Debug, clap::Args)]
@@ -60,23 +60,11 @@ enum MapOutput {
 
 pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     let mut policy = args.open.policy();
-    // qemu-img too probes a backing file without a declared format; nothing is given to a
-    // guest or a kernel here, so a warning is enough.
-    policy.probe_backing = true;
-    policy.past_damage = true;
     if args.output == MapOutput::JsonFull {
         args.fiemap.apply(&mut policy);
     }
-    let mut opened = open_chain(&args.open.image, &policy)?;
-    if args.open.probe_backing {
-        opened.warnings.retain(|warning| !is_undeclared(warning));
-    }
-    let (damaged, warnings) = opened
-        .warnings
-        .into_iter()
-        .partition::<Vec<_>, _>(|warning| matches!(warning.kind, WarningKind::Damaged(_)));
-    print_warnings(&warnings, globals);
-    let chain = &opened.chain;
+    let (chain, damaged) = open_to_look(&args.open, policy, globals)?;
+    let chain = &chain;
     let start = GuestOffset::new(args.start_offset);
     let whole = chain.whole();
     let end = args.max_length.map_or(whole.end, |length| {
@@ -89,34 +77,7 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
         MapOutput::Json => json(chain, range, holes),
         MapOutput::JsonFull => json_full(chain, range, holes),
     }?;
-    report_damage(&damaged, &found)
-}
-
-/// Lists on stderr what damage was found, and fails where there is any.
-fn report_damage(of_files: &[Warning], found: &DamageList) -> anyhow::Result<()> {
-    let count = found.count() + of_files.len() as u64;
-    if count == 0 {
-        return Ok(());
-    }
-    let mut err = std::io::BufWriter::new(std::io::stderr());
-    for Warning { path, kind } in of_files {
-        writeln!(err, "imgdm: {}: {kind}", show_path(path))?;
-    }
-    for Damage { range, error, .. } in found.listed() {
-        let path = error.path().map(|path| format!("{}: ", show_path(path))).unwrap_or_default();
-        let (what, GuestRange { start, end }) = (error.without_path(), range);
-        writeln!(err, "imgdm: {path}{what} (it spoils the disk from {start} to {end})")?;
-    }
-    let more = found.count() - found.listed().len() as u64;
-    if more > 0 {
-        writeln!(err, "imgdm: and {more} more like these")?;
-    }
-    err.flush()?;
-    let message = format!(
-        "the metadata is damaged in {count} place{}; all else is mapped",
-        if count == 1 { "" } else { "s" }
-    );
-    Err(Error::invalid(message).into())
+    report_damage(&damaged, &found, "the disk", "mapped")
 }
 
 /// A row as qemu-img knows it (MapEntry of qemu-img.c).

@@ -3,6 +3,7 @@
 #[cfg(feature = "device")]
 mod attach;
 mod check;
+mod damage;
 #[cfg(feature = "device")]
 mod detach;
 mod diff;
@@ -19,7 +20,9 @@ mod map;
 mod open;
 mod output;
 mod plan;
+mod save;
 mod scratch;
+mod show;
 #[cfg(feature = "device")]
 mod signal;
 mod snapshots;
@@ -60,6 +63,7 @@ enum Command {
     Table(table::Args),
     Check(check::Args),
     Diff(diff::Args),
+    Show(show::Args),
     #[cfg(feature = "device")]
     Attach(attach::Args),
     #[cfg(feature = "device")]
@@ -144,6 +148,7 @@ pub(crate) fn run() -> ExitCode {
             Err(error) => Err(error),
         },
         Command::Diff(args) => diff::run(&args, globals),
+        Command::Show(args) => show::run(&args, globals),
         #[cfg(feature = "device")]
         Command::Attach(args) => attach::run(&args, globals),
         #[cfg(feature = "device")]

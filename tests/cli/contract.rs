@@ -10,6 +10,14 @@ use crate::images::{Qcow2, chain, command, imgdm};
 
 #[track_caller]
 fn assert_fails(output: &Output, status: i32, parts: &[&str]) {
+    assert_says(output, status, parts);
+    // A map is printed as it is read, as qemu-img does: its headline may be out.
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    assert!(stdout.lines().all(|line| line.starts_with("Offset")), "{stdout}");
+}
+
+#[track_caller]
+fn assert_says(output: &Output, status: i32, parts: &[&str]) {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(status), "{stderr}");
     assert!(stderr.starts_with("imgdm: "), "{stderr}");
@@ -17,16 +25,18 @@ fn assert_fails(output: &Output, status: i32, parts: &[&str]) {
     for part in parts {
         assert!(stderr.contains(part), "'{part}' is missing in: {stderr}");
     }
-    // A map is printed as it is read, as qemu-img does: its headline may be out.
-    let stdout = String::from_utf8_lossy(&output.stdout);
-    assert!(stdout.lines().all(|line| line.starts_with("Offset")), "{stdout}");
 }
 
 /// Damaged tables: what only looks goes on past them and lists them, all else refuses.
 #[track_caller]
 fn assert_finds_damage(command: &str, output: &Output, parts: &[&str]) {
-    if command != "plan" {
-        return assert_fails(output, 65, parts);
+    match command {
+        "plan" => {}
+        "show" => {
+            assert!(output.stdout.starts_with(b"x.qcow2: 1 MiB"), "{output:?}");
+            return assert_says(output, 65, parts);
+        }
+        _ => return assert_fails(output, 65, parts),
     }
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     let stdout = String::from_utf8_lossy(&output.stdout);
@@ -254,7 +264,7 @@ macro_rules! for_every_reader {
     };
 }
 
-for_every_reader! { map plan table attach }
+for_every_reader! { map plan table show attach }
 
 // These read headers, and go on past what else is damaged.
 contract! {
@@ -502,7 +512,7 @@ fn a_long_list_of_damage_is_cut_and_counted() {
 #[test]
 fn a_full_disk_is_an_error() {
     let directory = chain();
-    for name in ["info", "map", "plan", "table", "diff"] {
+    for name in ["info", "map", "plan", "table", "diff", "show"] {
         let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
         let output = command(directory.path(), &[name, "top.qcow2"]).stdout(full).output().unwrap();
         assert_eq!(output.status.code(), Some(1), "{output:?}");

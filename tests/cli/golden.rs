@@ -6,13 +6,13 @@ use std::path::Path;
 use snapbox::data::DataFormat;
 use snapbox::{Assert, Data, Redactions};
 
-use crate::images::{chain, imgdm};
+use crate::images::{chain, command, imgdm};
 
 /// Compares stdout of a command on the chain with a file; `[DIR]` stands for its
 /// directory.
 fn check(arguments: &[&str], golden: &str) {
     let directory = chain();
-    let output = imgdm(directory.path(), arguments);
+    let output = command(directory.path(), arguments).env("LC_ALL", "C.UTF-8").output().unwrap();
     assert!(output.status.success(), "{output:?}");
     assert!(output.stderr.is_empty(), "{output:?}");
     let mut redactions = Redactions::new();
@@ -89,10 +89,28 @@ fn diff_of_content() {
 }
 
 #[test]
+fn show_picture() {
+    check(&["show", "--width", "80", "--ascii", "top.qcow2"], "show-ascii.txt");
+    check(&["show", "--width", "80", "--color=never", "top.qcow2"], "show.txt");
+}
+
+#[test]
+fn show_json() {
+    check(&["show", "--output=json", "--cells=3", "top.qcow2"], "show.json.txt");
+}
+
+#[test]
 fn help_of_each_command() {
-    for command in ["info", "snapshots", "map", "plan", "table", "diff", "attach", "detach", "list"]
-    {
+    let help = imgdm(Path::new("/"), &["--help"]);
+    let help = String::from_utf8(help.stdout).unwrap();
+    let (_, commands) = help.split_once("Commands:\n").unwrap();
+    let (commands, _) = commands.split_once("\n\n").unwrap();
+    let names = commands.lines().filter_map(|line| line.split_whitespace().next());
+    let mut count = 0;
+    for command in names.filter(|&name| name != "help") {
         check(&[command, "--help"], &format!("help-{command}.txt"));
+        count += 1;
     }
+    assert!(count >= 6, "{help}");
     check(&["--help"], "help.txt");
 }

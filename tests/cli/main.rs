@@ -5,3 +5,4 @@ mod contract;
 mod golden;
 mod images;
 mod pipes;
+mod show;

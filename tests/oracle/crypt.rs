@@ -27,7 +27,7 @@ const SECRET: &str = "abc";
 const WORKERS: usize = 2;
 
 /// The secret of layer N is called sN.
-fn secrets(keys: &[&str]) -> Vec<String> {
+pub(crate) fn secrets(keys: &[&str]) -> Vec<String> {
     let objects = (0..).zip(keys).filter(|(_, key)| !key.is_empty());
     objects
         .flat_map(|(n, key)| ["--object".to_owned(), format!("secret,id=s{n},data={key}")])
@@ -36,7 +36,7 @@ fn secrets(keys: &[&str]) -> Vec<String> {
 
 /// `--image-opts` of a chain: format and file of each layer, topmost first, and a key
 /// where there is one.
-fn image_opts(layers: &[(&str, &str, &str)]) -> String {
+pub(crate) fn image_opts(layers: &[(&str, &str, &str)]) -> String {
     let mut options = Vec::new();
     let mut prefix = String::new();
     for (n, (format, file, key)) in (0..).zip(layers) {
@@ -76,7 +76,7 @@ fn same_disk(dir: &Path, layers: &[(&str, &str, &str)]) -> Outcome {
 }
 
 /// Writes to the top of a chain with qemu-io.
-fn write(dir: &Path, layers: &[(&str, &str, &str)], commands: &[&str]) -> Outcome {
+pub(crate) fn write(dir: &Path, layers: &[(&str, &str, &str)], commands: &[&str]) -> Outcome {
     let keys: Vec<_> = layers.iter().map(|layer| layer.2).collect();
     let mut io = Command::new("qemu-io");
     io.current_dir(dir).args(secrets(&keys)).args(["--image-opts", &image_opts(layers)]);
@@ -91,7 +91,14 @@ fn write(dir: &Path, layers: &[(&str, &str, &str)], commands: &[&str]) -> Outcom
 }
 
 /// Makes an encrypted image with qemu-img.
-fn create(dir: &Path, format: &str, file: &str, options: &str, key: &str, size: &str) -> Outcome {
+pub(crate) fn create(
+    dir: &Path,
+    format: &str,
+    file: &str,
+    options: &str,
+    key: &str,
+    size: &str,
+) -> Outcome {
     let mut args = vec!["create".to_owned(), "-q".to_owned()];
     args.extend(["-f".to_owned(), format.to_owned()]);
     args.extend(secrets(&[key]));
@@ -100,7 +107,7 @@ fn create(dir: &Path, format: &str, file: &str, options: &str, key: &str, size: 
     qemu::img(dir, &args).map(drop)
 }
 
-const LUKS: &str = "encrypt.format=luks,encrypt.iter-time=10";
+pub(crate) const LUKS: &str = "encrypt.format=luks,encrypt.iter-time=10";
 
 /// What most tests encrypt with.
 fn usual() -> Spec {

@@ -29,5 +29,6 @@ mod odd;
 mod random;
 mod read;
 mod selftest;
+mod show;
 mod snapshots;
 mod table;
