@@ -25,6 +25,7 @@
 //! | [`damage`] | what damage spoils, where resolving goes on past it |
 //! | [`chain`] | folding the layers, top first |
 //! | [`extent`] | a row of a map |
+//! | [`explain`] | where one byte of the disk comes from, and who uses a byte of a file |
 //! | [`inflate`] | inflating a compressed cluster |
 //! | [`read`] | reading the disk through its chain: at any offset, or a range on all cores |
 //! | [`metadata`] | where every piece of metadata lies, and what nothing refers to |
@@ -43,6 +44,7 @@ pub mod damage;
 pub mod device;
 pub mod diff;
 pub mod error;
+pub mod explain;
 pub mod extent;
 pub mod format;
 pub mod holes;

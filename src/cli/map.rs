@@ -399,7 +399,8 @@ struct FullRow<'a> {
     damage: Option<String>,
 }
 
-fn zero_cause(cause: ZeroCause) -> &'static str {
+/// Why a range reads as zero, in JSON.
+pub(super) fn zero_cause(cause: ZeroCause) -> &'static str {
     match cause {
         ZeroCause::Layer(ZeroStatus::Plain | ZeroStatus::Allocated(_)) => "zero-cluster",
         ZeroCause::Layer(ZeroStatus::Hole(_) | ZeroStatus::DataHole(_)) => "hole",

@@ -8,6 +8,7 @@ mod damage;
 mod detach;
 mod diff;
 mod exit;
+mod explain;
 mod facts;
 #[cfg(feature = "device")]
 mod fill;
@@ -61,6 +62,7 @@ enum Command {
     Map(map::Args),
     Plan(plan::Args),
     Table(table::Args),
+    Explain(explain::Args),
     Check(check::Args),
     Diff(diff::Args),
     Show(show::Args),
@@ -143,6 +145,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Map(args) => map::run(&args, globals),
         Command::Plan(args) => plan::run(&args, globals),
         Command::Table(args) => table::run(&args, globals),
+        Command::Explain(args) => explain::run(&args, globals),
         Command::Check(args) => match check::run(&args, globals) {
             Ok(status) => return ExitCode::from(status),
             Err(error) => Err(error),

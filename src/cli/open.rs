@@ -60,6 +60,12 @@ pub(crate) struct OneSnapshot {
 }
 
 impl OpenArgs {
+    /// The snapshot that is to be read.
+    #[cfg(feature = "device")]
+    pub(crate) fn snapshot_mut(&mut self) -> &mut Option<SnapshotSelector> {
+        &mut self.snapshots.snapshot
+    }
+
     /// The policy that these arguments ask for.
     pub(crate) fn policy(&self) -> OpenPolicy {
         self.policy_for(self.snapshots.snapshot.as_ref())

@@ -171,7 +171,7 @@ impl<K: Kernel> Comparison<'_, K> {
 }
 
 /// `MAJOR:MINOR`.
-fn parse_number(text: &str) -> Option<DeviceNumber> {
+pub(super) fn parse_number(text: &str) -> Option<DeviceNumber> {
     let (major, minor) = text.split_once(':')?;
     Some(DeviceNumber { major: major.parse().ok()?, minor: minor.parse().ok()? })
 }

@@ -1,7 +1,7 @@
 //! The seam to the machine: loop devices and device-mapper, real and fake.
 //!
 //! [`attach`] builds one tree that the kernel alone owns, [`detach`] takes it down,
-//! [`list`] reads what there is. All three speak to the machine through [`Kernel`]:
+//! [`list`] reads what there is, [`locate`] what serves one sector. All of them speak to the machine through [`Kernel`]:
 //! the running one, or [`fake`], which records and can fail at any step.
 
 pub mod attach;
@@ -13,6 +13,7 @@ pub mod fiemap;
 pub mod holders;
 pub mod keys;
 pub mod list;
+pub mod locate;
 pub mod name;
 pub mod sys;
 

@@ -8,12 +8,15 @@ use crate::crypt::CryptHeader;
 use crate::damage::DamageList;
 use crate::error::{Error, ErrorKind, Result};
 use crate::status::StatusRun;
-use crate::units::{ByteLen, GuestRange, HostOffset};
+use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset};
+
+use trace::TraceStep;
 
 pub mod cow;
 pub mod qcow;
 pub mod qcow2;
 pub mod raw;
+pub mod trace;
 
 /// An image format, by the name `qemu-img -f` gives it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -238,6 +241,13 @@ pub trait ImageFormat: Send + Sync + fmt::Debug {
         scratch: &mut Scratch,
         runs: &mut Vec<StatusRun>,
     ) -> Result<()>;
+
+    /// Appends the entries of the tables by which [`status`](Self::status) knows of the
+    /// guest's byte at `guest`, which lies inside the virtual size: as far as they can be
+    /// read. Raw images have none.
+    fn trace(&self, guest: GuestOffset, steps: &mut Vec<TraceStep>) {
+        let _ = (guest, steps);
+    }
 }
 
 /// Reads a part of a table into `table` and hands out its bytes.

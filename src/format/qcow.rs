@@ -6,7 +6,8 @@
 
 use std::sync::Arc;
 
-use super::qcow2::Compression;
+use super::qcow2::{Compression, L2Entry};
+use super::trace::TraceStep;
 use super::{BackingReference, Format, ImageFormat, Scratch, be64, bytes_at};
 use crate::crypt::CryptHeader;
 use crate::damage::{DamageList, spoil};
@@ -286,6 +287,37 @@ impl QcowImage {
         })
     }
 
+    /// As `trace`; `None` where it ends early.
+    fn trace_tables(&self, guest: GuestOffset, steps: &mut Vec<TraceStep>) -> Option<()> {
+        let read_entry = |at: HostOffset| {
+            let mut bytes = [0; 8];
+            self.source.read_exact(at, &mut bytes, "a table's entry").ok()?;
+            Some(u64::from_be_bytes(bytes))
+        };
+        let entry_at = |table: HostOffset, index: u64| {
+            table.saturating_add(ByteLen::new(index.saturating_mul(ENTRY_SIZE)))
+        };
+        let index = guest.get() / self.header.l2_span();
+        let at = entry_at(self.header.l1_table_offset(), index);
+        let value = read_entry(at)?;
+        let l2_table = (value != 0).then_some(HostOffset::new(value));
+        steps.push(TraceStep::L1Entry { index, at, value, l2_table });
+        let l2_length = self.header.l2_entries() * ENTRY_SIZE;
+        require_inside(&self.source, value, l2_length, "an L2 table").ok()?;
+        let index = guest.get() % self.header.l2_span() / self.header.cluster_size();
+        let at = entry_at(l2_table?, index);
+        let value = read_entry(at)?;
+        let entry = match self.decode(value, guest.get(), || at.get()) {
+            Ok(BlockStatus::Unallocated(_)) => L2Entry::Unallocated,
+            Ok(BlockStatus::Compressed { host, stream_length, .. }) => {
+                L2Entry::Compressed { host, stream_length }
+            }
+            _ => L2Entry::Standard(HostOffset::new(value)),
+        };
+        steps.push(TraceStep::L2Entry { index, at, value, entry });
+        Some(())
+    }
+
     /// Appends the runs of `range`, which one L2 table at `l2_offset` maps.
     fn l2_status(
         &self,
@@ -494,6 +526,10 @@ impl ImageFormat for QcowImage {
         }
         merger.finish();
         Ok(())
+    }
+
+    fn trace(&self, guest: GuestOffset, steps: &mut Vec<TraceStep>) {
+        let _ = self.trace_tables(guest, steps);
     }
 }
 

@@ -100,6 +100,23 @@ fn show_json() {
 }
 
 #[test]
+fn explain() {
+    check(&["explain", "top.qcow2", "0x10064"], "explain-data.txt");
+    check(&["explain", "top.qcow2", "640s"], "explain-backing.txt");
+    check(&["explain", "top.qcow2", "256k"], "explain-zero.txt");
+    check(&["explain", "--output=json", "top.qcow2", "640s"], "explain.json.txt");
+}
+
+#[test]
+fn explain_reverse() {
+    check(&["explain", "--reverse", ":0x40064", "top.qcow2"], "explain-reverse.txt");
+    check(&["explain", "--reverse", "base.raw:0x10000", "top.qcow2"], "explain-hidden.txt");
+    check(&["explain", "--reverse", ":196616", "top.qcow2"], "explain-table.txt");
+    let json = ["explain", "--output=json", "--reverse", ":0x40064", "top.qcow2"];
+    check(&json, "explain-reverse.json.txt");
+}
+
+#[test]
 fn help_of_each_command() {
     let help = imgdm(Path::new("/"), &["--help"]);
     let help = String::from_utf8(help.stdout).unwrap();

@@ -8,6 +8,7 @@ mod compressed;
 mod content;
 mod cow;
 mod encrypted;
+mod explain;
 mod faults;
 mod guest;
 mod holes;

@@ -30,7 +30,7 @@ const COMMANDS: [&str; 3] = ["map", "plan", "table"];
 
 /// An image with all tables, small ones: L1 and L2 tables, refcounts, two snapshots,
 /// a backing file.
-fn good(dir: &Path) {
+pub(crate) fn good(dir: &Path) {
     let snapshot = |name: &str| Step::Snapshot {
         action: "-c",
         name: name.to_owned(),
@@ -50,7 +50,7 @@ fn good(dir: &Path) {
 }
 
 /// Copies good.qcow2 to bad.qcow2 and opens that.
-fn bad(dir: &Path) -> Patch {
+pub(crate) fn bad(dir: &Path) -> Patch {
     patch::copy(&dir.join("good.qcow2"), &dir.join("bad.qcow2")).unwrap();
     Patch::open(&dir.join("bad.qcow2")).unwrap()
 }
@@ -128,7 +128,9 @@ fn same_but_for_damage(theirs: &Ran, ours: &Ran) -> Outcome {
 }
 
 /// Runs a command in at most a GiB of address space.
-fn in_a_gib(dir: &Path, args: &[&str]) -> Outcome<Ran> {
+/// # Errors
+/// It could not be run, a signal ended it, or it panicked.
+pub(crate) fn in_a_gib(dir: &Path, args: &[&str]) -> Outcome<Ran> {
     let mut command = Command::new("prlimit");
     command.current_dir(dir).args(["--as=1073741824", "--", PROGRAM]).args(args);
     sound(run(&mut command)?)
@@ -615,27 +617,28 @@ fn a_snapshot_that_is_not_there_is_66() {
     all_refuse(dir, &["-f", "raw", "-l", "first", "base.raw"], &[EX_MISSING], &["base.raw"]);
 }
 
+/// An encrypted x.qcow2 with data at 64 KiB; gives the arguments by which QEMU opens it.
+pub(crate) fn encrypted(dir: &Path, format: &str) -> ([&'static str; 2], &'static str) {
+    let secret = ["--object", "secret,id=s,data=oracle"];
+    let options = format!("encrypt.format={format},encrypt.key-secret=s");
+    let options = if format == "luks" { options + ",encrypt.iter-time=10" } else { options };
+    let mut line = vec!["create", "-q", "-f", "qcow2"];
+    line.extend(secret);
+    line.extend(["-o", &options, "x.qcow2", "1M"]);
+    qemu::img(dir, &line).unwrap();
+    let image = "driver=qcow2,file.filename=x.qcow2,encrypt.key-secret=s";
+    let mut io = Command::new("qemu-io");
+    let write = ["--image-opts", image, "-c", "write -P 5 65536 4096"];
+    run(io.current_dir(dir).args(secret).args(write)).unwrap().ok().unwrap();
+    (secret, image)
+}
+
 #[test]
 fn encrypted_images_are_mapped_and_planned_without_a_key() {
     for format in ["luks", "aes"] {
         let dir = scratch_dir("damaged").unwrap();
         let dir = dir.path();
-        let secret = ["--object", "secret,id=s,data=oracle"];
-        let options = format!("encrypt.format={format},encrypt.key-secret=s");
-        let options = if format == "luks" { options + ",encrypt.iter-time=10" } else { options };
-        let mut line = vec!["create", "-q", "-f", "qcow2"];
-        line.extend(secret);
-        line.extend(["-o", &options, "x.qcow2", "1M"]);
-        qemu::img(dir, &line).unwrap();
-        let image = "driver=qcow2,file.filename=x.qcow2,encrypt.key-secret=s";
-        let mut io = Command::new("qemu-io");
-        io.current_dir(dir).args(secret).args([
-            "--image-opts",
-            image,
-            "-c",
-            "write -P 5 65536 4096",
-        ]);
-        run(&mut io).unwrap().ok().unwrap();
+        let (secret, image) = encrypted(dir, format);
         for output in ["--output=json", "--output=human"] {
             let mut line = vec!["map", output];
             line.extend(secret);

@@ -18,6 +18,7 @@ mod damaged;
 mod deep;
 mod device;
 mod diff;
+mod explain;
 mod far;
 mod imgdm;
 mod inflate;

@@ -371,3 +371,33 @@ fn detaching_all_skips_busy_ones_and_what_is_not_ours() {
     drop(node);
     assert!(kernel.with(|state| state.devices.contains_key(&99)));
 }
+
+#[test]
+fn a_sector_is_followed_down_to_its_loop_device() {
+    use crate::device::locate::{ServedEnd, locate};
+    let fixture = Fixture::new();
+    let kernel = FakeKernel::new();
+    fixture.attach(&kernel).unwrap();
+    let attached = find(&kernel, std::path::Path::new("disk"), None).unwrap();
+    let way = |sector| {
+        let located = locate(&kernel, &attached, sector).unwrap();
+        let devices: Vec<_> =
+            located.devices.iter().map(|d| (d.sector, d.line.start, d.line.kind.clone())).collect();
+        let end = match located.end {
+            ServedEnd::Loop { info, sector, .. } => Some((info.role().unwrap(), sector)),
+            ServedEnd::Target => None,
+            ServedEnd::BlockDevice { .. } => panic!("{located:?}"),
+        };
+        (devices, end)
+    };
+    let linear = |sector, start| (sector, start, "linear".to_owned());
+    let file = |layer, role| LoopRole::File { layer, role, snapshot: None };
+    // Through the inner device to the data file; to the base; to zeros of either kind.
+    let data = Some((file(0, FileRole::DataFile), 5));
+    assert_eq!(way(5), (vec![linear(5, 0), linear(5, 0)], data));
+    assert_eq!(way(31), (vec![linear(31, 24)], Some((file(1, FileRole::Image), 15))));
+    assert_eq!(way(10), (vec![linear(10, 8)], Some((LoopRole::Zero, 2))));
+    assert_eq!(way(63), (vec![(63, 32, "zero".to_owned())], None));
+    let error = locate(&kernel, &attached, 64).unwrap_err();
+    assert!(error.to_string().contains("no line for sector 64"), "{error}");
+}

@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use super::trace::TraceStep;
 use super::{BackingIdentity, BackingReference, Format, ImageFormat, Scratch};
 use crate::damage::{DamageList, spoil};
 use crate::error::{Error, Result};
@@ -278,6 +279,20 @@ impl ImageFormat for CowImage {
         }
         writer.flush();
         Ok(())
+    }
+
+    fn trace(&self, guest: GuestOffset, steps: &mut Vec<TraceStep>) {
+        let sector = guest.get() / SECTOR_SIZE;
+        if sector / 8 >= self.header.bitmap_length().get() {
+            steps.push(TraceStep::NoSectorBit { sector });
+            return;
+        }
+        let at = self.header.bitmap_offset().saturating_add(ByteLen::new(sector / 8));
+        let mut byte = [0];
+        if self.source.read_exact(at, &mut byte, "the bitmap").is_ok() {
+            let bit = (sector % 8) as u8;
+            steps.push(TraceStep::SectorBit { sector, at, byte: byte[0], bit });
+        }
     }
 }
 

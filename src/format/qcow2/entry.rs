@@ -20,7 +20,7 @@ pub(crate) fn l2_table_offset(l1_entry: u64) -> Option<HostOffset> {
 
 /// What an L2 entry says of its cluster (or, with subclusters, of where it lies).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum L2Entry {
+pub enum L2Entry {
     /// No host cluster.
     Unallocated,
     /// A host cluster.

@@ -111,7 +111,11 @@ fn l1_entries_of<'i>(
 }
 
 /// Gives back where the L2 table of an L1 entry is, checked.
-fn check_l2_table(image: &Qcow2Image, l1_index: u64, table: HostOffset) -> Result<HostOffset> {
+pub(super) fn check_l2_table(
+    image: &Qcow2Image,
+    l1_index: u64,
+    table: HostOffset,
+) -> Result<HostOffset> {
     if let Some(error) = image.repeated_l2.error_of(l1_index, table, image.l1_table) {
         return Err(error);
     }

@@ -9,12 +9,14 @@ mod refcount;
 pub(crate) mod snapshot;
 #[cfg(test)]
 mod tests;
+mod trace;
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
+use super::trace::TraceStep;
 use super::{BackingReference, Format, ImageFormat, Notice, Scratch};
 use crate::crypt::{CryptHeader, LUKS_HEADER_BYTES, LuksHeader};
 use crate::error::{Error, ErrorKind, Result, printable};
@@ -22,10 +24,13 @@ use crate::source::Source;
 use crate::status::{Encryption, StatusRun};
 use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset};
 
+pub use entry::L2Entry;
 use entry::l2_table_offset;
 pub use extension::{ExtensionPlace, Extensions};
 pub use header::{Compression, Qcow2Header, TableLocation, incompatible};
+pub(crate) use refcount::refcount_of;
 pub use snapshot::{Snapshot, SnapshotSelector};
+pub(crate) use trace::trace_tables;
 
 /// L1 entries that an image keeps in memory at most: 32 KiB, of each of up to 1024 layers.
 const MAX_KEPT_L1_ENTRIES: usize = 4096;
@@ -271,6 +276,10 @@ impl ImageFormat for Qcow2Image {
     ) -> Result<()> {
         mapping::status(self, range, scratch, runs)
             .map_err(|error| error.at_path(self.source.path()))
+    }
+
+    fn trace(&self, guest: GuestOffset, steps: &mut Vec<TraceStep>) {
+        trace::trace(self, guest, steps);
     }
 }
 

@@ -1,7 +1,8 @@
 //! Counting used clusters, to tell whether an image looks preallocated.
 
 use super::header::Qcow2Header;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::format::trace::Refcount;
 use crate::source::Source;
 use crate::units::{ByteLen, HostOffset};
 
@@ -50,6 +51,52 @@ pub(super) fn looks_preallocated(source: &Source, header: &Qcow2Header) -> Resul
     Ok(false)
 }
 
+/// The refcount of the cluster that starts at `cluster`.
+///
+/// # Errors
+/// Its table or block can't be read, or lies where it can't.
+pub(crate) fn refcount_of(
+    source: &Source,
+    header: &Qcow2Header,
+    cluster: HostOffset,
+) -> Result<Refcount> {
+    let number = cluster.get() / header.cluster_size();
+    let block_entries = (header.cluster_size() * 8) >> header.refcount_order;
+    let (index, entry) = (number / block_entries, number % block_entries);
+    let table_entry_at =
+        header.refcount_table.offset.saturating_add(ByteLen::new(index.saturating_mul(8)));
+    let none = Refcount { table_entry_at, table_entry: 0, at: None, count: 0 };
+    if index >= header.refcount_table.length.get() / 8 {
+        return Ok(none);
+    }
+    let mut bytes = [0; 8];
+    source.read_exact(table_entry_at, &mut bytes, "the refcount table")?;
+    let table_entry = u64::from_be_bytes(bytes);
+    let block = HostOffset::new(table_entry & BLOCK_OFFSET_MASK);
+    if block == HostOffset::ZERO {
+        return Ok(Refcount { table_entry, ..none });
+    }
+    if !block.is_multiple_of(header.cluster_size()) {
+        return Err(Error::invalid(format!(
+            "the refcount block at {block} does not start on a cluster boundary"
+        ))
+        .at_offset(table_entry_at.get()));
+    }
+    let bit = entry << header.refcount_order;
+    let at = block.saturating_add(ByteLen::new(bit / 8));
+    let mut bytes = [0; 8];
+    let width = 1usize << header.refcount_order;
+    let used = &mut bytes[..width.div_ceil(8)];
+    source.read_exact(at, used, "a refcount block")?;
+    let count = if width < 8 {
+        // The least significant bits are the first entry's.
+        u64::from(used[0]) >> (bit % 8) & ((1 << width) - 1)
+    } else {
+        used.iter().fold(0, |count, &byte| count << 8 | u64::from(byte))
+    };
+    Ok(Refcount { table_entry_at, table_entry, at: Some(at), count })
+}
+
 /// How many of the first `entries` refcounts of a block are not 0.
 fn used(block: &[u8], order: u32, entries: u64) -> u64 {
     if order < 3 {
@@ -68,6 +115,50 @@ fn used(block: &[u8], order: u32, entries: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_refcount_of_every_width_is_found() {
+        for order in 0..=6 {
+            let cluster_size = 512u64;
+            let mut header = vec![0; 112];
+            let mut put = |at: usize, bytes: &[u8]| {
+                header[at..at + bytes.len()].copy_from_slice(bytes);
+            };
+            put(0, b"QFI\xfb\0\0\0\x03");
+            put(20, &9u32.to_be_bytes());
+            put(48, &512u64.to_be_bytes());
+            put(56, &1u32.to_be_bytes());
+            put(96, &u32::to_be_bytes(order));
+            put(100, &104u32.to_be_bytes());
+            put(40, &1024u64.to_be_bytes());
+            let header = Qcow2Header::parse(&header).unwrap();
+            let entries = (cluster_size * 8) >> order;
+            // Entry 3 of the second block is 1; for wide ones the number is all ones.
+            let mut file = vec![0; 4096];
+            file[512 + 8..512 + 16].copy_from_slice(&2048u64.to_be_bytes());
+            let width = 1u64 << order;
+            let bit = 3 * width;
+            let at = 2048 + usize::try_from(bit / 8).unwrap();
+            if width < 8 {
+                file[at] = ((1u8 << width) - 1) << (bit % 8);
+            } else {
+                file[at..at + usize::try_from(width / 8).unwrap()].fill(0xff);
+            }
+            let source = Source::from_bytes("x", file);
+            let find = |cluster: u64| {
+                refcount_of(&source, &header, HostOffset::new(cluster * cluster_size)).unwrap()
+            };
+            let found = find(entries + 3);
+            assert_eq!(found.count, u64::MAX >> (64 - width), "order {order}");
+            assert_eq!(found.at, Some(HostOffset::new(at as u64)));
+            assert_eq!((found.table_entry_at.get(), found.table_entry), (520, 2048));
+            assert_eq!(find(entries + 2).count, 0);
+            assert_eq!(find(entries + 4).count, 0);
+            let none = find(3);
+            assert_eq!((none.table_entry, none.at, none.count), (0, None, 0));
+            assert_eq!(find(entries * 64).at, None);
+        }
+    }
 
     #[test]
     fn refcounts_of_every_width_are_counted() {
