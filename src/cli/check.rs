@@ -4,14 +4,17 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use imgdm::check::{Finding, FindingKind, Options, Report, Severity, check, is_checkable};
 use imgdm::format::Format;
 use imgdm::lock::Sharing;
+use imgdm::metadata::{Metadata, Walk};
 use imgdm::open::{OpenPolicy, OpenedFile, open_file};
 use serde::Serialize;
 
 use super::Globals;
+use super::metadata::{Viscera, print_human};
 use super::open::print_warnings;
 use super::output::{OutputFormat, show_path, stdout};
 
@@ -28,7 +31,7 @@ const NO_CHECK: u8 = 63;
 /// data file, no key is needed.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  imgdm check disk.qcow2\n  imgdm check --output=json --all disk.qcow2 | jq '.findings[]'\n\nExit status, as of qemu-img check: 0 no errors, 1 the check itself failed,\n2 the image is corrupt, 3 it only has leaked clusters, 63 the format (raw) has\nno metadata to check. Notices do not change it. An image that cannot be opened\nends with the status of the other commands, 64 to 77."
+    after_help = "Examples:\n  imgdm check disk.qcow2\n  imgdm check --output=json --all disk.qcow2 | jq '.findings[]'\n  imgdm check -M disk.qcow2\n\nExit status, as of qemu-img check: 0 no errors, 1 the check itself failed,\n2 the image is corrupt, 3 it only has leaked clusters, 63 the format (raw) has\nno metadata to check. Notices do not change it. An image that cannot be opened\nends with the status of the other commands, 64 to 77."
 )]
 pub(crate) struct Args {
     /// The image: a file or a block device
@@ -47,6 +50,11 @@ pub(crate) struct Args {
     #[arg(long)]
     all: bool,
 
+    /// Print also where every piece of metadata lies, and what nothing refers to: in JSON
+    /// under the key viscera
+    #[arg(short = 'M', long)]
+    metadata: bool,
+
     /// Output format
     #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
     output: OutputFormat,
@@ -61,8 +69,15 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<u8> {
     };
     let OpenedFile { source, format, warnings } = open_file(&args.image, &policy)?;
     print_warnings(&warnings, globals);
+    let source = Arc::new(source);
+    let dumped = args.metadata.then(|| Metadata::read(Arc::clone(&source), format)).transpose()?;
+    let walk = dumped.as_ref().map(Metadata::walk);
+    let dump = dumped.as_ref().zip(walk.as_ref());
     let name = show_path(&args.image);
     if !is_checkable(format) {
+        if dump.is_some() {
+            Printer::new(args, format)?.finish(None, dump)?;
+        }
         // Not globals.warn(): qemu-img says so even when it is to be quiet.
         writeln!(io::stderr(), "imgdm: {name}: the format {format} has no metadata to check")?;
         return Ok(NO_CHECK);
@@ -72,8 +87,18 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<u8> {
         options.findings_of_a_kind = None;
     }
     let mut printer = Printer::new(args, format)?;
-    let report = check(&source, format, options, &mut |finding| printer.finding(&finding))?;
-    printer.finish(&report)?;
+    let checked = check(&source, format, options, &mut |finding| printer.finding(&finding));
+    let report = match checked {
+        Ok(report) => report,
+        Err(error) => {
+            // What can't be checked may still be looked into.
+            if dump.is_some() {
+                printer.finish(None, dump)?;
+            }
+            return Err(error.into());
+        }
+    };
+    printer.finish(Some(&report), dump)?;
     if report.check_errors() > 0 {
         writeln!(io::stderr(), "imgdm: {name}: {}", failed(&report))?;
     }
@@ -153,21 +178,65 @@ impl<'a> Printer<'a> {
         )
     }
 
-    fn finish(mut self, report: &Report) -> io::Result<()> {
+    /// Prints the numbers, where the check came to some, and the metadata, where it is asked
+    /// for.
+    fn finish(
+        mut self,
+        report: Option<&Report>,
+        dump: Option<(&Metadata, &Walk<'_>)>,
+    ) -> io::Result<()> {
         self.outcome?;
         self.outcome = Ok(());
         match self.args.output {
-            OutputFormat::Human => human_report(&mut self.out, report, &self.printed)?,
+            OutputFormat::Human => {
+                if let Some(report) = report {
+                    human_report(&mut self.out, report, &self.printed)?;
+                }
+                if let Some((metadata, walk)) = dump {
+                    if report.is_some() {
+                        writeln!(self.out)?;
+                    }
+                    print_human(&mut self.out, metadata, walk)?;
+                }
+            }
             OutputFormat::Json => {
                 let some = self.started;
                 self.start_json()?;
                 self.out.write_all(if some { b"\n  ],\n" } else { b"],\n" })?;
-                // The rest of the object, without its opening brace.
-                let rest = serde_json::to_string_pretty(&JsonReport::from(report))?;
-                let rest = rest.strip_prefix("{\n").unwrap_or(&rest);
-                writeln!(self.out, "{rest}")?;
+                let rest = JsonRest {
+                    report: report.map(JsonReport::from),
+                    viscera: dump.map(|(metadata, walk)| Viscera::new(metadata, walk)),
+                };
+                serde_json::to_writer_pretty(AfterBrace::new(&mut self.out), &rest)
+                    .map_err(io::Error::from)?;
+                writeln!(self.out)?;
             }
         }
+        self.out.flush()
+    }
+}
+
+/// Writes the rest of an object that has begun: all but its opening brace and line end.
+struct AfterBrace<W> {
+    out: W,
+    left_out: usize,
+}
+
+impl<W: Write> AfterBrace<W> {
+    fn new(out: W) -> Self {
+        Self { out, left_out: "{\n".len() }
+    }
+}
+
+impl<W: Write> Write for AfterBrace<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let left_out = self.left_out.min(bytes.len());
+        self.left_out -= left_out;
+        self.out.write_all(&bytes[left_out..])?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
         self.out.flush()
     }
 }
@@ -295,7 +364,16 @@ impl<'a> From<&'a Finding> for JsonFinding<'a> {
     }
 }
 
-/// What follows the findings: the keys of `qemu-img check`, left out where it leaves them
+/// What follows the findings.
+#[derive(Serialize)]
+struct JsonRest<'a> {
+    #[serde(flatten)]
+    report: Option<JsonReport>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    viscera: Option<Viscera<'a>>,
+}
+
+/// The keys of `qemu-img check`, left out where it leaves them
 /// out, and the counts behind them.
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]

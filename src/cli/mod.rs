@@ -18,6 +18,7 @@ mod key;
 #[cfg(feature = "device")]
 mod list;
 mod map;
+mod metadata;
 mod open;
 mod output;
 mod plan;

@@ -39,6 +39,15 @@ impl QcowMetadata {
             .then_some(TableLocation { offset, length })
     }
 
+    /// The backing file's name, up to a NUL; `None` where there is none, or it can't be read.
+    pub fn read_backing_name(&self, source: &Source) -> Option<Vec<u8>> {
+        let place = self.backing_name()?;
+        let mut name = vec![0; usize::try_from(place.length.get()).ok()?];
+        source.read_exact(place.offset, &mut name, "the backing file's name").ok()?;
+        name.truncate(name.iter().position(|&byte| byte == 0).unwrap_or(name.len()));
+        Some(name)
+    }
+
     /// Bytes of an L2 table.
     fn l2_length(&self) -> u64 {
         self.header.l2_entries() * 8

@@ -332,6 +332,13 @@ impl Qcow2Metadata {
         self.crypt = Some(crypt);
     }
 
+    /// The name of the snapshot, empty for the active layer's owner.
+    pub fn owner_name(&self, owner: Owner) -> &str {
+        let Owner::Snapshot(number) = owner else { return "" };
+        let snapshot = usize::try_from(number).ok().and_then(|number| self.snapshots.get(number));
+        snapshot.map_or("", |snapshot| snapshot.name.as_str())
+    }
+
     /// True where the image says that its data file is a raw image by itself.
     pub fn data_file_is_raw(&self) -> bool {
         self.header.autoclear_features & 2 != 0
