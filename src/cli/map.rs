@@ -1,5 +1,8 @@
 //! `imgdm map`: which file, at which offset, holds each part of the disk.
 
+mod bitmap;
+
+use std::ffi::OsString;
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::{Mutex, PoisonError};
@@ -20,7 +23,7 @@ use super::output::{JsonPath, stdout};
 /// Show where each part of the disk lies, as `qemu-img map` does
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  imgdm map disk.qcow2\n  imgdm map --output=json -l before-update disk.qcow2\n  imgdm map --output=json-full --start-offset 1M --max-length 64k disk.qcow2\n\nDamaged metadata does not end the map: what it spoils is listed on stderr and is, in\nJSON, present but neither zero nor data; the exit status is then 65."
+    after_help = "Examples:\n  imgdm map disk.qcow2\n  imgdm map --output=json -l before-update disk.qcow2\n  imgdm map --output=json-full --start-offset 1M --max-length 64k disk.qcow2\n  imgdm map --bitmap since-backup --output=json disk.qcow2\n\nDamaged metadata does not end the map: what it spoils is listed on stderr and is, in\nJSON, present but neither zero nor data; the exit status is then 65."
 )]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -43,6 +46,10 @@ pub(crate) struct Args {
     #[arg(long)]
     deep: bool,
 
+    /// Show what this persistent bitmap of the image itself says is dirty, and no layers
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["snapshot", "deep"])]
+    bitmap: Option<OsString>,
+
     #[command(flatten)]
     fiemap: FiemapArgs,
 }
@@ -58,19 +65,27 @@ enum MapOutput {
     JsonFull,
 }
 
+impl Args {
+    /// The part of the disk that is asked for.
+    fn range(&self, whole: GuestRange) -> GuestRange {
+        let end = self.max_length.map_or(whole.end, |length| {
+            whole.end.min(GuestOffset::new(self.start_offset.saturating_add(length)))
+        });
+        GuestRange::new(GuestOffset::new(self.start_offset), end)
+    }
+}
+
 pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
+    if let Some(name) = &args.bitmap {
+        return bitmap::run(args, name, globals);
+    }
     let mut policy = args.open.policy();
     if args.output == MapOutput::JsonFull {
         args.fiemap.apply(&mut policy);
     }
     let (chain, damaged) = open_to_look(&args.open, policy, globals)?;
     let chain = &chain;
-    let start = GuestOffset::new(args.start_offset);
-    let whole = chain.whole();
-    let end = args.max_length.map_or(whole.end, |length| {
-        whole.end.min(GuestOffset::new(args.start_offset.saturating_add(length)))
-    });
-    let range = GuestRange::new(start, end);
+    let range = args.range(chain.whole());
     let holes = if args.deep { HoleQuery::Deep } else { HoleQuery::AsQemu };
     let found = match args.output {
         MapOutput::Human => human(chain, range, holes),

@@ -85,6 +85,16 @@ pub enum WarningKind {
     ChangedBacking,
 }
 
+impl From<Notice> for WarningKind {
+    fn from(notice: Notice) -> Self {
+        match notice {
+            Notice::Dirty => Self::Dirty,
+            Notice::Corrupt => Self::Corrupt,
+            Notice::Damaged(what) => Self::Damaged(what),
+        }
+    }
+}
+
 impl WarningKind {
     /// A stable name for scripts.
     pub fn name(&self) -> &'static str {
@@ -368,12 +378,7 @@ impl Opener<'_> {
             (Format::Cow, true) => Box::new(CowImage::open_past_damage(file)?),
         };
         for notice in image.notices() {
-            let kind = match notice {
-                Notice::Dirty => WarningKind::Dirty,
-                Notice::Corrupt => WarningKind::Corrupt,
-                Notice::Damaged(what) => WarningKind::Damaged(what),
-            };
-            self.warn(source.path(), kind);
+            self.warn(source.path(), notice.into());
         }
         let data_file = self.data_file(&*image, &source, is_active)?;
         Ok(Layer { image, source, data_file, declared_format: reference.format })

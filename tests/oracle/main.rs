@@ -12,6 +12,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod bitmap;
 mod check;
 mod crypt;
 mod damaged;

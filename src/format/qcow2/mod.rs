@@ -1,6 +1,7 @@
 //! qcow2, versions 2 and 3 (QEMU: docs/interop/qcow2).
 
 pub mod bitmap;
+pub mod dirty;
 pub(crate) mod entry;
 pub(crate) mod extension;
 pub(crate) mod header;
