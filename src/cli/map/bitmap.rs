@@ -50,12 +50,8 @@ pub(super) fn run(args: &Args, name: &OsStr, globals: Globals) -> anyhow::Result
     print_warnings(&warnings, globals);
     let bitmap = find(&image, &source, name)?;
     let whole = GuestRange::new(GuestOffset::ZERO, GuestOffset::new(image.virtual_size().get()));
-    let range = args.range(whole);
-    if is_json {
-        json(&source, &image, &bitmap, range)
-    } else {
-        human(&source, &image, &bitmap, range)
-    }
+    let dirty = Dirty { source: &source, image: &image, bitmap: &bitmap, range: args.range(whole) };
+    if is_json { dirty.print_json() } else { dirty.print_human() }
 }
 
 fn no_bitmap(name: &OsStr, why: &str) -> Error {
@@ -94,39 +90,41 @@ fn cannot_print(error: std::io::Error) -> Error {
     Error::io("cannot print", error)
 }
 
-/// Only the dirty ranges, as the table of a map is of data only.
-fn human(
-    source: &Source,
-    image: &Qcow2Image,
-    bitmap: &BitmapDirectoryEntry,
+/// What is to be printed.
+struct Dirty<'a> {
+    source: &'a Source,
+    image: &'a Qcow2Image,
+    bitmap: &'a BitmapDirectoryEntry,
     range: GuestRange,
-) -> anyhow::Result<()> {
-    let mut out = stdout()?;
-    writeln!(out, "{:<16}{:<16}", "Offset", "Length")?;
-    let hex = |number: u64| if number == 0 { "0".to_owned() } else { format!("{number:#x}") };
-    let outcome =
-        for_each_dirty_run(source, image.header(), bitmap, range, &mut |run, is_dirty| {
+}
+
+impl Dirty<'_> {
+    fn for_each_run(&self, mut each: impl FnMut(GuestRange, bool) -> Result<()>) -> Result<()> {
+        let header = self.image.header();
+        for_each_dirty_run(self.source, header, self.bitmap, self.range, &mut each)
+    }
+
+    /// Only the dirty ranges, as the table of a map is of data only.
+    fn print_human(&self) -> anyhow::Result<()> {
+        let mut out = stdout()?;
+        writeln!(out, "{:<16}Length", "Offset")?;
+        let hex = |number: u64| if number == 0 { "0".to_owned() } else { format!("{number:#x}") };
+        let outcome = self.for_each_run(|run, is_dirty| {
             if !is_dirty {
                 return Ok(());
             }
             let (start, length) = (hex(run.start.get()), hex(run.length().get()));
             writeln!(out, "{start:<16}{length}").map_err(cannot_print)
         });
-    out.flush()?;
-    Ok(outcome?)
-}
+        out.flush()?;
+        Ok(outcome?)
+    }
 
-fn json(
-    source: &Source,
-    image: &Qcow2Image,
-    bitmap: &BitmapDirectoryEntry,
-    range: GuestRange,
-) -> anyhow::Result<()> {
-    let mut out = stdout()?;
-    out.write_all(b"[")?;
-    let mut separator = "";
-    let outcome =
-        for_each_dirty_run(source, image.header(), bitmap, range, &mut |run, is_dirty| {
+    fn print_json(&self) -> anyhow::Result<()> {
+        let mut out = stdout()?;
+        out.write_all(b"[")?;
+        let mut separator = "";
+        let outcome = self.for_each_run(|run, is_dirty| {
             let (start, length) = (run.start.get(), run.length().get());
             let row = format_args!(
                 "{separator}{{ \"start\": {start}, \"length\": {length}, \"dirty\": {is_dirty}}}"
@@ -135,10 +133,11 @@ fn json(
             separator = ",\n";
             Ok(())
         });
-    // Left open where it broke off, as other maps are.
-    if outcome.is_ok() {
-        out.write_all(b"]\n")?;
+        // Left open where it broke off, as other maps are.
+        if outcome.is_ok() {
+            out.write_all(b"]\n")?;
+        }
+        out.flush()?;
+        Ok(outcome?)
     }
-    out.flush()?;
-    Ok(outcome?)
 }
