@@ -324,3 +324,42 @@ fn any_byte_of_the_metadata_may_be_any_other_and_the_file_stays_covered() {
     }
     assert!(walked > 2000 && refused > 20, "{walked} walked, {refused} refused");
 }
+
+#[test]
+fn a_cow_file_is_covered_to_the_byte() {
+    // User-Mode Linux's version 3: 16 sectors, of which 1, 2 and 15 are in the file.
+    const ALIGNMENT: u32 = 4096;
+    let mut bytes = vec![0; 3 * 4096 + 16 * 512 + 700];
+    let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+    put(0, b"OOOM\0\0\0\x03");
+    put(12, &(16u64 * 512).to_be_bytes());
+    put(20, &512u32.to_be_bytes());
+    put(24, &ALIGNMENT.to_be_bytes());
+    put(32, b"/base.raw\0left over");
+    put(8192, &[0b0000_0110, 0b1000_0000]);
+    let source = Arc::new(Source::from_bytes("x.cow", bytes));
+    let metadata = Metadata::read(source, Format::Cow).unwrap();
+    let data = 3 * 4096;
+    let expected = [
+        (0, 42, RangeUse::Metadata),
+        (42, 4128 - 42, RangeUse::Slack),
+        (4128, 8192 - 4128, RangeUse::Slack),
+        (8192, 2, RangeUse::Metadata),
+        (8194, data - 8194, RangeUse::Slack),
+        (data, 512, RangeUse::Unused),
+        (data + 512, 1024, RangeUse::Data),
+        (data + 3 * 512, 12 * 512, RangeUse::Unused),
+        (data + 15 * 512, 512, RangeUse::Data),
+        (data + 16 * 512, 700, RangeUse::Unreferenced),
+    ];
+    // The name's field ends the header here, and slack follows slack.
+    let joined = [expected[0], (42, 8192 - 42, RangeUse::Slack)];
+    assert_eq!(shown(&metadata.walk()), [&joined, &expected[3..]].concat());
+    let owner = Owner::Active;
+    let guest = GuestOffset::new(512);
+    assert_eq!(kinds(&metadata, data + 1100), [PieceKind::Data { owner, guest }]);
+    assert_eq!(kinds(&metadata, 33), [PieceKind::Header, PieceKind::BackingFileName]);
+    assert_eq!(kinds(&metadata, 8193), [PieceKind::SectorBitmap]);
+    let place = HostPlace::in_image(HostOffset::new(data + 5));
+    assert_eq!(metadata.pieces_at(place).unclaimed.unwrap().used, RangeUse::Unused);
+}

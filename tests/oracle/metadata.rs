@@ -317,6 +317,30 @@ fn a_data_file_is_named_and_its_clusters_are_not_the_images() {
 }
 
 #[test]
+fn a_compressed_qcow_is_covered_to_the_byte() {
+    let dir = scratch_dir("metadata").unwrap();
+    let dir = dir.path();
+    make(
+        dir,
+        vec![
+            create("base.raw", "raw", &[], None, SIZE),
+            Step::Io {
+                format: "raw",
+                file: "base.raw".to_owned(),
+                commands: strings(&["write -P 9 2M 1M"]),
+            },
+            create("x.qcow", "qcow", &[], Some(("base.raw", "raw")), SIZE),
+            write("x.qcow", "qcow", &[(0, 100_352), (3_000_320, 4096)]),
+        ],
+    );
+    // QEMU's last step with a compressed qcow fails without a word, when all is written.
+    let line = ["convert", "-c", "-O", "qcow", "base.raw", "c.qcow"];
+    assert_eq!(qemu::img_any(dir, &line).unwrap().stderr, "");
+    assert!(agree(dir, "c.qcow").unwrap().streams > 200);
+    assert!(agree(dir, "x.qcow").unwrap().data_references > 0);
+}
+
+#[test]
 fn an_empty_and_a_sparse_file_are_covered() {
     let dir = scratch_dir("metadata").unwrap();
     let dir = dir.path();
