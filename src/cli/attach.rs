@@ -15,8 +15,8 @@ use imgdm::device::udev;
 use imgdm::device::{DeviceNumber, Interrupt, Kernel};
 use imgdm::format::Format;
 use imgdm::open::open_chain;
-use imgdm::plan::{Plan, TableSource, ZeroMode};
-use imgdm::scratch::{OnError, ScratchWork};
+use imgdm::plan::{Plan, TableSource};
+use imgdm::scratch::ScratchWork;
 use imgdm::source::Source;
 
 use super::key::{KeyArgs, KeySources, encrypted_layers};
@@ -90,7 +90,9 @@ impl Args {
             },
             direct_block: self.direct_block,
             publish: false,
-            plan_bits: plan_bits(self.zero.mode(), self.content, self.fiemap),
+            zero: self.zero.mode(),
+            no_fiemap: self.fiemap.no_fiemap,
+            on_error: self.content.on_error(),
         }
     }
 }
@@ -106,21 +108,6 @@ fn warn_of_holders(kernel: &LinuxKernel, file: &Source, globals: Globals) {
             holders.join(", ")
         ));
     }
-}
-
-/// The plan's options as the bits that the device's UUID carries.
-fn plan_bits(zero: ZeroMode, content: ContentArgs, fiemap: FiemapArgs) -> u16 {
-    let zero = match zero {
-        ZeroMode::Auto => 0,
-        ZeroMode::Dm => 1,
-        ZeroMode::Loop => 2,
-    };
-    let on_error = match content.on_error() {
-        OnError::Refuse => 0,
-        OnError::Zero => 1,
-        OnError::ErrorTarget => 2,
-    };
-    zero | u16::from(fiemap.no_fiemap) << 2 | on_error << 3
 }
 
 pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {

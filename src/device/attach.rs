@@ -15,6 +15,7 @@ use super::compare::{describe, same_tables};
 use super::fault;
 use super::keys::Keys;
 use super::name::{DeviceRole, DmName, DmUuid, FileIdentity, LoopRole, UUID_PREFIX};
+pub use super::options::{DirectIo, Options};
 use super::{
     DeviceId, DeviceInfo, DeviceNumber, Interrupt, Kernel, LoopHandle, LoopOptions, PATIENCE,
     UdevRules, loop_node,
@@ -52,48 +53,6 @@ impl<'a> LayerFiles<'a> {
             FileRole::Image => Some(self.image),
             FileRole::DataFile => self.data_file,
         }
-    }
-}
-
-/// Whether loop devices read their files around the page cache.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum DirectIo {
-    /// Whichever serves best: through the page cache, which attachments of one base
-    /// image share.
-    #[default]
-    Auto,
-    /// Around it; an error where the file system can't.
-    On,
-    /// Through it.
-    Off,
-}
-
-/// The options that change what is attached; the UUID carries them as bits.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Options {
-    /// How loop devices read.
-    pub direct_io: DirectIo,
-    /// Image files that are block devices are mapped without a loop device between.
-    pub direct_block: bool,
-    /// Let blkid, LVM and others look into the device.
-    pub publish: bool,
-    /// The plan's own options as bits (zeros by which target, which holes): any number
-    /// that is the same for the same options.
-    pub plan_bits: u16,
-}
-
-impl Options {
-    /// As the UUID carries them: the plan's bits below, ours above.
-    pub fn bits(&self) -> u32 {
-        let direct_io = match self.direct_io {
-            DirectIo::Auto => 0u32,
-            DirectIo::On => 1,
-            DirectIo::Off => 2,
-        };
-        u32::from(self.plan_bits)
-            | direct_io << 16
-            | u32::from(self.direct_block) << 18
-            | u32::from(self.publish) << 19
     }
 }
 

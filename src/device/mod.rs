@@ -15,6 +15,7 @@ pub mod keys;
 pub mod list;
 pub mod locate;
 pub mod name;
+mod options;
 pub mod sys;
 
 #[cfg(feature = "device")]
