@@ -291,6 +291,14 @@ impl Source {
         }
     }
 
+    /// Has it go by another path than it was opened by: a loop device that shows a file
+    /// stands for the file.
+    #[must_use]
+    pub fn named(mut self, path: &Path) -> Self {
+        path.clone_into(&mut self.name);
+        self
+    }
+
     /// The path it was opened by, as QEMU would print it (perhaps relative).
     pub fn path(&self) -> &Path {
         &self.name

@@ -180,6 +180,11 @@ impl KeySources {
         Ok(Self { given, credentials, terminal })
     }
 
+    /// True where an argument gives a key.
+    pub(crate) fn are_given(&self) -> bool {
+        !self.given.is_empty()
+    }
+
     /// Refuses a key for a layer that takes none.
     ///
     /// # Errors

@@ -30,6 +30,8 @@ mod signal;
 mod snapshots;
 mod table;
 mod unlock;
+#[cfg(feature = "device")]
+mod verify;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -73,6 +75,8 @@ enum Command {
     Detach(detach::Args),
     #[cfg(feature = "device")]
     List(list::Args),
+    #[cfg(feature = "device")]
+    Verify(verify::Args),
 }
 
 /// What the library notes on the way and no caller is told, like a udev that is late.
@@ -159,6 +163,8 @@ pub(crate) fn run() -> ExitCode {
         Command::Detach(args) => detach::run(&args, globals),
         #[cfg(feature = "device")]
         Command::List(args) => list::run(&args, globals),
+        #[cfg(feature = "device")]
+        Command::Verify(args) => verify::run(&args, globals),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

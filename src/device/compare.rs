@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 
 use super::attach::{Request, index_of, table_ids};
+use super::live::LiveTarget;
 use super::name::{DmUuid, LoopRole, UUID_PREFIX};
 use super::{DeviceId, DeviceInfo, DeviceNumber, Kernel, LiveLine};
 use crate::error::{Error, ErrorKind, Result, printable};
 use crate::plan::{Backing, BackingId, CryptId, Segment, SegmentTarget};
-use crate::table::CryptKey;
 
 /// True where the live tables of the attachment with this UUID are those that `request`
 /// would load, over loop devices of the same files.
@@ -46,7 +46,7 @@ struct Comparison<'a, K> {
     request: &'a Request<'a>,
     top: &'a DmUuid,
     /// Which device stands for a backing, once it was looked at.
-    devices: BTreeMap<BackingId, String>,
+    devices: BTreeMap<BackingId, DeviceNumber>,
 }
 
 impl<K: Kernel> Comparison<'_, K> {
@@ -68,14 +68,15 @@ impl<K: Kernel> Comparison<'_, K> {
             if line.start != at || line.length != length || length == 0 || length > end - at {
                 return Ok(false);
             }
+            let live = LiveTarget::of(&line);
             let fits = match (segment.target, offset) {
                 (SegmentTarget::Linear { backing, .. }, Some(offset)) => {
                     let here = offset.get() + (at - segment.start.get());
-                    line.kind == "zero"
-                        || (line.kind == "error" && self.request.tables.scratch_may_fail())
-                        || self.same_linear(backing, here, &line)?
+                    live == LiveTarget::Zero
+                        || (live == LiveTarget::Error && self.request.tables.scratch_may_fail())
+                        || self.same_linear(backing, here, &live)?
                 }
-                _ => self.same_line(segment, &line)?,
+                _ => self.same_target(segment, &live)?,
             };
             if !fits {
                 return Ok(false);
@@ -90,51 +91,48 @@ impl<K: Kernel> Comparison<'_, K> {
         matches!(backing, Some(Backing::Scratch { .. }))
     }
 
-    fn same_line(&mut self, segment: &Segment, line: &LiveLine) -> Result<bool> {
+    fn same_target(&mut self, segment: &Segment, live: &LiveTarget) -> Result<bool> {
         match segment.target {
-            SegmentTarget::Zero => Ok(line.kind == "zero"),
-            SegmentTarget::Error => Ok(line.kind == "error"),
+            SegmentTarget::Zero => Ok(*live == LiveTarget::Zero),
+            SegmentTarget::Error => Ok(*live == LiveTarget::Error),
             SegmentTarget::Linear { backing, offset } => {
-                self.same_linear(backing, offset.get(), line)
+                self.same_linear(backing, offset.get(), live)
             }
-            SegmentTarget::Crypt { backing, crypt } => self.same_crypt(backing, crypt, line),
+            SegmentTarget::Crypt { backing, crypt } => self.same_crypt(backing, crypt, live),
         }
     }
 
-    fn same_crypt(&mut self, backing: BackingId, crypt: CryptId, line: &LiveLine) -> Result<bool> {
-        let Some(planned) = self.request.tables.crypts().get(crypt.0 as usize) else {
-            return Ok(false);
-        };
-        let description = self.top.key_description(planned.layer);
-        let key = CryptKey::Keyring { size: planned.key_bytes, description }.to_string();
-        let words: Vec<_> = line.parameters.split(' ').collect();
-        let [cipher, live_key, "0", device, "0"] = words[..] else { return Ok(false) };
-        // A key that is not in the keyring is not shown, and comes as `-`.
-        Ok(line.kind == "crypt"
-            && cipher == planned.cipher
-            && (live_key == key || live_key == "-")
-            && self.is_device_of(backing, device)?)
+    fn same_crypt(
+        &mut self,
+        backing: BackingId,
+        crypt: CryptId,
+        live: &LiveTarget,
+    ) -> Result<bool> {
+        let planned = self.request.tables.crypts().get(crypt.0 as usize);
+        let (Some(planned), LiveTarget::Crypt(live)) = (planned, live) else { return Ok(false) };
+        Ok(live.cipher == planned.cipher
+            && live.has_key(self.top, planned.layer, planned.key_bytes)
+            && (live.iv_offset, live.start) == (0, 0)
+            && self.is_device_of(backing, live.device)?)
     }
 
-    fn same_linear(&mut self, backing: BackingId, offset: u64, line: &LiveLine) -> Result<bool> {
-        let Some((device, live_offset)) = line.parameters.split_once(' ') else {
-            return Ok(false);
-        };
-        if line.kind != "linear" || live_offset.parse() != Ok(offset) {
-            return Ok(false);
+    fn same_linear(&mut self, backing: BackingId, offset: u64, live: &LiveTarget) -> Result<bool> {
+        match *live {
+            LiveTarget::Linear { device, offset: live_offset } if live_offset == offset => {
+                self.is_device_of(backing, device)
+            }
+            _ => Ok(false),
         }
-        self.is_device_of(backing, device)
     }
 
-    fn is_device_of(&mut self, backing: BackingId, device: &str) -> Result<bool> {
+    fn is_device_of(&mut self, backing: BackingId, device: DeviceNumber) -> Result<bool> {
         if let Some(known) = self.devices.get(&backing) {
-            return Ok(known == device);
+            return Ok(*known == device);
         }
-        let Some(number) = parse_number(device) else { return Ok(false) };
-        if !self.stands_for(backing, number)? {
+        if !self.stands_for(backing, device)? {
             return Ok(false);
         }
-        self.devices.insert(backing, device.to_owned());
+        self.devices.insert(backing, device);
         Ok(true)
     }
 
@@ -168,12 +166,6 @@ impl<K: Kernel> Comparison<'_, K> {
             }
         }
     }
-}
-
-/// `MAJOR:MINOR`.
-pub(super) fn parse_number(text: &str) -> Option<DeviceNumber> {
-    let (major, minor) = text.split_once(':')?;
-    Some(DeviceNumber { major: major.parse().ok()?, minor: minor.parse().ok()? })
 }
 
 /// Whose a device is, in words.

@@ -4,7 +4,9 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -13,13 +15,13 @@ use std::time::Duration;
 
 use super::name::{DmName, DmUuid};
 use super::{
-    DeviceId, DeviceInfo, DeviceNumber, Guard, Interrupt, Kernel, Lines, LiveLine, LoopHandle,
-    LoopInfo, LoopOptions, LoopPath, PathState, UdevRules,
+    DeviceId, DeviceInfo, DeviceNumber, DeviceReader, Guard, Interrupt, Kernel, Lines, LiveLine,
+    LoopHandle, LoopInfo, LoopOptions, LoopPath, PathState, UdevRules,
 };
 use crate::crypt::VolumeKey;
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::FileId;
-use crate::table::{CryptKey, TableLine};
+use crate::table::{CryptKey, TableLine, Target};
 use crate::units::{ByteLen, SECTOR_SIZE, Sectors};
 
 const DM_MAJOR: u32 = 253;
@@ -40,11 +42,15 @@ pub struct FakeDevice {
     pub deferred: bool,
     /// How many descriptors are open on it.
     pub descriptors: u32,
+    /// Its table was loaded without the flag that it takes no writes.
+    pub writable: bool,
 }
 
 /// A loop device of the fake kernel.
 #[derive(Debug, Clone)]
 pub struct FakeLoop {
+    /// The file that it holds open.
+    pub file: Arc<File>,
     /// What it is bound to.
     pub info: LoopInfo,
     /// Its size.
@@ -119,6 +125,48 @@ impl State {
                 }
             })
             .map(|(&minor, _)| minor)
+    }
+}
+
+/// Reads through tables as they were when it was made; dm-crypt it can't.
+struct FakeReader {
+    number: DeviceNumber,
+    tables: BTreeMap<DeviceNumber, Vec<TableLine>>,
+    files: BTreeMap<DeviceNumber, Arc<File>>,
+}
+
+impl FakeReader {
+    fn read_sector(&self, mut sector: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let failed = || io::Error::from_raw_os_error(nix::libc::EIO);
+        let mut number = self.number;
+        loop {
+            if let Some(file) = self.files.get(&number) {
+                return file.read_exact_at(buffer, sector * SECTOR_SIZE).map_err(|_| failed());
+            }
+            let table = self.tables.get(&number).ok_or_else(failed)?;
+            let line = table.iter().find(|line| {
+                (line.start.get()..line.start.get() + line.length.get()).contains(&sector)
+            });
+            let line = line.ok_or_else(failed)?;
+            match &line.target {
+                Target::Zero => {
+                    buffer.fill(0);
+                    return Ok(());
+                }
+                Target::Linear { offset, .. } => {
+                    sector = offset.get() + sector - line.start.get();
+                    number = reference(line).ok_or_else(failed)?;
+                }
+                Target::Error | Target::Crypt { .. } => return Err(failed()),
+            }
+        }
+    }
+}
+
+impl DeviceReader for FakeReader {
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let sectors = (offset / SECTOR_SIZE..).zip(buffer.chunks_mut(512));
+        sectors.into_iter().try_for_each(|(sector, buffer)| self.read_sector(sector, buffer))
     }
 }
 
@@ -308,7 +356,7 @@ impl Kernel for FakeKernel {
                 open_count: state.open_count(minor),
                 has_live_table: device.live.is_some(),
                 deferred_remove: device.deferred,
-                read_only: true,
+                read_only: !device.writable,
             }
         }))
     }
@@ -475,10 +523,12 @@ impl Kernel for FakeKernel {
             read_only: true,
             autoclear: true,
             direct_io: false,
+            offset: 0,
             path: Some(LoopPath { path, state: PathState::Same }),
             generation: Some(generation),
         };
-        state.loops.insert(minor, FakeLoop { info, size, descriptors: 1 });
+        let file = file.try_clone().map_err(|error| Error::io("dup", error))?;
+        state.loops.insert(minor, FakeLoop { file: Arc::new(file), info, size, descriptors: 1 });
         drop(state);
         Ok(self.handle(DeviceNumber { major: LOOP_MAJOR, minor }, size, generation))
     }
@@ -511,8 +561,34 @@ impl Kernel for FakeKernel {
         state.loops.get(&number.minor).is_none_or(|each| each.info.generation != generation)
     }
 
-    fn block_device(&self, _number: DeviceNumber) -> Result<(Sectors, u32)> {
-        Ok((Sectors::new(1 << 32), 512))
+    fn block_device(&self, number: DeviceNumber) -> Result<(Sectors, u32)> {
+        let state = self.0.borrow();
+        let device = state.devices.get(&number.minor).filter(|_| number.major == DM_MAJOR);
+        let size = match (device, state.loops.get(&number.minor)) {
+            (Some(device), _) => {
+                let last = device.live.as_ref().and_then(|table| table.last());
+                last.map_or(0, |line| line.start.get() + line.length.get())
+            }
+            (None, Some(each)) if number.major == LOOP_MAJOR => each.size.get(),
+            _ => 1 << 32,
+        };
+        Ok((Sectors::new(size), 512))
+    }
+
+    fn reader(&self, number: DeviceNumber) -> Result<Arc<dyn DeviceReader>> {
+        let state = self.0.borrow();
+        let tables = state.devices.iter().filter_map(|(&minor, device)| {
+            Some((DeviceNumber { major: DM_MAJOR, minor }, device.live.clone()?))
+        });
+        let files = state.loops.iter().map(|(&minor, each)| {
+            (DeviceNumber { major: LOOP_MAJOR, minor }, Arc::clone(&each.file))
+        });
+        Ok(Arc::new(FakeReader { number, tables: tables.collect(), files: files.collect() }))
+    }
+
+    fn block_device_path(&self, number: DeviceNumber) -> PathBuf {
+        let descriptor = self.0.borrow().loops.get(&number.minor).map(|each| each.file.as_raw_fd());
+        format!("/proc/self/fd/{}", descriptor.unwrap_or(-1)).into()
     }
 
     fn now(&self) -> u64 {

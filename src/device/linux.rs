@@ -4,12 +4,13 @@ use std::cell::OnceCell;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{Flock, FlockArg, PosixFadviseAdvice, posix_fadvise};
 use nix::libc;
 use nix::time::{ClockId, clock_gettime};
 
@@ -17,8 +18,8 @@ use super::dm::{Dm, TableBuffer};
 use super::name::{DmName, DmUuid};
 use super::nodes::{self, DEVICE_MAPPER, LOOP, MAPPER};
 use super::{
-    DeviceId, DeviceInfo, DeviceNumber, Guard, Interrupt, Kernel, Lines, LiveLine, LoopInfo,
-    LoopOptions, PATIENCE, UdevRules, loops, sys, udev,
+    DeviceId, DeviceInfo, DeviceNumber, DeviceReader, Guard, Interrupt, Kernel, Lines, LiveLine,
+    LoopInfo, LoopOptions, PATIENCE, UdevRules, loop_node, loops, sys, udev,
 };
 use crate::crypt::VolumeKey;
 use crate::error::{Error, ErrorKind, Result, printable};
@@ -34,6 +35,15 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(120);
 pub struct LinuxKernel {
     dm: OnceCell<Dm>,
     loop_control: OnceCell<File>,
+}
+
+/// A block device that is read.
+struct BlockReader(File);
+
+impl DeviceReader for BlockReader {
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.0.read_exact_at(buffer, offset)
+    }
 }
 
 /// An open device-mapper device.
@@ -323,9 +333,7 @@ impl Kernel for LinuxKernel {
         if let (Some(size), Some(block)) = (attribute("size"), block) {
             return Ok((Sectors::new(size), block));
         }
-        let name = fs::read_link(sysfs(number)).ok();
-        let name = name.as_deref().and_then(Path::file_name).map(PathBuf::from);
-        let path = Path::new("/dev").join(name.unwrap_or_default());
+        let path = self.block_device_path(number);
         let ask = || {
             let file = nodes::open_block(number, &path)?;
             let size = sys::block_device_size(file.as_fd())?;
@@ -333,6 +341,24 @@ impl Kernel for LinuxKernel {
             Ok((Sectors::new(size / SECTOR_SIZE), block))
         };
         ask().map_err(|error| Error::io("cannot look at the block device", error).at_path(&path))
+    }
+
+    fn reader(&self, number: DeviceNumber) -> Result<Arc<dyn DeviceReader>> {
+        let path = self.block_device_path(number);
+        let file = nodes::open_block(number, &path)
+            .map_err(|error| Error::io("cannot open the device", error).at_path(&path))?;
+        // Others keep the device open, and so its pages, whatever became of what lies below.
+        let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+        Ok(Arc::new(BlockReader(file)))
+    }
+
+    fn block_device_path(&self, number: DeviceNumber) -> PathBuf {
+        let name = fs::read_link(sysfs(number)).ok();
+        match name.as_deref().and_then(Path::file_name) {
+            Some(name) => Path::new("/dev").join(name),
+            None if loops::is_loop(number) => loop_node(number),
+            None => format!("/dev/dm-{}", number.minor).into(),
+        }
     }
 
     fn now(&self) -> u64 {

@@ -1,8 +1,8 @@
 //! Which live table lines serve one sector of an attachment, from the top device down to
 //! a loop device.
 
-use super::compare::parse_number;
 use super::list::Attached;
+use super::live::parse_number;
 use super::{DeviceId, DeviceNumber, Kernel, LiveLine, LoopInfo};
 use crate::error::{Error, ErrorKind, Result, printable};
 

@@ -166,6 +166,7 @@ pub(crate) fn info(number: DeviceNumber) -> Result<Option<LoopInfo>> {
         read_only: status.flags & LOOP_READ_ONLY != 0,
         autoclear: status.flags & LOOP_AUTOCLEAR != 0,
         direct_io: status.flags & LOOP_DIRECT_IO != 0,
+        offset: status.offset,
         path: fs::read(sysfs(number, "loop/backing_file")).ok().map(|raw| loop_path(&raw, file)),
         generation,
     }))

@@ -1,7 +1,8 @@
 //! The seam to the machine: loop devices and device-mapper, real and fake.
 //!
 //! [`attach`] builds one tree that the kernel alone owns, [`detach`] takes it down,
-//! [`list`] reads what there is, [`locate`] what serves one sector. All of them speak to the machine through [`Kernel`]:
+//! [`list`] reads what there is, [`locate`] what serves one sector, and [`verify`] whether all
+//! of it is right. All of them speak to the machine through [`Kernel`]:
 //! the running one, or [`fake`], which records and can fail at any step.
 
 pub mod attach;
@@ -13,10 +14,12 @@ pub mod fiemap;
 pub mod holders;
 pub mod keys;
 pub mod list;
+mod live;
 pub mod locate;
 pub mod name;
 mod options;
 pub mod sys;
+pub mod verify;
 
 #[cfg(feature = "device")]
 mod dm;
@@ -31,7 +34,9 @@ pub mod udev;
 
 use std::fmt;
 use std::fs::File;
+use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 pub use sys::raise_open_files_limit;
@@ -146,6 +151,8 @@ pub struct LoopInfo {
     pub autoclear: bool,
     /// It reads the file around the page cache.
     pub direct_io: bool,
+    /// Where in the file it starts; 0 of all loops of ours.
+    pub offset: u64,
     /// The file's path, where the kernel knows one.
     pub path: Option<LoopPath>,
     /// Changes each time that the device is bound, where the kernel counts that.
@@ -199,6 +206,16 @@ pub trait LoopHandle {
     fn direct_io(&self) -> bool;
     /// As in [`LoopInfo::generation`].
     fn generation(&self) -> Option<u64>;
+}
+
+/// A device that is open to be read, by several threads.
+pub trait DeviceReader: Send + Sync {
+    /// Fills the buffer with what lies on the device from `offset` on, both multiples of
+    /// 512.
+    ///
+    /// # Errors
+    /// The device can't be read there.
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
 }
 
 /// Which of udev's rules are to pass over a device.
@@ -375,6 +392,17 @@ pub trait Kernel {
     /// # Errors
     /// What the system says.
     fn block_device(&self, number: DeviceNumber) -> Result<(Sectors, u32)>;
+
+    /// Opens a device-mapper or loop device to read what it gives now: of what the page
+    /// cache has of the device from before, nothing.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn reader(&self, number: DeviceNumber) -> Result<Arc<dyn DeviceReader>>;
+
+    /// A path by which a block device can be opened: a loop device, or what lies below a
+    /// device without one.
+    fn block_device_path(&self, number: DeviceNumber) -> PathBuf;
 
     /// A moment, to tell udev's records from before it.
     fn now(&self) -> u64;

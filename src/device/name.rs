@@ -198,6 +198,24 @@ pub fn snapshot_hash(snapshot: Option<(&str, &str)>) -> String {
     hex(&hash.finalize(), SNAPSHOT_DIGITS)
 }
 
+/// The part of a UUID's identity that is of the files.
+fn files_hash(files: &[FileIdentity]) -> String {
+    let mut hash = Sha256::new();
+    hash.update(b"imgdm files\0");
+    for file in files {
+        hash.update(file.layer.to_le_bytes());
+        hash.update([match file.role {
+            FileRole::Image => 0u8,
+            FileRole::DataFile => 1,
+        }]);
+        hash.update(file.id.device.to_le_bytes());
+        hash.update(file.id.inode.to_le_bytes());
+        hash.update((file.format.len() as u64).to_le_bytes());
+        hash.update(&file.format);
+    }
+    hex(&hash.finalize(), IDENTITY_DIGITS - 8)
+}
+
 impl DmUuid {
     /// The UUID of an attachment's top device.
     pub fn for_top(
@@ -206,20 +224,7 @@ impl DmUuid {
         snapshot: Option<(&str, &str)>,
         options: u32,
     ) -> Self {
-        let mut hash = Sha256::new();
-        hash.update(b"imgdm files\0");
-        for file in files {
-            hash.update(file.layer.to_le_bytes());
-            hash.update([match file.role {
-                FileRole::Image => 0u8,
-                FileRole::DataFile => 1,
-            }]);
-            hash.update(file.id.device.to_le_bytes());
-            hash.update(file.id.inode.to_le_bytes());
-            hash.update((file.format.len() as u64).to_le_bytes());
-            hash.update(&file.format);
-        }
-        let mut identity = hex(&hash.finalize(), IDENTITY_DIGITS - 8);
+        let mut identity = files_hash(files);
         identity.push_str(&hex(&Sha256::digest(name.as_str()), 8));
         let depth = files.iter().map(|file| file.layer.saturating_add(1)).max().unwrap_or(0);
         Self { role: DeviceRole::Top, identity, snapshot: snapshot_hash(snapshot), depth, options }
@@ -229,6 +234,12 @@ impl DmUuid {
     #[must_use]
     pub fn with_role(&self, role: DeviceRole) -> Self {
         Self { role, ..self.clone() }
+    }
+
+    /// True where these are the files of the attachment, in the same order and formats,
+    /// whatever its name.
+    pub fn is_of_files(&self, files: &[FileIdentity]) -> bool {
+        self.identity.starts_with(&files_hash(files))
     }
 
     /// The description in the kernel's keyring of a layer's key. The part before the colon
@@ -403,8 +414,10 @@ mod tests {
         let uuid = DmUuid::for_top(&name, &files, None, 0);
         assert_eq!(uuid, DmUuid::for_top(&name, &files, None, 0));
         assert!(!uuid.is_snapshot());
+        assert!(uuid.is_of_files(&files));
         let other_file = [FileIdentity { id: FileId { device: 1, inode: 3 }, ..file.clone() }];
         let other_format = [FileIdentity { format: "raw".to_owned(), ..file }];
+        assert!(!uuid.is_of_files(&other_file) && !uuid.is_of_files(&other_format));
         for other in [
             DmUuid::for_top(&DmName::new("disk2").unwrap(), &files, None, 0),
             DmUuid::for_top(&name, &other_file, None, 0),

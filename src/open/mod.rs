@@ -6,7 +6,7 @@
 
 mod name;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -21,6 +21,7 @@ use crate::format::raw::RawImage;
 use crate::format::{BackingReference, Format, ImageFormat, Notice, PROBE_LENGTH};
 use crate::lock::{self, Locked, Sharing};
 use crate::source::{FileId, Source, UnwrittenProbe};
+use crate::status::FileRole;
 use crate::units::HostOffset;
 
 pub(crate) use name::full_backing_name;
@@ -52,6 +53,9 @@ pub struct OpenPolicy {
     pub past_damage: bool,
     /// The external data file, in place of the one that the active layer names.
     pub data_file: Option<PathBuf>,
+    /// What is to be opened in place of a layer's file, by depth: 0 the active layer. It
+    /// goes by the file's own path all the same. For files in use of which the path is gone.
+    pub in_place_of: BTreeMap<(u32, FileRole), PathBuf>,
     /// Takes unwritten extents as zero, in files that are locked and that nobody has
     /// open for writing.
     pub unwritten: Option<Arc<dyn UnwrittenProbe>>,
@@ -187,7 +191,7 @@ pub fn open_file(image: &Path, policy: &OpenPolicy) -> Result<OpenedFile> {
     let mut opener =
         Opener { policy, seen: HashSet::new(), warnings: Vec::new(), layers: Vec::new() };
     let (path, format) = image_argument(image, policy.format)?;
-    let source = opener.open_file(&path)?;
+    let source = opener.open_file(&path, FileRole::Image)?;
     let format = format.map_or_else(|| probe_format(&source), Ok)?;
     Ok(OpenedFile { source, format, warnings: opener.warnings })
 }
@@ -314,8 +318,12 @@ struct Opener<'p> {
 
 impl Opener<'_> {
     /// Opens and locks a file, which must not be part of the chain yet.
-    fn open_file(&mut self, path: &Path) -> Result<Source> {
-        let mut source = open_once(path, &mut self.seen)?;
+    fn open_file(&mut self, path: &Path, role: FileRole) -> Result<Source> {
+        let depth = u32::try_from(self.layers.len()).unwrap_or(u32::MAX);
+        let mut source = match self.policy.in_place_of.get(&(depth, role)) {
+            None => open_once(path, &mut self.seen)?,
+            Some(other) => open_once(other, &mut self.seen)?.named(path),
+        };
         let locked = match lock::lock(&source, self.policy.sharing) {
             Err(error) if self.policy.report_in_use => match error.kind() {
                 ErrorKind::InUse(how) => {
@@ -348,7 +356,7 @@ impl Opener<'_> {
     }
 
     fn open_layer(&mut self, reference: &Reference) -> Result<Layer> {
-        let source = Arc::new(self.open_file(&reference.path)?);
+        let source = Arc::new(self.open_file(&reference.path, FileRole::Image)?);
         self.check_expected(reference, &source)?;
         let format = match reference.format {
             Some(format) => format,
@@ -448,12 +456,14 @@ impl Opener<'_> {
                 .at_path(source.path()));
             }
         };
-        let file = self.open_file(&path).map_err(|error| match error.kind().clone() {
-            ErrorKind::NotFound(what) => error.with_kind(ErrorKind::NotFound(format!(
-                "{what} (the external data file of {})",
-                printable(&source.path().to_string_lossy())
-            ))),
-            _ => error,
+        let file = self.open_file(&path, FileRole::DataFile).map_err(|error| {
+            match error.kind().clone() {
+                ErrorKind::NotFound(what) => error.with_kind(ErrorKind::NotFound(format!(
+                    "{what} (the external data file of {})",
+                    printable(&source.path().to_string_lossy())
+                ))),
+                _ => error,
+            }
         })?;
         Ok(Some(Arc::new(file)))
     }

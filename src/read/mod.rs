@@ -19,6 +19,7 @@ pub(crate) use cluster::{ClusterPart, ClusterReader, Stream};
 pub use failed::{FailedCluster, FailedWhy};
 pub(crate) use in_order::in_order;
 pub use reader::ChainReader;
+pub(crate) use reader::joined;
 pub use sweep::Content;
 
 use crate::chain::{Chain, HoleQuery};

@@ -101,7 +101,7 @@ impl<'c> ChainReader<'c> {
 }
 
 /// Appends extents, joined where they carry each other on.
-pub(super) fn joined(extents: impl Iterator<Item = Extent>, to: &mut Vec<Extent>) {
+pub(crate) fn joined(extents: impl Iterator<Item = Extent>, to: &mut Vec<Extent>) {
     let mut coalescer = Coalescer::default();
     to.extend(extents.filter_map(|extent| coalescer.push(extent)));
     to.extend(coalescer.finish());

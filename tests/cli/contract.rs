@@ -507,6 +507,20 @@ fn detach_says_what_is_not_attached() {
 }
 
 #[test]
+fn verify_says_what_is_not_attached_and_takes_no_key_for_nothing() {
+    let directory = chain();
+    for target in ["no-such-name", "./top.qcow2", "/dev/mapper/no-such-name"] {
+        let output = imgdm(directory.path(), &["verify", target]);
+        let status = output.status.code();
+        assert!(status == Some(66) || status == Some(69) || status == Some(77), "{output:?}");
+        assert!(output.stdout.is_empty(), "{output:?}");
+    }
+    assert_eq!(imgdm(directory.path(), &["verify"]).status.code(), Some(64));
+    let output = imgdm(directory.path(), &["verify", "--key-file", "k", "no-such-name"]);
+    assert_fails(&output, 64, &["--content"]);
+}
+
+#[test]
 fn names_are_refused_when_given_and_mended_when_made() {
     let directory = chain();
     for name in ["", ".", "..", "control", "-x", "a b", "a/b", &"x".repeat(101)] {

@@ -9,7 +9,7 @@ mod mapping;
 mod refcount;
 pub(crate) mod snapshot;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod trace;
 
 use std::ffi::OsString;
@@ -198,6 +198,14 @@ impl Qcow2Image {
     pub fn snapshots(&self) -> Result<Vec<Snapshot>> {
         snapshot::read_table(&self.source, &self.header)
     }
+}
+
+/// The internal snapshots of a qcow2 file, of which nothing else is looked at.
+///
+/// # Errors
+/// It is no qcow2 file; the snapshot table is cut off or out of bounds.
+pub fn read_snapshots(source: &Source) -> Result<Vec<Snapshot>> {
+    snapshot::read_table(source, &read_header(source, Qcow2Header::parse)?)
 }
 
 impl ImageFormat for Qcow2Image {

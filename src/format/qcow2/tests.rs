@@ -17,12 +17,12 @@ type Run = (u64, u64, BlockStatus);
 
 /// A qcow2 file with the header in cluster 0, the refcount table in 1, the L1 table in 2
 /// and one L2 table in 3; data is put where a test wants it.
-struct Builder {
-    bytes: Vec<u8>,
+pub(crate) struct Builder {
+    pub(crate) bytes: Vec<u8>,
 }
 
 impl Builder {
-    fn new(clusters: u64) -> Self {
+    pub(crate) fn new(clusters: u64) -> Self {
         let mut image = Self { bytes: vec![0; usize::try_from(clusters * CLUSTER).unwrap()] };
         image.u32(0, header::MAGIC);
         image.u32(4, 3);
@@ -38,21 +38,21 @@ impl Builder {
         image
     }
 
-    fn put(&mut self, at: u64, bytes: &[u8]) -> &mut Self {
+    pub(crate) fn put(&mut self, at: u64, bytes: &[u8]) -> &mut Self {
         let at = usize::try_from(at).unwrap();
         self.bytes[at..at + bytes.len()].copy_from_slice(bytes);
         self
     }
 
-    fn u32(&mut self, at: u64, value: u32) -> &mut Self {
+    pub(crate) fn u32(&mut self, at: u64, value: u32) -> &mut Self {
         self.put(at, &value.to_be_bytes())
     }
 
-    fn u64(&mut self, at: u64, value: u64) -> &mut Self {
+    pub(crate) fn u64(&mut self, at: u64, value: u64) -> &mut Self {
         self.put(at, &value.to_be_bytes())
     }
 
-    fn l2(&mut self, index: u64, entry: u64) -> &mut Self {
+    pub(crate) fn l2(&mut self, index: u64, entry: u64) -> &mut Self {
         self.u64(3 * CLUSTER + index * 8, entry)
     }
 
