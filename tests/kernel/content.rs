@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use crate::args;
 use crate::guest::*;
+use crate::verify::assert_verified;
 
-/// Attaches with these options, compares with what was wanted, detaches.
+/// Attaches with these options, compares with what was wanted, has it verified, detaches.
 #[track_caller]
 pub(crate) fn assert_attached_is(scratch: &Scratch, image: &Path, options: &[&str], wanted: &[u8]) {
     let words = options.iter().map(OsString::from).chain([image.into()]);
@@ -15,6 +16,12 @@ pub(crate) fn assert_attached_is(scratch: &Scratch, image: &Path, options: &[&st
     let what = format!("{} attached with {options:?}", image.display());
     assert_same(&what, &device.bytes(), wanted);
     assert_random_reads(&device.path, wanted, wanted.len() as u64 | 1);
+    if fs::metadata(image).unwrap().len() < 512 && fs::metadata(image).unwrap().is_file() {
+        // No loop device can show it, so nothing tells where it is.
+        imgdm(["verify", &device.name]).refused(66);
+    } else {
+        assert_verified(args!["--content", &device.name]);
+    }
     assert_no_process(scratch.directory());
     device.detach();
     assert_nothing_left();

@@ -12,18 +12,19 @@ use nix::sys::signal::Signal;
 
 use crate::args;
 use crate::guest::*;
+use crate::verify::assert_verified;
 
-const PASSPHRASE: &str = "a passphrase with 7 words in it";
+pub(crate) const PASSPHRASE: &str = "a passphrase with 7 words in it";
 
 /// An image that QEMU opens with a passphrase.
-struct Encrypted {
-    path: PathBuf,
+pub(crate) struct Encrypted {
+    pub(crate) path: PathBuf,
     format: &'static str,
     passphrase: String,
 }
 
 impl Encrypted {
-    fn create(
+    pub(crate) fn create(
         scratch: &Scratch,
         format: &'static str,
         name: &str,
@@ -43,7 +44,7 @@ impl Encrypted {
         Self { path, format, passphrase: passphrase.to_owned() }
     }
 
-    fn luks(scratch: &Scratch, name: &str, options: &str) -> Self {
+    pub(crate) fn luks(scratch: &Scratch, name: &str, options: &str) -> Self {
         let options = format!("encrypt.format=luks,encrypt.iter-time=10{options}");
         Self::create(scratch, "qcow2", name, &options, &[], PASSPHRASE)
     }
@@ -58,7 +59,7 @@ impl Encrypted {
         format!("secret,id=key,data={}", self.passphrase)
     }
 
-    fn write(&self, commands: &[&str]) {
+    pub(crate) fn write(&self, commands: &[&str]) {
         let secret = self.secret();
         let mut line = command("qemu-io", ["--object", &secret]);
         for command in commands {
@@ -78,14 +79,14 @@ impl Encrypted {
         bytes
     }
 
-    fn key_file(&self, scratch: &Scratch) -> PathBuf {
+    pub(crate) fn key_file(&self, scratch: &Scratch) -> PathBuf {
         let path = scratch.path("key");
         fs::write(&path, &self.passphrase).unwrap();
         path
     }
 }
 
-const PATTERN: &[&str] =
+pub(crate) const PATTERN: &[&str] =
     &["write -P 1 0 5k", "write -P 2 300k 70k", "write -P 3 17k 512", "write -P 4 1900k 100k"];
 
 #[track_caller]
@@ -93,6 +94,8 @@ fn assert_decrypted(scratch: &Scratch, image: &Encrypted) {
     let key = image.key_file(scratch);
     let device = attach(args!["--key-file", &key, &image.path]);
     assert_same(&image.path.display().to_string(), &device.bytes(), &image.content(scratch));
+    assert_verified(args![&device.name]);
+    assert_verified(args!["--content", "--key-file", &key, &device.name]);
     device.detach();
     assert_nothing_left();
 }

@@ -18,3 +18,4 @@ mod names;
 mod odd;
 mod readonly;
 mod refused;
+mod verify;
