@@ -6,7 +6,7 @@
 //! the work grows with the metadata read, and with layers times windows, but not with
 //! layers times extents.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use rayon::prelude::*;
 
@@ -93,6 +93,9 @@ pub struct Chain {
     layers: Arc<[Layer]>,
     /// The active layer: those before it are of a chain that this one is the base of.
     first: usize,
+    /// Working memory that no resolver has at the moment: a plan walks over the chain
+    /// several times, and memory that is new each time costs more than the walk.
+    idle: Mutex<Vec<Memory>>,
 }
 
 impl Chain {
@@ -104,7 +107,7 @@ impl Chain {
         if layers.is_empty() {
             return Err(Error::new(ErrorKind::Usage("a chain needs a layer".to_owned())));
         }
-        Ok(Self { layers: layers.into(), first: 0 })
+        Ok(Self { layers: layers.into(), first: 0, idle: Mutex::default() })
     }
 
     /// The layers, the active one first.
@@ -116,7 +119,11 @@ impl Chain {
     /// where there is no such layer.
     pub fn base(&self, depth: u32) -> Option<Self> {
         let first = self.first.checked_add(usize::try_from(depth).ok()?)?;
-        (first < self.layers.len()).then(|| Self { layers: Arc::clone(&self.layers), first })
+        (first < self.layers.len()).then(|| Self {
+            layers: Arc::clone(&self.layers),
+            first,
+            idle: Mutex::default(),
+        })
     }
 
     /// Size of the virtual disk: the active layer's.
@@ -129,26 +136,17 @@ impl Chain {
         GuestRange::new(GuestOffset::ZERO, GuestOffset::new(self.virtual_size().get()))
     }
 
-    /// A walker over this chain, with its own working memory.
+    /// A walker over this chain, with working memory of its own.
     pub fn resolver(&self, holes: HoleQuery) -> Resolver<'_> {
-        Resolver {
-            chain: self,
-            holes,
-            scratch: Scratch::default(),
-            runs: Vec::new(),
-            split: Vec::new(),
-            open: Vec::new(),
-            left: Vec::new(),
-            extents: Vec::new(),
-            whole_answer: None,
-        }
+        let memory = self.idle.lock().ok().and_then(|mut idle| idle.pop()).unwrap_or_default();
+        Resolver { chain: self, holes, memory, whole_answer: None }
     }
 
     /// A walker that goes on past damage: its extents are [`Mapping::Damaged`] there, and
     /// [`Resolver::take_damage`] says what was found.
     pub fn resolver_past_damage(&self, holes: HoleQuery) -> Resolver<'_> {
         let mut resolver = self.resolver(holes);
-        resolver.scratch.damage = Some(DamageList::default());
+        resolver.memory.scratch.damage = Some(DamageList::default());
         resolver
     }
 
@@ -286,14 +284,30 @@ impl Chain {
 pub struct Resolver<'c> {
     chain: &'c Chain,
     holes: HoleQuery,
+    memory: Memory,
+    /// The layer that answers for the whole window, with the memory's `runs`.
+    whole_answer: Option<u32>,
+}
+
+#[derive(Debug, Default)]
+struct Memory {
     scratch: Scratch,
     runs: Vec<StatusRun>,
     split: Vec<StatusRun>,
     open: Vec<StatusRun>,
     left: Vec<StatusRun>,
     extents: Vec<Extent>,
-    /// The layer that answers for the whole window, with `runs`.
-    whole_answer: Option<u32>,
+}
+
+impl Drop for Resolver<'_> {
+    fn drop(&mut self) {
+        let mut memory = std::mem::take(&mut self.memory);
+        // The next one is not to go on past damage unless it is asked to.
+        memory.scratch.damage = None;
+        if let Ok(mut idle) = self.chain.idle.lock() {
+            idle.push(memory);
+        }
+    }
 }
 
 /// The extents of a window in guest order, without gap. Not all that carry each other on
@@ -354,7 +368,7 @@ pub(crate) fn last_answer(run: &StatusRun, depth: u32) -> Extent {
 impl Resolver<'_> {
     /// The damage found since it was last taken; none where damage is an error.
     pub fn take_damage(&mut self) -> DamageList {
-        self.scratch.damage.as_mut().map(std::mem::take).unwrap_or_default()
+        self.memory.scratch.damage.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     /// The extents of `window`.
@@ -363,34 +377,34 @@ impl Resolver<'_> {
     /// What a layer's metadata says, with its file's path; nothing of a walker that goes
     /// on past damage.
     pub fn resolve(&mut self, window: GuestRange) -> Result<Extents<'_>> {
-        self.extents.clear();
+        self.memory.extents.clear();
         self.whole_answer = None;
         if window.is_empty() {
-            return Ok(Extents::Folded(self.extents.iter().copied()));
+            return Ok(Extents::Folded(self.memory.extents.iter().copied()));
         }
-        self.open.clear();
-        self.open.push(StatusRun {
+        self.memory.open.clear();
+        self.memory.open.push(StatusRun {
             start: window.start,
             length: window.length(),
             status: BlockStatus::Unallocated(None),
         });
         let mut layers_with_rows = 0;
         for depth in 0..self.chain.layers().len() {
-            let rows_before = self.extents.len();
+            let rows_before = self.memory.extents.len();
             self.fold_layer(depth)?;
-            layers_with_rows += usize::from(self.extents.len() > rows_before);
-            if self.open.is_empty() {
+            layers_with_rows += usize::from(self.memory.extents.len() > rows_before);
+            if self.memory.open.is_empty() {
                 break;
             }
         }
         if layers_with_rows > 1 {
             // Each layer's rows are in order already: a merge of sorted runs.
-            self.extents.sort_by_key(|extent| extent.start);
-            self.extents.dedup_by(|next, extent| extent.absorb(next));
+            self.memory.extents.sort_by_key(|extent| extent.start);
+            self.memory.extents.dedup_by(|next, extent| extent.absorb(next));
         }
         Ok(match self.whole_answer {
-            Some(depth) => Extents::OneLayer { depth, runs: self.runs.iter() },
-            None => Extents::Folded(self.extents.iter().copied()),
+            Some(depth) => Extents::OneLayer { depth, runs: self.memory.runs.iter() },
+            None => Extents::Folded(self.memory.extents.iter().copied()),
         })
     }
 
@@ -406,18 +420,18 @@ impl Resolver<'_> {
             return Err(Error::new(ErrorKind::Usage(format!("there is no layer {depth}"))));
         };
         self.ask(layer, u32::try_from(depth).unwrap_or(u32::MAX), range)?;
-        Ok(&self.runs)
+        Ok(&self.memory.runs)
     }
 
     /// Puts what `layer`, at that depth, says of `range` into `runs`.
     fn ask(&mut self, layer: &Layer, depth: u32, range: GuestRange) -> Result<()> {
-        self.runs.clear();
-        if let Some(damage) = &mut self.scratch.damage {
+        self.memory.runs.clear();
+        if let Some(damage) = &mut self.memory.scratch.damage {
             damage.set_layer(depth);
         }
         layer
             .image
-            .status(range, &mut self.scratch, &mut self.runs)
+            .status(range, &mut self.memory.scratch, &mut self.memory.runs)
             .map_err(|error| error.at_path(layer.source.path()))?;
         self.ask_for_holes(layer);
         Ok(())
@@ -429,14 +443,14 @@ impl Resolver<'_> {
         let layers = self.chain.layers();
         let layer = &layers[depth];
         let backing_size = layers.get(depth + 1).map(|l| l.image.virtual_size());
-        let (Some(first), Some(last)) = (self.open.first(), self.open.last()) else {
+        let (Some(first), Some(last)) = (self.memory.open.first(), self.memory.open.last()) else {
             return Ok(());
         };
         let hull = GuestRange::new(first.start, last.end());
         let depth_number = u32::try_from(depth).unwrap_or(u32::MAX);
         self.ask(layer, depth_number, hull)?;
 
-        if let ([run], Some(backing_size)) = (self.runs.as_slice(), backing_size)
+        if let ([run], Some(backing_size)) = (self.memory.runs.as_slice(), backing_size)
             && matches!(run.status, BlockStatus::Unallocated(_))
             && run.range() == hull
             && hull.end.get() <= backing_size.get()
@@ -445,27 +459,39 @@ impl Resolver<'_> {
         }
 
         let leaves_something = backing_size.is_some()
-            && self.runs.iter().any(|run| matches!(run.status, BlockStatus::Unallocated(_)));
-        if self.open.len() == 1 && self.extents.is_empty() && !leaves_something {
+            && self.memory.runs.iter().any(|run| matches!(run.status, BlockStatus::Unallocated(_)));
+        if self.memory.open.len() == 1 && self.memory.extents.is_empty() && !leaves_something {
             self.whole_answer = Some(depth_number);
-            self.open.clear();
+            self.memory.open.clear();
             return Ok(());
         }
-        self.left.clear();
-        if self.open.len() == 1 {
-            let mut runs = self.runs.as_slice();
+        self.memory.left.clear();
+        if self.memory.open.len() == 1 {
+            let mut runs = self.memory.runs.as_slice();
             while let [run, rest @ ..] = runs {
-                answer(*run, depth_number, backing_size, &mut self.extents, &mut self.left);
-                runs = &rest[push_data(rest, depth_number, &mut self.extents)..];
+                answer(
+                    *run,
+                    depth_number,
+                    backing_size,
+                    &mut self.memory.extents,
+                    &mut self.memory.left,
+                );
+                runs = &rest[push_data(rest, depth_number, &mut self.memory.extents)..];
             }
-            std::mem::swap(&mut self.open, &mut self.left);
+            std::mem::swap(&mut self.memory.open, &mut self.memory.left);
             return Ok(());
         }
-        let mut open = self.open.iter().peekable();
-        for run in &self.runs {
+        let mut open = self.memory.open.iter().peekable();
+        for run in &self.memory.runs {
             while let Some(wanted) = open.peek() {
                 if let Some(part) = run.clipped(wanted.range()) {
-                    answer(part, depth_number, backing_size, &mut self.extents, &mut self.left);
+                    answer(
+                        part,
+                        depth_number,
+                        backing_size,
+                        &mut self.memory.extents,
+                        &mut self.memory.left,
+                    );
                 }
                 if wanted.end() > run.end() {
                     break;
@@ -473,7 +499,7 @@ impl Resolver<'_> {
                 open.next();
             }
         }
-        std::mem::swap(&mut self.open, &mut self.left);
+        std::mem::swap(&mut self.memory.open, &mut self.memory.left);
         Ok(())
     }
 
@@ -492,11 +518,11 @@ impl Resolver<'_> {
         {
             return;
         }
-        self.split.clear();
-        for run in &self.runs {
+        self.memory.split.clear();
+        for run in &self.memory.runs {
             match run.status {
                 BlockStatus::Data(place) if wanted(place.file) => {
-                    let split = &mut self.split;
+                    let split = &mut self.memory.split;
                     let source = layer.file(place.file);
                     for_each_piece(source, place.offset, run.length, &mut |at, length, piece| {
                         let place = place.advanced(at);
@@ -513,10 +539,10 @@ impl Resolver<'_> {
                         });
                     });
                 }
-                _ => self.split.push(*run),
+                _ => self.memory.split.push(*run),
             }
         }
-        std::mem::swap(&mut self.runs, &mut self.split);
+        std::mem::swap(&mut self.memory.runs, &mut self.memory.split);
     }
 }
 

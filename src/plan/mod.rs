@@ -14,7 +14,7 @@ mod tests;
 
 use std::path::PathBuf;
 
-use crate::chain::{Chain, HoleQuery};
+use crate::chain::{Chain, HoleQuery, Resolver};
 use crate::damage::DamageList;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lock::Sharing;
@@ -290,6 +290,15 @@ impl<'c> Plan<'c> {
             + self.layout.crypts.len() as u64 * KERNEL_BYTES_PER_CRYPT
     }
 
+    /// A walker over the chain, past its damage where the plan has any.
+    fn resolver(&self) -> Resolver<'c> {
+        if self.is_damaged {
+            self.chain.resolver_past_damage(self.holes)
+        } else {
+            self.chain.resolver(self.holes)
+        }
+    }
+
     /// The segments of a stretch of a stream, window by window.
     fn for_each_guest_segment(
         &self,
@@ -299,11 +308,7 @@ impl<'c> Plan<'c> {
     ) -> Result<()> {
         let ciphertext_facts = self.facts.for_ciphertext();
         let facts = if stream == Stream::Guest { &self.facts } else { &ciphertext_facts };
-        let mut resolver = if self.is_damaged {
-            self.chain.resolver_past_damage(self.holes)
-        } else {
-            self.chain.resolver(self.holes)
-        };
+        let mut resolver = self.resolver();
         let mut pieces = Vec::new();
         let mut pending: Option<Piece> = None;
         let mut finish = |piece: &Piece| {
@@ -449,18 +454,41 @@ impl ScratchWork for Plan<'_> {
     }
 
     fn for_each_window(&self, each: &mut dyn FnMut(&[ScratchJob]) -> Result<()>) -> Result<()> {
-        if self.layout.scratch_bytes == 0 {
-            return Ok(());
+        for stream in self.job_streams() {
+            self.for_each_job_window(stream, each)?;
         }
-        self.for_each_job_window(Stream::Guest, each)?;
-        for content in &self.layout.contents {
-            if let Content::Stretch { stream: stream @ Stream::Ciphertext(_), guest, .. } = content
-                && guest.start == GuestOffset::ZERO
-            {
-                self.for_each_job_window(*stream, each)?;
+        let tails: Vec<_> = self.tail_jobs().collect();
+        if tails.is_empty() { Ok(()) } else { each(&tails) }
+    }
+
+    fn for_each_job(&self, each: &mut dyn FnMut(&ScratchJob)) -> Result<()> {
+        let mut resolver = self.resolver();
+        for stream in self.job_streams() {
+            for window in self.chain.windows(self.chain.whole()) {
+                let extents = resolver.resolve(window)?;
+                cut(&self.facts, stream, extents, |_| (), |job| each(&job));
             }
         }
-        let tails = self.layout.tails.iter().map(|placed| {
+        self.tail_jobs().for_each(|job| each(&job));
+        Ok(())
+    }
+}
+
+impl Plan<'_> {
+    /// The streams that jobs are of, the guest's first.
+    fn job_streams(&self) -> impl Iterator<Item = Stream> {
+        let ciphertexts = self.layout.contents.iter().filter_map(|content| match content {
+            Content::Stretch { stream: stream @ Stream::Ciphertext(_), guest, .. } => {
+                (guest.start == GuestOffset::ZERO).then_some(*stream)
+            }
+            _ => None,
+        });
+        let some = self.layout.scratch_bytes > 0;
+        some.then_some(Stream::Guest).into_iter().chain(ciphertexts.filter(move |_| some))
+    }
+
+    fn tail_jobs(&self) -> impl Iterator<Item = ScratchJob> {
+        self.layout.tails.iter().map(|placed| {
             let file = self.chain.layers()[placed.tail.depth as usize].file(placed.tail.role);
             ScratchJob {
                 at: placed.at,
@@ -473,8 +501,6 @@ impl ScratchWork for Plan<'_> {
                     bytes: file.length().get() - placed.shown,
                 },
             }
-        });
-        let tails: Vec<_> = tails.collect();
-        if tails.is_empty() { Ok(()) } else { each(&tails) }
+        })
     }
 }

@@ -63,6 +63,18 @@ pub trait ScratchWork {
     /// # Errors
     /// What resolving the images or `each` says.
     fn for_each_window(&self, each: &mut dyn FnMut(&[ScratchJob]) -> Result<()>) -> Result<()>;
+
+    /// Calls `each` with one job after the other, in the same order. For those who only
+    /// look at them: on one thread, and nothing is stored on the way.
+    ///
+    /// # Errors
+    /// What resolving the images says.
+    fn for_each_job(&self, each: &mut dyn FnMut(&ScratchJob)) -> Result<()> {
+        self.for_each_window(&mut |jobs| {
+            jobs.iter().for_each(&mut *each);
+            Ok(())
+        })
+    }
 }
 
 /// What to do with a cluster that does not inflate (`--on-error`).
