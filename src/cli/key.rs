@@ -22,9 +22,11 @@ use imgdm::source::Source;
 use imgdm::{Error, ErrorKind, Result};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
+use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::mman::{MlockAllFlags, mlockall};
 use nix::sys::prctl;
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use nix::sys::termios::{
     InputFlags, LocalFlags, SetArg, SpecialCharacterIndices, Termios, tcgetattr, tcsetattr,
 };
@@ -216,7 +218,14 @@ impl KeySources {
         interrupt: &Interrupt<'_>,
     ) -> Result<VolumeKey> {
         keep_out_of_core_dumps()?;
+        keep_out_of_swap();
         let lock = Lock { layer, header, source, interrupt };
+        if !header.has_key() {
+            let message = format!(
+                "layer {layer} is encrypted, and no key opens it: all its key slots are erased"
+            );
+            return Err(lock.wrong_key(message));
+        }
         if let Some(given) = self.given_for(layer) {
             return lock.open_with_file(&given.read(interrupt)?, &given.place.origin.path());
         }
@@ -340,9 +349,24 @@ fn read_when_ready(
 
 /// Neither a crash nor a debugger of the same user is to get at the keys.
 fn keep_out_of_core_dumps() -> Result<()> {
+    // The limit alone is not enough: a program that cores are piped to gets them anyway.
     setrlimit(Resource::RLIMIT_CORE, 0, 0)
         .and_then(|()| prctl::set_dumpable(false))
         .map_err(|errno| Error::io("cannot keep the keys out of core dumps", errno.into()))
+}
+
+/// Locks all memory from here on, where that is permitted: keys are not only in buffers of
+/// ours, but for moments also where they are hashed and made into tables of ciphers.
+fn keep_out_of_swap() {
+    let unlimited = RLIM_INFINITY;
+    // Under a limit, memory that is asked for later might be refused.
+    if setrlimit(Resource::RLIMIT_MEMLOCK, unlimited, unlimited).is_ok() {
+        // MCL_ONFAULT: only what is used. It is not among the flags that nix names.
+        let flags = libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT;
+        if let Err(errno) = mlockall(MlockAllFlags::from_bits_retain(flags)) {
+            log::debug!("the memory is not locked: {errno}");
+        }
+    }
 }
 
 /// An encrypted layer that is to be opened.
@@ -508,7 +532,7 @@ impl<'a> HiddenInput<'a> {
         hidden.local_flags &= !(LocalFlags::ECHO | LocalFlags::ECHONL);
         // Both would leave the terminal as it is now: Ctrl-Z for a shell, Ctrl-\ for good.
         for character in [SpecialCharacterIndices::VSUSP, SpecialCharacterIndices::VQUIT] {
-            hidden.control_chars[character as usize] = nix::libc::_POSIX_VDISABLE;
+            hidden.control_chars[character as usize] = libc::_POSIX_VDISABLE;
         }
         // From here on it is put back, though setting it may fail half-way.
         let guard = Self { terminal, before };

@@ -277,6 +277,11 @@ impl LuksHeader {
         self.key_bytes
     }
 
+    /// Whether any key slot is enabled.
+    pub(super) fn has_key(&self) -> bool {
+        !self.slots.is_empty()
+    }
+
     pub(super) fn cipher(&self) -> CipherSpec {
         self.cipher
     }

@@ -94,6 +94,14 @@ impl CryptHeader {
         }
     }
 
+    /// False where no key at all opens it: a LUKS header whose key slots are all erased.
+    pub fn has_key(&self) -> bool {
+        match self {
+            Self::Aes => true,
+            Self::Luks(header) => header.has_key(),
+        }
+    }
+
     /// The volume's key by a passphrase. Legacy AES can't tell a wrong one.
     ///
     /// # Errors

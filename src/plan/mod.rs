@@ -206,6 +206,13 @@ impl<'c> Plan<'c> {
                 self.obstacles.push(obstacle);
             }
         }
+        for crypt in &self.layout.crypts {
+            let layer = &self.chain.layers()[crypt.layer as usize];
+            if matches!(layer.image.crypt_header(), Ok(Some(header)) if !header.has_key()) {
+                let path = layer.source.path();
+                self.obstacles.push(Obstacle::of_file(ObstacleKind::NoKeySlot, path));
+            }
+        }
         if self.chain.virtual_size().is_zero() {
             let path = self.chain.layers()[0].source.path();
             self.obstacles.push(Obstacle::of_file(ObstacleKind::Empty, path));
@@ -377,6 +384,8 @@ impl<'c> Plan<'c> {
             ErrorKind::InvalidImage(message)
         } else if any(ObstacleKind::InUse) {
             ErrorKind::InUse(message)
+        } else if any(ObstacleKind::NoKeySlot) {
+            ErrorKind::WrongKey(message)
         } else {
             ErrorKind::NotRepresentable(message)
         }))

@@ -12,6 +12,8 @@ pub enum ObstacleKind {
     Compressed,
     /// The scratch file has no room, or there is no place for it.
     NoScratch,
+    /// An encrypted layer whose key slots are all erased.
+    NoKeySlot,
     /// A guest range that does not start on a sector of the virtual disk.
     Unaligned,
     /// Clusters that lie wholly past the end of their file.
@@ -36,6 +38,7 @@ impl ObstacleKind {
         match self {
             Self::Compressed => "compressed",
             Self::NoScratch => "no-scratch",
+            Self::NoKeySlot => "no-key-slot",
             Self::Unaligned => "unaligned",
             Self::PastFileEnd => "past-end-of-file",
             Self::Damaged => "damaged",
@@ -51,6 +54,7 @@ impl ObstacleKind {
         match self {
             Self::Compressed => "compressed clusters (--compressed=scratch inflates them)",
             Self::NoScratch => "no room for the scratch file",
+            Self::NoKeySlot => "encrypted, and no key opens it: all its key slots are erased",
             Self::Unaligned => "ranges that do not start on a sector of the disk",
             Self::PastFileEnd => {
                 "clusters past the end of the file (is it truncated? --on-error=zero reads zeros there)"

@@ -8,6 +8,7 @@ use std::process::Stdio;
 
 use imgdm::crypt::Passphrase;
 use imgdm::open::{OpenPolicy, open_chain};
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 
 use crate::args;
@@ -110,11 +111,16 @@ fn luks_reads_as_qemu_reads_it_with_the_ciphers_that_the_kernel_has() {
         ("aes-256", "cbc", "plain64"),
         ("aes-256", "ctr", "plain64"),
         ("aes-256", "ecb", "plain64"),
+        ("aes-128", "xts", "plain64"),
+        ("aes-192", "cbc", "plain"),
         ("serpent-256", "xts", "plain64"),
+        ("serpent-192", "xts", "plain64"),
         ("serpent-128", "cbc", "plain64"),
         ("twofish-256", "xts", "plain64"),
+        ("twofish-192", "xts", "plain64"),
         ("twofish-128", "cbc", "essiv,encrypt.ivgen-hash-alg=sha256"),
         ("cast5-128", "cbc", "plain64"),
+        ("sm4", "xts", "plain64"),
     ];
     let (mut same, mut lacking) = (Vec::new(), Vec::new());
     for (index, (cipher, mode, iv)) in ciphers.into_iter().enumerate() {
@@ -263,6 +269,115 @@ fn volume_key(image: &Path) -> Vec<u8> {
     let header = layer.image.crypt_header().unwrap().unwrap();
     let passphrase = Passphrase::new(PASSPHRASE.as_bytes().to_vec().into());
     header.unlock(&layer.source, &passphrase).unwrap().bytes().to_vec()
+}
+
+/// Lets the first key slot of a LUKS image take hours to try.
+fn make_slow(image: &Path) {
+    let bytes = fs::read(image).unwrap();
+    let header = memchr::memmem::find(&bytes, b"LUKS\xba\xbe").unwrap();
+    patch(image, u64::try_from(header).unwrap() + 208 + 4, &u32::MAX.to_be_bytes());
+}
+
+/// Attaching it, in the midst of hashing the passphrase.
+#[track_caller]
+fn start_unlocking(image: &Path, key_file: &Path) -> Running {
+    let mut line = imgdm_command(args!["attach", "--key-file", key_file, image]);
+    let running = start(line.stdin(Stdio::null()));
+    let tasks = format!("/proc/{}/task", running.id());
+    wait_for("it to hash the passphrase", || {
+        let tasks = fs::read_dir(&tasks).into_iter().flatten().flatten();
+        let name = |task: fs::DirEntry| fs::read_to_string(task.path().join("comm"));
+        tasks.map(name).any(|name| name.is_ok_and(|name| name == "unlock\n"))
+    });
+    running
+}
+
+/// The files that cores are written to while it lives, whoever dumps them.
+struct Cores {
+    place: PathBuf,
+    before: String,
+    limits: (u64, u64),
+}
+
+const CORE_PATTERN: &str = "/proc/sys/kernel/core_pattern";
+
+impl Cores {
+    fn into(place: PathBuf) -> Self {
+        fs::create_dir(&place).unwrap();
+        let before = fs::read_to_string(CORE_PATTERN).unwrap();
+        fs::write(CORE_PATTERN, format!("{}/core.%p", place.display())).unwrap();
+        let limits = getrlimit(Resource::RLIMIT_CORE).unwrap();
+        setrlimit(Resource::RLIMIT_CORE, RLIM_INFINITY, RLIM_INFINITY).unwrap();
+        Self { place, before, limits }
+    }
+
+    fn written(&self) -> Vec<PathBuf> {
+        fs::read_dir(&self.place).unwrap().map(|entry| entry.unwrap().path()).collect()
+    }
+}
+
+impl Drop for Cores {
+    fn drop(&mut self) {
+        let _ = fs::write(CORE_PATTERN, self.before.trim_end());
+        let _ = setrlimit(Resource::RLIMIT_CORE, self.limits.0, self.limits.1);
+    }
+}
+
+#[test]
+fn while_it_unlocks_a_process_dumps_no_core_and_its_memory_is_locked() {
+    let scratch = Scratch::new();
+    let image = Encrypted::luks(&scratch, "disk.qcow2", "");
+    image.write(PATTERN);
+    let key_file = image.key_file(&scratch);
+    let plain = scratch.create("qcow2", &[], "plain.qcow2", "1M");
+    write_image(&plain, "qcow2", &["write -P 1 0 64k"]);
+    let cores = Cores::into(scratch.path("cores"));
+
+    // Without a key it does dump one, so that none is no accident.
+    let mut line = imgdm_command(args!["attach", &plain]);
+    let running = start(line.env("IMGDM_FAULT", "loop0:stop").stdin(Stdio::null()));
+    wait_for("imgdm to stop", || running.is_stopped());
+    running.signal(Signal::SIGABRT);
+    running.signal(Signal::SIGCONT);
+    assert_eq!(running.finish().signal(), Some(Signal::SIGABRT as i32));
+    let written = cores.written();
+    assert_eq!(written.len(), 1, "{written:?}");
+    let core = fs::read(&written[0]).unwrap();
+    assert!(memchr::memmem::find(&core, b"plain.qcow2").is_some());
+    fs::remove_file(&written[0]).unwrap();
+    assert_nothing_left_soon();
+
+    make_slow(&image.path);
+    for signal in [Signal::SIGABRT, Signal::SIGQUIT] {
+        let running = start_unlocking(&image.path, &key_file);
+        let pid = running.id();
+        // Here it has the passphrase, which a core would show.
+        assert!(!found_in_memory(pid, PASSPHRASE.as_bytes()).is_empty());
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let locked = status.lines().find_map(|line| line.strip_prefix("VmLck:")).unwrap();
+        let locked: u64 = locked.trim().trim_end_matches(" kB").parse().unwrap();
+        assert!(locked > 1000, "{locked} kB are locked");
+        running.signal(signal);
+        assert_eq!(running.finish().signal(), Some(signal as i32));
+        assert_eq!(cores.written(), [PathBuf::new(); 0], "{signal}");
+        assert_nothing_left_soon();
+    }
+}
+
+#[test]
+fn a_signal_in_the_middle_of_unlocking_leaves_nothing() {
+    let scratch = Scratch::new();
+    let image = Encrypted::luks(&scratch, "disk.qcow2", "");
+    image.write(PATTERN);
+    let key_file = image.key_file(&scratch);
+    make_slow(&image.path);
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        let running = start_unlocking(&image.path, &key_file);
+        running.signal(signal);
+        let ran = running.finish();
+        assert_eq!((ran.signal(), ran.stdout.as_str()), (Some(signal as i32), ""), "{ran}");
+        assert_nothing_left();
+    }
 }
 
 fn hex(bytes: &[u8]) -> String {

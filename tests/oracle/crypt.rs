@@ -19,7 +19,7 @@ use crate::common::process::{Outcome, Ran, run};
 use crate::common::qemu;
 use crate::common::rng::Rng;
 use crate::device::{self, Reading};
-use crate::imgdm::imgdm;
+use crate::imgdm::{imgdm, refused};
 use crate::luks::{Spec, header, put_aes, put_luks};
 
 const SECRET: &str = "abc";
@@ -317,22 +317,32 @@ fn key_slots_that_qemu_img_adds_open_and_those_it_erases_do_not() {
     let dir = dir.path();
     create(dir, "qcow2", "x.qcow2", LUKS, "first", "1M").unwrap();
     write(dir, &[("qcow2", "x.qcow2", "first")], &["write -P 3 0 100k"]).unwrap();
-    let amend = |options: &str| {
+    let amend = |more: &[&str], options: &str| {
         let mut args = vec!["amend".to_owned()];
+        args.extend(more.iter().map(|&option| option.to_owned()));
         args.extend(secrets(&["first", "second"]));
         args.extend(["--image-opts".to_owned(), image_opts(&[("qcow2", "x.qcow2", "first")])]);
         args.extend(["-o".to_owned(), options.to_owned()]);
         qemu::img(dir, &args).unwrap();
     };
-    amend("encrypt.state=active,encrypt.new-secret=s1,encrypt.iter-time=10");
+    amend(&[], "encrypt.state=active,encrypt.new-secret=s1,encrypt.iter-time=10");
     for key in ["first", "second"] {
         same_disk(dir, &[("qcow2", "x.qcow2", key)]).unwrap();
     }
-    amend("encrypt.state=inactive,encrypt.old-secret=s1");
+    amend(&[], "encrypt.state=inactive,encrypt.old-secret=s1");
     same_disk(dir, &[("qcow2", "x.qcow2", "first")]).unwrap();
     let erased = reading(&[("qcow2", "x.qcow2", "second")]);
     let error = device::compare(dir, "x.qcow2", &erased, "x.qcow2.raw").unwrap_err();
     assert!(error.contains("wrong key"), "{error}");
+
+    // The last slot too: no key opens it, so none is asked for or read.
+    amend(&["--force"], "encrypt.state=inactive,encrypt.keyslot=0");
+    let ran = imgdm(dir, &["attach", "--key-file", "/nowhere/key", "x.qcow2"]).unwrap();
+    refused(&ran, &[67], &["x.qcow2", "no key opens it"]).unwrap();
+    let ran = imgdm(dir, &["plan", "--output=json", "x.qcow2"]).unwrap().ok().unwrap();
+    let report: serde_json::Value = serde_json::from_slice(&ran.stdout).unwrap();
+    assert_eq!(report["attachable"], false, "{report}");
+    assert_eq!(report["obstacles"][0]["kind"], "no-key-slot", "{report}");
 }
 
 #[test]

@@ -394,6 +394,27 @@ fn a_wrong_passphrase_may_be_typed_three_times() {
 }
 
 #[test]
+fn where_no_key_slot_is_left_nobody_is_asked() {
+    let directory = tempfile::tempdir().unwrap();
+    let (_, source) = luks(directory.path(), 1);
+    let image = File::options().write(true).open(source.path()).unwrap();
+    let state = (4 * CLUSTER + 208) as u64;
+    std::os::unix::fs::FileExt::write_all_at(&image, &0x0000_deadu32.to_be_bytes(), state).unwrap();
+    let opened = open_chain(source.path(), &OpenPolicy::default()).unwrap();
+    let layer = &opened.chain.layers()[0];
+    let header = layer.image.crypt_header().unwrap().unwrap();
+    let pty = Pty::new();
+    let given = KeySources::with(&KeyArgs::default(), None, pty.path()).unwrap();
+    let device = DmName::new("disk").unwrap();
+    let never = Interrupt::never();
+    let error = given.unlock(Some(&device), 1, &header, &layer.source, &never).unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::WrongKey(_)));
+    assert!(error.to_string().contains("layer 1 is encrypted, and no key opens it"), "{error}");
+    let mut shown = [PollFd::new(pty.person.as_fd(), PollFlags::POLLIN)];
+    assert_eq!(poll(&mut shown, PollTimeout::ZERO).unwrap(), 0);
+}
+
+#[test]
 fn legacy_aes_asks_once_and_an_empty_line_is_no_key() {
     let ask = |answer: &[u8]| {
         let pty = Pty::new();
