@@ -1,7 +1,7 @@
 //! `imgdm plan`: the preflight.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use imgdm::chain::Chain;
 use imgdm::error::printable;
@@ -159,17 +159,15 @@ impl Scratch {
         if bytes == 0 {
             return Ok(Self::default());
         }
-        let mut directory = args.places.scratch_dir.clone();
-        if args.content.compressed == Compressed::Cache {
-            match kept_file(plan, &args.places.cache_dir)? {
-                Some(found) if found => return Ok(Self { cached: true, ..Self::default() }),
-                // The directory itself is made when it is needed.
-                Some(_) => directory = nearest_directory(&args.places.cache_dir),
-                None => {}
+        let place = match cache(plan, args)? {
+            Some(cache) if cache.lookup().is_some() => {
+                return Ok(Self { cached: true, ..Self::default() });
             }
-        }
-        let place = ScratchPlace::choose(directory.as_deref());
-        Ok(match place.and_then(|place| place.check_room(bytes, length).map(|()| place)) {
+            Some(cache) => cache.check_place(bytes, length),
+            None => ScratchPlace::choose(args.places.scratch_dir.as_deref())
+                .and_then(|place| place.check_room(bytes, length).map(|()| place)),
+        };
+        Ok(match place {
             Ok(place) => Self {
                 bytes,
                 directory: Some(place.directory().to_owned()),
@@ -187,18 +185,16 @@ impl Scratch {
     }
 }
 
-/// Whether a kept file can be used; none where nothing can be kept for this chain.
-fn kept_file(plan: &Plan<'_>, directory: &Path) -> imgdm::Result<Option<bool>> {
+/// The place of the kept file; none where none is asked for, or can be kept for this chain.
+fn cache(plan: &Plan<'_>, args: &Args) -> imgdm::Result<Option<Cache>> {
+    if args.content.compressed != Compressed::Cache {
+        return Ok(None);
+    }
     let run = FillOptions::SHORTEST_ZERO_RUN;
-    Ok(match Cache::of(Some(directory), plan.chain(), plan, run)? {
-        Cacheable::Yes(cache) => Some(cache.lookup().is_some()),
+    Ok(match Cache::of(Some(&args.places.cache_dir), plan.chain(), plan, run)? {
+        Cacheable::Yes(cache) => Some(cache),
         Cacheable::No(_) => None,
     })
-}
-
-/// The directory itself, or the one in which it would be made.
-fn nearest_directory(directory: &Path) -> Option<PathBuf> {
-    directory.ancestors().find(|path| path.is_dir()).map(Path::to_owned)
 }
 
 fn report(

@@ -8,7 +8,7 @@
 //! and it is ours alone to write. Anything else is as if it were not there.
 
 use std::ffi::OsStr;
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{DirBuilder, File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -19,7 +19,9 @@ use nix::fcntl::{AT_FDCWD, AtFlags, Flock, FlockArg};
 use nix::libc;
 use nix::unistd::{geteuid, linkat};
 
-use super::place::{TEMPORARY_PREFIX, create_named, descriptor_path, open_unnamed};
+use super::origin::Origin;
+use super::place::{create_named, descriptor_path, open_unnamed};
+use super::sweep::sweep;
 use super::trailer::{Digest, Trailer};
 use super::{Filled, ScratchContent, ScratchJob, ScratchPlace, ScratchWork};
 use crate::chain::Chain;
@@ -32,7 +34,7 @@ use crate::units::ByteLen;
 const DEFAULT_DIRECTORY: &str = "/var/cache/imgdm";
 
 /// What the name of a kept file ends in.
-const SUFFIX: &str = ".scratch";
+pub(super) const SUFFIX: &str = ".scratch";
 
 /// Between the time a kept file is given and the last change of its inode, in seconds:
 /// what giving it its name may take. A later change is somebody else's.
@@ -118,19 +120,15 @@ impl Cache {
             hash.update(&number.to_le_bytes());
         }
         let mut read = Vec::new();
-        let mut bytes = Vec::new();
-        work.for_each_window(&mut |jobs| {
-            bytes.clear();
-            for job in jobs {
-                let file = (job.layer, role_of(job));
-                if read.last() != Some(&file) && !read.contains(&file) {
-                    read.push(file);
-                }
-                push_job(&mut bytes, job);
+        let mut jobs = JobHasher::new(hash);
+        work.for_each_job(&mut |job| {
+            let file = (job.layer, role_of(job));
+            if read.last() != Some(&file) && !read.contains(&file) {
+                read.push(file);
             }
-            hash.update(&bytes);
-            Ok(())
+            jobs.add(job);
         })?;
+        let mut hash = jobs.finish();
         read.sort_unstable();
         for &(layer, role) in &read {
             let Some(source) = source_of(chain, layer, role) else { continue };
@@ -227,15 +225,7 @@ impl Cache {
     }
 
     fn try_lookup(&self) -> io::Result<Option<CacheHit>> {
-        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
-        let file = OpenOptions::new().read(true).custom_flags(flags).open(self.path())?;
-        let metadata = file.metadata()?;
-        let ours = metadata.file_type().is_file()
-            && metadata.uid() == geteuid().as_raw()
-            && metadata.mode() & 0o022 == 0;
-        if !ours {
-            return Err(io::Error::other("it is not a file that only we can write"));
-        }
+        let (file, metadata) = open_ours(&self.path())?;
         let Some(trailer) = Trailer::read(&file, metadata.len(), self.scratch_length)? else {
             return Err(io::Error::other("it is damaged, or of another layout of the images"));
         };
@@ -260,20 +250,45 @@ impl Cache {
         Ok(Some(CacheHit { file, filled: Filled { zero_runs, failed: Vec::new() } }))
     }
 
-    /// Starts a new file, whatever is there. The directory is made (0700).
+    /// Where a new file would lie that takes `bytes` bytes and is `length` long: the
+    /// directory or, where it is yet to be made, the one that it would be made in. Leaves
+    /// nothing behind.
     ///
     /// # Errors
-    /// `CannotCreate`, naming the directory.
-    pub fn build(&self) -> Result<CacheBuilder> {
-        self.try_build().map_err(|error| {
-            let message = "no file can be kept in this directory".to_owned();
-            Error::new(ErrorKind::CannotCreate(message)).with_source(error).at_path(&self.directory)
-        })
+    /// What [`build`](Self::build) and [`CacheBuilder::check_room`] would say.
+    pub fn check_place(&self, bytes: u64, length: u64) -> Result<ScratchPlace> {
+        let there = self.directory.ancestors().find(|path| path.symlink_metadata().is_ok());
+        let there = there.unwrap_or(&self.directory);
+        if there == self.directory {
+            check_owner(there)?;
+        }
+        let place = ScratchPlace::in_directory(there);
+        place.check_room(bytes, Trailer::longest_file(length))?;
+        Ok(place)
     }
 
-    fn try_build(&self) -> io::Result<CacheBuilder> {
-        DirBuilder::new().recursive(true).mode(0o700).create(&self.directory)?;
-        remove_leftovers(&self.directory);
+    /// Starts a new file, whatever is there. The directory is made (0700). What earlier
+    /// processes left there, and the files of images that are gone, are removed.
+    ///
+    /// # Errors
+    /// `CannotCreate`, naming the directory: no file can be made in it, or others can write
+    /// there.
+    pub fn build(&self) -> Result<CacheBuilder> {
+        let failed = |error: io::Error| {
+            let message = format!("no file can be kept in this directory: {error}");
+            Error::new(ErrorKind::CannotCreate(message)).at_path(&self.directory)
+        };
+        if self.directory.symlink_metadata().is_ok() {
+            check_owner(&self.directory)?;
+        }
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.directory);
+        made.map_err(failed)?;
+        check_owner(&self.directory)?;
+        sweep(&self.directory);
+        self.start_file().map_err(failed)
+    }
+
+    fn start_file(&self) -> io::Result<CacheBuilder> {
         let place = ScratchPlace::in_directory(&self.directory);
         if let Ok(writer) = open_unnamed(&self.directory)
             && File::open(descriptor_path(&writer)).is_ok()
@@ -298,7 +313,7 @@ impl CacheBuilder {
     /// # Errors
     /// As [`ScratchPlace::check_room`].
     pub fn check_room(&self, bytes: u64, length: u64) -> Result<()> {
-        self.place.check_room(bytes, length)
+        self.place.check_room(bytes, Trailer::longest_file(length))
     }
 
     /// Gives the filled file its name, where nothing in it failed and no image changed
@@ -334,13 +349,17 @@ impl CacheBuilder {
                 "an image was changed while it was read".to_owned(),
             )));
         }
-        self.finish(cache, filled).map_err(|error| {
+        self.finish(cache, chain, filled).map_err(|error| {
             let message = "the filled file can't be kept".to_owned();
             Error::new(ErrorKind::CannotCreate(message)).with_source(error)
         })
     }
 
-    fn finish(&self, cache: &Cache, filled: &Filled) -> io::Result<()> {
+    fn finish(&self, cache: &Cache, chain: &Chain, filled: &Filled) -> io::Result<()> {
+        let sources = chain.layers().iter().flat_map(|layer| layer.files());
+        // Of an image without a path of its own it can't be told when it is gone.
+        let origins: Vec<_> =
+            sources.filter_map(|(_, file)| Origin::of(file.path()).ok()).collect();
         // What takes long comes before the file is given its time.
         self.writer.sync_all()?;
         // In whole seconds, of which every file system keeps the even ones.
@@ -348,7 +367,7 @@ impl CacheBuilder {
         let modified = now.as_secs() & !1;
         let recorded = i64::try_from(modified).unwrap_or(0);
         let (length, identity) = (cache.scratch_length, cache.identity);
-        Trailer::write(&self.writer, length, identity, recorded, &filled.zero_runs)?;
+        Trailer::write(&self.writer, length, identity, recorded, &filled.zero_runs, &origins)?;
         self.writer.sync_all()?;
         self.writer.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(modified))?;
         self.writer.sync_all()?;
@@ -377,19 +396,43 @@ fn name_file(file: &File, path: &Path) -> io::Result<()> {
     }
 }
 
-/// Removes files with a temporary name whose maker is gone.
-fn remove_leftovers(directory: &Path) {
-    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
-        if !entry.file_name().as_bytes().starts_with(TEMPORARY_PREFIX.as_bytes()) {
-            continue;
-        }
-        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
-        let file = OpenOptions::new().read(true).custom_flags(flags).open(entry.path());
-        let lock = |file| Flock::lock(file, FlockArg::LockExclusiveNonblock);
-        if file.is_ok_and(|file| lock(file).is_ok()) {
-            let _ = std::fs::remove_file(entry.path());
-        }
+/// Opens for reading a file that nobody but this user can have made.
+pub(super) fn open_ours(path: &Path) -> io::Result<(File, Metadata)> {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    let metadata = file.metadata()?;
+    let ours = metadata.file_type().is_file()
+        && metadata.uid() == geteuid().as_raw()
+        && metadata.mode() & 0o022 == 0;
+    if ours {
+        Ok((file, metadata))
+    } else {
+        Err(io::Error::other("it is not a file that only we can write"))
     }
+}
+
+/// Refuses a directory in which others could put files in the place of ours.
+fn check_owner(directory: &Path) -> Result<()> {
+    let refuse = |why: String| {
+        let message = format!(
+            "no file can be kept in this directory: {why}; choose one of your own with --cache-dir"
+        );
+        Err(Error::new(ErrorKind::CannotCreate(message)).at_path(directory))
+    };
+    let metadata = match directory.metadata() {
+        Ok(metadata) if metadata.is_dir() => metadata,
+        Ok(_) => return refuse("it is not one".to_owned()),
+        Err(error) => return refuse(error.to_string()),
+    };
+    let (owner, mode) = (metadata.uid(), metadata.mode());
+    if owner != 0 && owner != geteuid().as_raw() {
+        return refuse(format!("it belongs to user {owner}"));
+    }
+    // In a sticky one nobody can take another's files away.
+    if mode & 0o022 != 0 && mode & libc::S_ISVTX == 0 {
+        return refuse(format!("others can write in it (its mode is {:o})", mode & 0o7777));
+    }
+    Ok(())
 }
 
 /// A name that the same images at the same place have again, so that a changed image's
@@ -437,17 +480,83 @@ fn source_of(chain: &Chain, layer: u32, role: FileRole) -> Option<&Source> {
     chain.layers().get(layer as usize).map(|layer| layer.file(role).as_ref())
 }
 
-fn push_job(bytes: &mut Vec<u8>, job: &ScratchJob) {
-    let (kind, numbers) = match job.what {
-        ScratchContent::Inflate { host, stream_length, cluster } => {
-            (0, [host.get(), stream_length.get(), cluster.get()])
-        }
-        ScratchContent::Copy { role, host, bytes } => (1 + role as u64, [host.get(), bytes, 0]),
-    };
-    let place = [job.at, job.length, job.guest.get(), u64::from(job.layer), kind];
-    for number in place.iter().chain(&numbers) {
-        bytes.extend(number.to_le_bytes());
+/// Hashes jobs. Most follow on the one before in all but their place in the file: for those
+/// only that is hashed, since an image has millions.
+struct JobHasher {
+    hash: blake3::Hasher,
+    /// What is to be hashed: by little pieces that would be slow.
+    bytes: Vec<u8>,
+    last: Option<ScratchJob>,
+    /// Where the stream before starts.
+    last_host: u64,
+}
+
+impl JobHasher {
+    const BUFFER: usize = 16 << 10;
+    /// Bytes of a job at most: a tag and eight numbers of up to ten.
+    const LONGEST: usize = 1 + 8 * 10;
+
+    fn new(hash: blake3::Hasher) -> Self {
+        Self { hash, bytes: Vec::with_capacity(Self::BUFFER), last: None, last_host: 0 }
     }
+
+    fn add(&mut self, job: &ScratchJob) {
+        if self.bytes.len() + Self::LONGEST > Self::BUFFER {
+            self.hash.update(&self.bytes);
+            self.bytes.clear();
+        }
+        let place = [job.at, job.length, job.guest.get(), u64::from(job.layer)];
+        // A tag has always as many numbers, and each of them its end, so that no two lists
+        // of jobs come to the same bytes.
+        match job.what {
+            ScratchContent::Inflate { host, stream_length, cluster } => {
+                let follows =
+                    self.last.map(|last| successor(&last)) == Some((place, cluster.get()));
+                if follows {
+                    self.push(1, &[]);
+                } else {
+                    self.push(2, &place);
+                    self.push_number(cluster.get());
+                }
+                self.push_number(host.get().wrapping_sub(self.last_host));
+                self.push_number(stream_length.get());
+                self.last_host = host.get();
+            }
+            ScratchContent::Copy { role, host, bytes } => {
+                self.push(3, &place);
+                for number in [role as u64, host.get(), bytes] {
+                    self.push_number(number);
+                }
+            }
+        }
+        self.last = Some(*job);
+    }
+
+    fn push(&mut self, tag: u8, numbers: &[u64]) {
+        self.bytes.push(tag);
+        numbers.iter().for_each(|&number| self.push_number(number));
+    }
+
+    /// Seven bits a byte, the lowest first; the last byte has its highest bit clear.
+    #[allow(clippy::cast_possible_truncation)] // Of seven bits.
+    fn push_number(&mut self, mut number: u64) {
+        while number >= 0x80 {
+            self.bytes.push((number & 0x7f) as u8 | 0x80);
+            number >>= 7;
+        }
+        self.bytes.push((number & 0x7f) as u8);
+    }
+
+    fn finish(mut self) -> blake3::Hasher {
+        self.hash.update(&self.bytes);
+        self.hash
+    }
+}
+
+/// Place and cluster of the job for the whole cluster behind that of `job`.
+fn successor(job: &ScratchJob) -> ([u64; 4], u64) {
+    let guest = job.guest.get().wrapping_add(job.length);
+    ([job.at.wrapping_add(job.length), job.length, guest, u64::from(job.layer)], guest)
 }
 
 #[cfg(test)]

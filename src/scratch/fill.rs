@@ -9,14 +9,13 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use nix::libc;
 use rayon::prelude::*;
 
-use super::place::check_size_limit;
+use super::place::{cannot_write, set_length};
 use super::worker::{ChunkDone, Worker};
 use super::{FailedCluster, Filled, OnError, ScratchContent, ScratchJob, ScratchWork};
 use crate::chain::Chain;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::units::{ByteLen, GuestRange};
 
 /// Bytes of a chunk, but for a last cluster that does not end there: so much of the output
@@ -70,8 +69,7 @@ pub fn fill(
     tick: &dyn Fn(u64) -> Result<()>,
 ) -> Result<Filled> {
     let length = work.scratch_length();
-    check_size_limit(length, &options.directory)?;
-    file.set_len(length).map_err(|error| cannot_write(error, length, options))?;
+    set_length(file, length, &options.directory)?;
     let mut filler = Filler {
         shared: Shared { chain, file, options, length, workers: Mutex::default() },
         tick,
@@ -198,7 +196,7 @@ impl Shared<'_> {
         let done = worker
             .prepare(self.chain, jobs)?
             .write(self.file)
-            .map_err(|error| cannot_write(error, self.length, self.options));
+            .map_err(|error| cannot_write(error, self.length, &self.options.directory));
         if let Ok(mut workers) = self.workers.lock() {
             workers.push(worker);
         }
@@ -281,18 +279,6 @@ impl ZeroRuns {
         self.close();
         self.runs
     }
-}
-
-/// The error of a scratch file that can't be written or made that long.
-fn cannot_write(error: std::io::Error, length: u64, options: &FillOptions) -> Error {
-    let why = match error.raw_os_error() {
-        Some(libc::ENOSPC) => "the file system of this directory is full",
-        Some(libc::EDQUOT) => "the quota in this directory is used up",
-        Some(libc::EFBIG) => "the file system of this directory takes no file that long",
-        _ => "it can't be written",
-    };
-    let message = format!("no scratch file of {length} bytes (with holes) can be filled: {why}");
-    Error::new(ErrorKind::CannotCreate(message)).with_source(error).at_path(&options.directory)
 }
 
 #[cfg(test)]

@@ -6,7 +6,9 @@ use crate::units::GuestRange;
 mod cache;
 mod fill;
 mod job;
+mod origin;
 mod place;
+mod sweep;
 mod trailer;
 mod worker;
 

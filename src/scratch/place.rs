@@ -7,14 +7,12 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
 use nix::libc;
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
 use nix::sys::statvfs::statvfs;
-use nix::unistd::{AccessFlags, access};
 
-use crate::error::{Error, ErrorKind, Result, printable};
+use crate::error::{Error, ErrorKind, Result};
 
 /// On disk and kept over a reboot, so that a large scratch file takes no memory.
 const DEFAULT_DIRECTORY: &str = "/var/tmp";
@@ -41,36 +39,25 @@ pub struct ScratchFile {
 }
 
 impl ScratchPlace {
-    /// The directory asked for; without one /var/tmp or, where that is missing, read-only
-    /// or not writable, /run.
+    /// The directory asked for; without one /var/tmp or, where no file can be made in that,
+    /// /run. It is tried out, for permissions tell little: of a read-only file system, or
+    /// of one like /proc.
     ///
     /// # Errors
-    /// `CannotCreate`, naming the directory: it can't be written to; without one asked
-    /// for, neither of the two can.
+    /// `CannotCreate`, naming the directory: no file can be made in it; without one asked
+    /// for, in neither of the two.
     pub fn choose(directory: Option<&Path>) -> Result<Self> {
-        let unusable = |directory: &Path, errno: Errno| {
-            Error::new(ErrorKind::CannotCreate(format!(
-                "no scratch file can be made in this directory: {}",
-                errno.desc()
-            )))
-            .at_path(directory)
+        let try_out = |directory: PathBuf| {
+            let place = Self { directory };
+            place.create().map(|_| place)
         };
         if let Some(directory) = directory {
-            let directory = std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned());
-            return match check_writable(&directory) {
-                Ok(()) => Ok(Self { directory }),
-                Err(errno) => Err(unusable(&directory, errno)),
-            };
+            return try_out(
+                std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned()),
+            );
         }
-        let usual = Path::new(DEFAULT_DIRECTORY);
-        let Err(errno) = check_writable(usual) else {
-            return Ok(Self { directory: usual.to_owned() });
-        };
-        let fallback = Path::new(FALLBACK_DIRECTORY);
-        match check_writable(fallback) {
-            Ok(()) => Ok(Self { directory: fallback.to_owned() }),
-            Err(_) => Err(unusable(usual, errno)),
-        }
+        let usual = try_out(DEFAULT_DIRECTORY.into());
+        usual.or_else(|error| try_out(FALLBACK_DIRECTORY.into()).map_err(|_| error))
     }
 
     /// A directory that is known to be there.
@@ -102,11 +89,13 @@ impl ScratchPlace {
     }
 
     /// Checks that a scratch file can be made of `length` bytes, holes and all, of which
-    /// `bytes` are written at most.
+    /// `bytes` are written at most. Makes one and leaves nothing behind. Quotas of users
+    /// are no matter, since root is not bound by them; those of directories show in what
+    /// is free.
     ///
     /// # Errors
-    /// `CannotCreate`: too little is free, or the process may not write a file that long
-    /// (RLIMIT_FSIZE).
+    /// `CannotCreate`: no file can be made, too little is free, or the process (by
+    /// RLIMIT_FSIZE) or the file system takes no file that long.
     pub fn check_room(&self, bytes: u64, length: u64) -> Result<()> {
         let free = self.free_bytes();
         if bytes > free {
@@ -116,7 +105,7 @@ impl ScratchPlace {
             )))
             .at_path(&self.directory));
         }
-        check_size_limit(length, &self.directory)
+        set_length(&self.create()?.writer, length, &self.directory)
     }
 
     /// Makes an empty file that only its holders can reach, mode 0600. The kernel frees it
@@ -125,12 +114,10 @@ impl ScratchPlace {
     /// # Errors
     /// `CannotCreate`, naming the directory.
     pub fn create(&self) -> Result<ScratchFile> {
-        self.create_unnamed().or_else(|_| self.create_and_unlink()).map_err(|error| {
-            Error::new(ErrorKind::CannotCreate(format!(
-                "no scratch file can be made in the directory {}",
-                printable(&self.directory.to_string_lossy())
-            )))
-            .with_source(error)
+        let made = self.create_unnamed().or_else(|_| self.create_and_unlink());
+        made.map_err(|error| {
+            let message = format!("no scratch file can be made in this directory: {error}");
+            Error::new(ErrorKind::CannotCreate(message)).at_path(&self.directory)
         })
     }
 
@@ -179,21 +166,34 @@ pub(super) fn descriptor_path(file: &File) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
-fn check_writable(directory: &Path) -> Result<(), Errno> {
-    access(directory, AccessFlags::W_OK | AccessFlags::X_OK)?;
-    if directory.is_dir() { Ok(()) } else { Err(Errno::ENOTDIR) }
-}
-
-/// Fails where a file of so many bytes is longer than RLIMIT_FSIZE allows: the kernel
-/// would end the process by SIGXFSZ.
-pub(super) fn check_size_limit(length: u64, directory: &Path) -> Result<()> {
+/// Makes an empty file of `directory` that long, all of it a hole.
+///
+/// # Errors
+/// `CannotCreate`: RLIMIT_FSIZE, where the kernel would end the process by SIGXFSZ, or the
+/// file system does not allow it.
+pub(super) fn set_length(file: &File, length: u64, directory: &Path) -> Result<()> {
     match getrlimit(Resource::RLIMIT_FSIZE) {
         Ok((limit, _)) if length > limit => Err(Error::new(ErrorKind::CannotCreate(format!(
             "the scratch file is {length} bytes long with its holes, and this process may write files of at most {limit} (RLIMIT_FSIZE, 'ulimit -f')"
         )))
         .at_path(directory)),
-        _ => Ok(()),
+        _ => file.set_len(length).map_err(|error| cannot_write(error, length, directory)),
     }
+}
+
+/// The error of a scratch file that can't be written or made that long.
+pub(super) fn cannot_write(error: io::Error, length: u64, directory: &Path) -> Error {
+    let why = match error.kind() {
+        io::ErrorKind::StorageFull => "the file system of this directory is full",
+        io::ErrorKind::QuotaExceeded => "the quota in this directory is used up",
+        // Past 2^63 the length is no valid one, whatever the file system.
+        io::ErrorKind::FileTooLarge | io::ErrorKind::InvalidInput => {
+            "the file system of this directory takes no file that long"
+        }
+        _ => "it can't be written",
+    };
+    let message = format!("no scratch file of {length} bytes (with holes) can be filled: {why}");
+    Error::new(ErrorKind::CannotCreate(message)).with_source(error).at_path(directory)
 }
 
 #[cfg(test)]
@@ -218,7 +218,16 @@ mod tests {
         assert!(error.to_string().starts_with(&missing.display().to_string()), "{error}");
         let file = dir.path().join("file");
         std::fs::write(&file, "").unwrap();
-        ScratchPlace::choose(Some(&file)).unwrap_err();
+        for place in [file.as_path(), Path::new("/proc"), Path::new("/sys"), Path::new("/dev/null")]
+        {
+            let error = ScratchPlace::choose(Some(place)).unwrap_err();
+            assert!(matches!(error.kind(), ErrorKind::CannotCreate(_)));
+            assert_eq!(error.path(), Some(place), "{error}");
+        }
+        let missing = dir.path().join("a/b");
+        ScratchPlace::choose(Some(&missing)).unwrap_err();
+        ScratchPlace::choose(Some(dir.path())).unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "it leaves nothing");
     }
 
     #[test]
@@ -247,5 +256,9 @@ mod tests {
             assert!(matches!(error.kind(), ErrorKind::CannotCreate(_)));
             assert!(error.to_string().contains(&u64::MAX.to_string()), "{error}");
         }
+        // No file system takes a file that long.
+        let error = place.check_room(1, 1 << 63).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::CannotCreate(_)));
+        assert!(error.to_string().contains("no file that long"), "{error}");
     }
 }

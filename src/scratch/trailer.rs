@@ -1,8 +1,9 @@
 //! What is written behind the data of a kept scratch file, so that it can be known again.
 //!
-//! At the first page boundary after the data: the header, the runs of zeros, and for each
-//! 64 KiB of the file that is no hole, where it is and a checksum. All little-endian. What
-//! is read is checked as a stranger's would be.
+//! At the first page boundary after the data: the header, the runs of zeros, for each
+//! 64 KiB of the file that is no hole where it is and a checksum, the places of the images,
+//! and in the last 8 bytes where the header is. All little-endian. What is read is checked
+//! as a stranger's would be.
 
 use std::fs::File;
 use std::io;
@@ -16,10 +17,11 @@ use zerocopy::byteorder::little_endian::{I64, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::fill::MAX_ZERO_RUNS;
+use super::origin::{self, Origin};
 use crate::units::{GuestOffset, GuestRange, SECTOR_SIZE};
 
 const MAGIC: [u8; 16] = *b"imgdm scratch\r\n\0";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const PAGE: u64 = 4096;
 
 /// Bytes that one checksum is of.
@@ -30,6 +32,12 @@ const CHUNKS_AT_ONCE: usize = 1024;
 
 /// Checksums that are looked at when a file is used again.
 const SAMPLES: u64 = 4;
+
+/// Most bytes that the places of images take: 1024 layers with two long paths each.
+const MAX_ORIGINS: u64 = 16 << 20;
+
+/// Bytes of the number at the file's end.
+const FOOTER_LENGTH: u64 = size_of::<U64>() as u64;
 
 /// A BLAKE3 hash.
 pub(super) type Digest = [u8; 32];
@@ -45,7 +53,9 @@ struct RawHeader {
     modified: I64,
     zero_runs: U64,
     chunks: U64,
+    origins: U64,
     zero_runs_digest: Digest,
+    origins_digest: Digest,
     /// Of all the fields before.
     digest: Digest,
 }
@@ -68,7 +78,10 @@ pub(super) struct Trailer {
     pub(super) modified: i64,
     zero_runs: u64,
     chunks: u64,
+    /// Bytes of the places of images.
+    origins: u64,
     zero_runs_digest: Digest,
+    origins_digest: Digest,
 }
 
 impl Trailer {
@@ -80,9 +93,25 @@ impl Trailer {
         self.start() + HEADER_LENGTH + self.zero_runs * PAIR_LENGTH
     }
 
+    fn origins_start(&self) -> u64 {
+        self.chunks_start() + self.chunks * PAIR_LENGTH
+    }
+
+    fn footer_start(&self) -> u64 {
+        self.origins_start() + self.origins
+    }
+
     /// Length of the whole file.
     fn file_length(&self) -> u64 {
-        self.chunks_start() + self.chunks * PAIR_LENGTH
+        self.footer_start() + FOOTER_LENGTH
+    }
+
+    /// How long a file can become at most whose data have this length; saturates.
+    pub(super) fn longest_file(scratch_length: u64) -> u64 {
+        let zero_runs = MAX_ZERO_RUNS as u64 * PAIR_LENGTH;
+        let chunks = scratch_length.div_ceil(CHUNK) * PAIR_LENGTH;
+        let rest = PAGE + HEADER_LENGTH + zero_runs + MAX_ORIGINS + FOOTER_LENGTH;
+        scratch_length.saturating_add(chunks).saturating_add(rest)
     }
 
     /// Reads and checks the header behind data of `scratch_length` bytes. `None`: it is
@@ -98,32 +127,65 @@ impl Trailer {
         let Some(limit) = i64::MAX.unsigned_abs().checked_sub(scratch_length) else {
             return Ok(None);
         };
-        let start = start_of(scratch_length);
-        if limit < PAGE || file_length < start.saturating_add(HEADER_LENGTH) {
+        if limit < PAGE {
+            return Ok(None);
+        }
+        let header = Self::read_at(file, file_length, start_of(scratch_length))?;
+        Ok(header.filter(|header| header.scratch_length == scratch_length))
+    }
+
+    /// The same where the length of the data is not known: by the number at the end.
+    ///
+    /// # Errors
+    /// A read failed.
+    pub(super) fn find(file: &File, file_length: u64) -> io::Result<Option<Self>> {
+        let Some(at) = file_length.checked_sub(FOOTER_LENGTH) else { return Ok(None) };
+        let mut start = U64::ZERO;
+        file.read_exact_at(start.as_mut_bytes(), at)?;
+        Self::read_at(file, file_length, start.get())
+    }
+
+    fn read_at(file: &File, file_length: u64, start: u64) -> io::Result<Option<Self>> {
+        if file_length < start.saturating_add(HEADER_LENGTH) {
             return Ok(None);
         }
         let mut bytes = [0; size_of::<RawHeader>()];
         file.read_exact_at(&mut bytes, start)?;
-        Ok(Self::parse(&bytes, scratch_length).filter(|header| header.file_length() == file_length))
+        let fits = |header: &Self| header.start() == start && header.file_length() == file_length;
+        Ok(Self::parse(&bytes, start).filter(fits))
     }
 
-    fn parse(bytes: &[u8; size_of::<RawHeader>()], scratch_length: u64) -> Option<Self> {
+    /// `start`: where the header was, and so the most bytes that its data can have.
+    fn parse(bytes: &[u8; size_of::<RawHeader>()], start: u64) -> Option<Self> {
         let raw = RawHeader::ref_from_bytes(bytes).ok()?;
         let checked = &bytes[..bytes.len() - size_of::<Digest>()];
+        let scratch_length = raw.scratch_length.get();
         let good = raw.magic == MAGIC
             && raw.version.get() == VERSION
             && raw.digest == *blake3::hash(checked).as_bytes()
-            && raw.scratch_length.get() == scratch_length
+            && scratch_length <= start
             && raw.zero_runs.get() <= MAX_ZERO_RUNS as u64
-            && raw.chunks.get() <= scratch_length.div_ceil(CHUNK);
+            && raw.chunks.get() <= scratch_length.div_ceil(CHUNK)
+            && raw.origins.get() <= MAX_ORIGINS;
         good.then(|| Self {
             scratch_length,
             identity: raw.identity,
             modified: raw.modified.get(),
             zero_runs: raw.zero_runs.get(),
             chunks: raw.chunks.get(),
+            origins: raw.origins.get(),
             zero_runs_digest: raw.zero_runs_digest,
+            origins_digest: raw.origins_digest,
         })
+    }
+
+    /// The places of the images; `None` where they are damaged.
+    ///
+    /// # Errors
+    /// The read failed.
+    pub(super) fn read_origins(&self, file: &File) -> io::Result<Option<Vec<Origin>>> {
+        let bytes = read_checked(file, self.origins_start(), self.origins, &self.origins_digest)?;
+        Ok(bytes.and_then(|bytes| origin::read_all(&bytes)))
     }
 
     /// The runs of zeros; `None` where they are damaged.
@@ -131,12 +193,10 @@ impl Trailer {
     /// # Errors
     /// The read failed.
     pub(super) fn read_zero_runs(&self, file: &File) -> io::Result<Option<Vec<GuestRange>>> {
-        let length = usize::try_from(self.zero_runs * PAIR_LENGTH).unwrap_or(0);
-        let mut bytes = vec![0; length];
-        file.read_exact_at(&mut bytes, self.start() + HEADER_LENGTH)?;
-        if self.zero_runs_digest != *blake3::hash(&bytes).as_bytes() {
+        let (start, length) = (self.start() + HEADER_LENGTH, self.zero_runs * PAIR_LENGTH);
+        let Some(bytes) = read_checked(file, start, length, &self.zero_runs_digest)? else {
             return Ok(None);
-        }
+        };
         let Ok(pairs) = <[RawPair]>::ref_from_bytes(&bytes) else { return Ok(None) };
         let mut last = 0;
         let runs = pairs.iter().map(|RawPair(start, end)| {
@@ -185,11 +245,18 @@ impl Trailer {
         identity: Digest,
         modified: i64,
         zero_runs: &[GuestRange],
+        origins: &[Origin],
     ) -> io::Result<()> {
         let pairs: Vec<_> = zero_runs
             .iter()
             .map(|run| RawPair(U64::new(run.start.get()), U64::new(run.end.get())))
             .collect();
+        let mut places = Vec::new();
+        origins.iter().for_each(|origin| origin.write(&mut places));
+        if places.len() as u64 > MAX_ORIGINS {
+            // They only serve for removing the file some day.
+            places.clear();
+        }
         let runs_at = start_of(scratch_length) + HEADER_LENGTH;
         let mut trailer = Self {
             scratch_length,
@@ -197,7 +264,9 @@ impl Trailer {
             modified,
             zero_runs: pairs.len() as u64,
             chunks: 0,
+            origins: places.len() as u64,
             zero_runs_digest: *blake3::hash(pairs.as_bytes()).as_bytes(),
+            origins_digest: *blake3::hash(&places).as_bytes(),
         };
         let chunks_at = trailer.chunks_start();
         for_each_chunk(file, scratch_length, |chunks| {
@@ -206,6 +275,8 @@ impl Trailer {
             file.write_all_at(&checksums(file, chunks, scratch_length)?, at)
         })?;
         file.write_all_at(pairs.as_bytes(), runs_at)?;
+        file.write_all_at(&places, trailer.origins_start())?;
+        file.write_all_at(U64::new(trailer.start()).as_bytes(), trailer.footer_start())?;
         file.write_all_at(&trailer.to_bytes(), start_of(scratch_length))?;
         file.set_len(trailer.file_length())
     }
@@ -220,13 +291,27 @@ impl Trailer {
             modified: I64::new(self.modified),
             zero_runs: U64::new(self.zero_runs),
             chunks: U64::new(self.chunks),
+            origins: U64::new(self.origins),
             zero_runs_digest: self.zero_runs_digest,
+            origins_digest: self.origins_digest,
             digest: Digest::default(),
         };
         let length = size_of::<RawHeader>() - size_of::<Digest>();
         raw.digest = *blake3::hash(&raw.as_bytes()[..length]).as_bytes();
         raw.as_bytes().to_vec()
     }
+}
+
+/// Bytes of the file that have to have this hash; `None` where they have not.
+fn read_checked(
+    file: &File,
+    start: u64,
+    length: u64,
+    digest: &Digest,
+) -> io::Result<Option<Vec<u8>>> {
+    let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
+    file.read_exact_at(&mut bytes, start)?;
+    Ok((*digest == *blake3::hash(&bytes).as_bytes()).then_some(bytes))
 }
 
 /// Where the trailer of so much data starts; the caller keeps it below 2^63.
@@ -321,7 +406,8 @@ mod tests {
         file.set_len(LENGTH).unwrap();
         file.write_all_at(&[7; 100], CHUNK).unwrap();
         file.write_all_at(&[8; 512], LENGTH - 512).unwrap();
-        Trailer::write(&file, LENGTH, [5; 32], -3, runs).unwrap();
+        let place = Origin::of(std::path::Path::new("/proc/version")).unwrap();
+        Trailer::write(&file, LENGTH, [5; 32], -3, runs, &[place]).unwrap();
         let length = file.metadata().unwrap().len();
         (file, length)
     }
@@ -333,6 +419,9 @@ mod tests {
         let trailer = Trailer::read(&file, length, LENGTH).unwrap().unwrap();
         assert_eq!((trailer.identity, trailer.modified), ([5; 32], -3));
         assert_eq!(trailer.read_zero_runs(&file).unwrap().unwrap(), runs);
+        assert_eq!(trailer.read_origins(&file).unwrap().unwrap().len(), 1);
+        assert_eq!(Trailer::find(&file, length).unwrap().unwrap(), trailer);
+        assert!(length <= Trailer::longest_file(LENGTH));
         assert!(trailer.chunks <= 6, "holes have no checksums: {}", trailer.chunks);
         assert!((0..20).all(|seed| trailer.samples_match(&file, seed).unwrap()));
     }
@@ -386,13 +475,26 @@ mod tests {
         }
 
         #[test]
+        fn no_changed_byte_of_the_places_is_accepted(back in 1..=69u64, flip in 1u8..) {
+            let (file, length) = written(&[]);
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, length - back).unwrap();
+            file.write_all_at(&[byte[0] ^ flip], length - back).unwrap();
+            let trailer = Trailer::find(&file, length).unwrap();
+            let places = trailer.and_then(|trailer| trailer.read_origins(&file).unwrap());
+            prop_assert_eq!(places, None);
+        }
+
+        #[test]
         fn no_bytes_make_it_panic(
             bytes in prop::collection::vec(any::<u8>(), 0..600),
             scratch_length in 0u64..8192,
         ) {
             let file = tempfile::tempfile().unwrap();
             file.write_all_at(&bytes, 4096).unwrap();
-            let _ = Trailer::read(&file, file.metadata().unwrap().len(), scratch_length);
+            let length = file.metadata().unwrap().len();
+            let _ = Trailer::read(&file, length, scratch_length);
+            let _ = Trailer::find(&file, length);
         }
     }
 }

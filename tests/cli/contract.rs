@@ -481,9 +481,29 @@ fn a_scratch_file_without_room_is_an_obstacle() {
     let report = plan(&["--scratch-dir=."]);
     assert_eq!((&report["attachable"], &report["scratch_bytes"]), (&true.into(), &65536.into()));
     assert_eq!(report["scratch_dir"]["path"], directory.path().to_str().unwrap());
-    let report = plan(&["--scratch-dir=/nonexistent"]);
-    assert_eq!(report["obstacles"][0]["kind"], "no-scratch", "{report}");
-    assert_eq!(report["obstacles"][0]["path"], "/nonexistent");
+    let before = fs::read_dir(directory.path()).unwrap().count();
+    // What attach could not write to either, whatever its permissions say.
+    for place in ["/nonexistent", "/proc", "/sys", "x.qcow2", "/dev/null"] {
+        let report = plan(&[&format!("--scratch-dir={place}")]);
+        assert_eq!(report["obstacles"][0]["kind"], "no-scratch", "{place}: {report}");
+        let path = directory.path().join(place);
+        assert_eq!(report["obstacles"][0]["path"], path.to_str().unwrap());
+    }
+    for (place, named) in [
+        ("/proc/cache", "/proc"),
+        ("x.qcow2", "x.qcow2"),
+        ("x.qcow2/cache", "x.qcow2"),
+        ("/sys/a/b", "/sys"),
+    ] {
+        let report = plan(&["--compressed=cache", &format!("--cache-dir={place}")]);
+        assert_eq!(report["obstacles"][0]["kind"], "no-scratch", "{place}: {report}");
+        let path = directory.path().join(named);
+        assert_eq!(report["obstacles"][0]["path"], path.to_str().unwrap());
+    }
+    let report = plan(&["--compressed=cache", "--cache-dir=a/b"]);
+    assert_eq!(report["attachable"], true, "{report}");
+    assert_eq!(report["scratch_dir"]["path"], directory.path().to_str().unwrap());
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), before, "nothing is left");
 }
 
 #[test]

@@ -90,3 +90,69 @@ fn killed_while_it_fills_a_file_to_be_kept_attach_leaves_none() {
     assert_attached(attach_cached(&image, &cache, false), &image, &wanted);
     assert_eq!(kept(&cache).len(), 1);
 }
+
+#[test]
+fn two_that_fill_the_same_file_at_once_are_both_attached_and_leave_one() {
+    let scratch = Scratch::on_disk();
+    let image = text(&scratch, "disk.qcow2", &["-O", "qcow2"]);
+    let wanted = qemu_content(&scratch, &image, &[]);
+    let cache = scratch.path("cache");
+    let names = ["one", "two"];
+    let line =
+        |name| args!["attach", "--name", name, "--compressed=cache", "--cache-dir", &cache, &image];
+    let filling = names.map(|name| {
+        let mut line = imgdm_command(line(name));
+        let running = start(line.env("IMGDM_FAULT", "inflate:stop").stdin(Stdio::null()));
+        wait_for("it to stop", || running.is_stopped());
+        running
+    });
+    for running in &filling {
+        running.signal(nix::sys::signal::Signal::SIGCONT);
+    }
+    for (running, name) in filling.into_iter().zip(names) {
+        let ran = running.finish();
+        assert_eq!(ran.stderr, "", "{name}");
+        assert_eq!(ran.ok(), format!("/dev/mapper/{name}\n"));
+    }
+    assert_eq!(kept(&cache).len(), 1);
+    for name in names {
+        assert_same(name, &fs::read(format!("/dev/mapper/{name}")).unwrap(), &wanted);
+        imgdm(args!["detach", name]).ok();
+    }
+    assert_nothing_left();
+    assert_attached(attach_cached(&image, &cache, true), &image, &wanted);
+}
+
+#[test]
+fn the_file_of_an_image_that_is_gone_goes_with_the_next_that_is_kept() {
+    let scratch = Scratch::on_disk();
+    let cache = scratch.path("cache");
+    let disk = Mounted::make("ext4", scratch.directory(), 16 * MIB);
+    let images = ["stays", "goes", "is-not-mounted", "new"].map(|name| {
+        let image = text(&scratch, &format!("{name}.qcow2"), &["-O", "qcow2"]);
+        if name != "is-not-mounted" {
+            return image;
+        }
+        let place = disk.place.join("image.qcow2");
+        fs::copy(&image, &place).unwrap();
+        place
+    });
+    let wanted = qemu_content(&scratch, &images[0], &[]);
+    for image in &images[..3] {
+        assert_attached(attach_cached(image, &cache, false), image, &wanted);
+    }
+    assert_eq!(kept(&cache).len(), 3);
+    disk.umount().unwrap();
+    fs::remove_file(&images[1]).unwrap();
+    // What is used again is no reason to look at the others.
+    assert_attached(attach_cached(&images[0], &cache, true), &images[0], &wanted);
+    assert_eq!(kept(&cache).len(), 3);
+    assert_attached(attach_cached(&images[3], &cache, false), &images[3], &wanted);
+    let names: Vec<_> = kept(&cache).iter().map(|path| path.display().to_string()).collect();
+    assert_eq!(names.len(), 3, "{names:?}");
+    assert!(!names.iter().any(|name| name.contains("goes-")), "{names:?}");
+    disk.mount().unwrap();
+    for image in [&images[0], &images[2], &images[3]] {
+        assert_attached(attach_cached(image, &cache, true), image, &wanted);
+    }
+}

@@ -5,6 +5,7 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use super::super::fill::tests::{CLUSTER, Windows, chain_over, cluster_of, streams_of, whole};
 use super::super::{FailedCluster, FillOptions, OnError, fill};
 use super::*;
+use crate::units::{GuestOffset, HostOffset};
 
 /// A directory with an image of a few clusters in it, and one for what is kept.
 struct World {
@@ -186,7 +187,7 @@ fn what_is_not_finished_leaves_nothing() {
         guest: chain.whole(),
         layer: 0,
         path: Path::new("x").into(),
-        host: crate::units::HostOffset::ZERO,
+        host: HostOffset::ZERO,
         length: ByteLen::ZERO,
         why: super::super::FailedWhy::Read(5),
     };
@@ -261,6 +262,151 @@ fn an_image_that_does_not_tell_of_changes_cannot_be_kept() {
     // Where it has no piece of the scratch file, that is no matter.
     let cacheable = Cache::of(None, &memory, &Windows(Vec::new()), ByteLen::new(1 << 20));
     assert!(matches!(cacheable.unwrap(), Cacheable::Yes(_)));
+}
+
+#[test]
+fn no_two_lists_of_jobs_have_the_same_hash() {
+    let (_, places) = streams_of(&vec![cluster_of(7); 3]);
+    let jobs: Vec<_> = (0..).zip(&places).map(|(index, &place)| whole(place, index)).collect();
+    let hash_of = |jobs: &[ScratchJob]| {
+        let mut hasher = JobHasher::new(blake3::Hasher::new());
+        jobs.iter().for_each(|job| hasher.add(job));
+        hasher.finish().finalize()
+    };
+    // What makes it another job, in each field.
+    let changes: [fn(&mut ScratchJob); 11] = [
+        |job| job.at += 512,
+        |job| job.length += 512,
+        |job| job.guest = GuestOffset::new(job.guest.get() + 512),
+        |job| job.layer += 1,
+        |job| {
+            let ScratchContent::Inflate { host, .. } = &mut job.what else { return };
+            *host = HostOffset::new(host.get() + 1);
+        },
+        |job| {
+            let ScratchContent::Inflate { host, .. } = &mut job.what else { return };
+            *host = HostOffset::new(u64::MAX);
+        },
+        |job| {
+            let ScratchContent::Inflate { stream_length, .. } = &mut job.what else { return };
+            *stream_length = ByteLen::new(stream_length.get() + 1);
+        },
+        |job| {
+            let ScratchContent::Inflate { cluster, .. } = &mut job.what else { return };
+            *cluster = GuestOffset::new(cluster.get() + 512);
+        },
+        |job| {
+            let (role, host) = (FileRole::Image, HostOffset::ZERO);
+            job.what = ScratchContent::Copy { role, host, bytes: 512 };
+        },
+        |job| {
+            let (role, host) = (FileRole::DataFile, HostOffset::ZERO);
+            job.what = ScratchContent::Copy { role, host, bytes: 512 };
+        },
+        |job| {
+            let (role, host) = (FileRole::Image, HostOffset::ZERO);
+            job.what = ScratchContent::Copy { role, host, bytes: 513 };
+        },
+    ];
+    let mut hashes = vec![hash_of(&jobs), hash_of(&jobs[..2]), hash_of(&[])];
+    for index in 0..jobs.len() {
+        for change in changes {
+            let mut changed = jobs.clone();
+            change(&mut changed[index]);
+            hashes.push(hash_of(&changed));
+        }
+    }
+    // And where there are too many for the buffer.
+    let many: Vec<_> = (0..4000).map(|index| whole(places[0], index)).collect();
+    hashes.extend([hash_of(&many), hash_of(&many[..3999])]);
+    for (at, hash) in hashes.iter().enumerate() {
+        assert!(!hashes[..at].contains(hash), "{at}");
+    }
+    assert_eq!(hash_of(&many), hash_of(&many.clone()));
+}
+
+#[test]
+fn the_files_of_images_that_are_gone_are_removed_and_no_others() {
+    let world = World::new();
+    world.keep();
+    let kept = world.names();
+    let other = World::new();
+    let elsewhere = other.dir.path().join("other.qcow2");
+    std::fs::rename(other.image(), &elsewhere).unwrap();
+    let keep_other = || {
+        let chain = chain_over(Source::open(&elsewhere).unwrap());
+        let shortest = FillOptions::SHORTEST_ZERO_RUN;
+        let cache = Cache::of(Some(&world.directory()), &chain, &other.work, shortest).unwrap();
+        let Cacheable::Yes(cache) = cache else { panic!("{cache:?}") };
+        let builder = cache.build().unwrap();
+        let options = FillOptions::new(world.directory(), OnError::Refuse);
+        let filled = fill(&chain, &other.work, builder.file(), &options, &|_| Ok(())).unwrap();
+        assert!(builder.keep(&cache, &chain, &filled).unwrap().not_kept.is_none());
+    };
+    keep_other();
+    assert_eq!(world.names().len(), 2);
+    for name in ["x.scratch", "notes"] {
+        std::fs::write(world.directory().join(name), "not ours to judge").unwrap();
+    }
+    std::fs::remove_file(world.image()).unwrap();
+    keep_other();
+    let mut names = world.names();
+    names.sort();
+    assert_eq!(names.len(), 3, "{names:?}");
+    assert!(names[0] == "notes" && names[1].starts_with("other-") && names[2] == "x.scratch");
+    assert!(!names.contains(&kept[0]));
+}
+
+#[test]
+fn a_directory_of_others_is_refused_and_a_link_to_one_of_ours_is_not() {
+    let world = World::new();
+    let mode = |mode| {
+        let mode = PermissionsExt::from_mode(mode);
+        std::fs::set_permissions(world.directory(), mode).unwrap();
+    };
+    let refused = |words: &str| {
+        let cache = world.cache();
+        for error in [cache.build().unwrap_err(), cache.check_place(1, 512).unwrap_err()] {
+            assert!(matches!(error.kind(), ErrorKind::CannotCreate(_)));
+            assert_eq!(error.path(), Some(world.directory().as_path()));
+            assert!(error.to_string().contains(words), "{error}");
+        }
+    };
+    std::fs::create_dir(world.directory()).unwrap();
+    mode(0o777);
+    refused("mode is 777");
+    mode(0o770);
+    refused("others can write");
+    mode(0o1777);
+    world.cache().build().unwrap();
+    mode(0o755);
+    if geteuid().is_root() {
+        std::os::unix::fs::chown(world.directory(), Some(1), None).unwrap();
+        refused("belongs to user 1");
+        std::os::unix::fs::chown(world.directory(), Some(0), None).unwrap();
+    }
+    let target = world.dir.path().join("target");
+    std::fs::rename(world.directory(), &target).unwrap();
+    std::os::unix::fs::symlink(&target, world.directory()).unwrap();
+    world.keep();
+    assert!(world.cache().lookup().is_some());
+    // A link to nothing can't be made a directory of.
+    std::fs::remove_dir_all(target).unwrap();
+    world.cache().build().unwrap_err();
+    world.cache().check_place(1, 512).unwrap_err();
+}
+
+#[test]
+fn a_place_is_checked_without_leaving_anything() {
+    let world = World::new();
+    let place = world.cache().check_place(1, 512).unwrap();
+    assert_eq!(place.directory(), world.dir.path());
+    assert!(!world.directory().exists());
+    std::fs::create_dir(world.directory()).unwrap();
+    world.cache().check_place(1, 512).unwrap();
+    assert_eq!(world.names(), [""; 0]);
+    let error = world.cache().check_place(u64::MAX, 512).unwrap_err();
+    assert!(error.to_string().contains("are free"), "{error}");
 }
 
 #[test]

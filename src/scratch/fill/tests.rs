@@ -3,13 +3,17 @@
 use std::cell::RefCell;
 use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 use std::sync::Arc;
 
 use flate2::write::DeflateEncoder;
 use proptest::prelude::*;
 
+use nix::libc;
+
 use super::*;
 use crate::chain::Layer;
+use crate::error::ErrorKind;
 use crate::format::qcow2::Compression;
 use crate::format::{Format, ImageFormat, Scratch};
 use crate::inflate::InflateFault;
@@ -324,7 +328,7 @@ fn a_tick_ends_the_work() {
 fn a_full_file_system_is_named() {
     let full = File::options().write(true).open("/dev/full").unwrap();
     let error = full.write_all_at(b"x", 0).unwrap_err();
-    let error = cannot_write(error, 4096, &FillOptions::new("/somewhere", OnError::Refuse));
+    let error = cannot_write(error, 4096, Path::new("/somewhere"));
     assert_eq!(
         error.to_string(),
         "/somewhere: no scratch file of 4096 bytes (with holes) can be filled: the file system of this directory is full"
