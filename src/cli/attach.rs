@@ -14,6 +14,7 @@ use imgdm::device::linux::LinuxKernel;
 use imgdm::device::udev;
 use imgdm::device::{DeviceNumber, Interrupt, Kernel};
 use imgdm::format::Format;
+use imgdm::lock::Sharing;
 use imgdm::open::open_chain;
 use imgdm::plan::{Plan, TableSource};
 use imgdm::scratch::ScratchWork;
@@ -23,6 +24,7 @@ use super::key::{KeyArgs, KeySources, encrypted_layers};
 use super::open::{FiemapArgs, OpenArgs, ZeroArgs, print_warnings};
 use super::output::show_path;
 use super::scratch::{ContentArgs, PlaceArgs};
+use super::stamps::Stamps;
 use super::table::device_name;
 use super::{Globals, fill, signal};
 
@@ -119,6 +121,10 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     print_warnings(&opened.warnings, globals);
     let chain = &opened.chain;
     let name = device_name(chain, args.name.as_deref())?;
+    let stamps = match policy.sharing {
+        Sharing::Readers => Some(Stamps::of(chain)?),
+        Sharing::Writers => None,
+    };
     let options = args.content.options(args.zero);
     let plan = Plan::new(chain, options)?;
     plan.check_attachable().map_err(|error| error.at_path(&args.open.image))?;
@@ -183,6 +189,10 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
         [] => None,
         found => Some(Plan::with_found(chain, options, found)?),
     };
+    // That may have taken minutes, and the tables are made from what was read before.
+    if let Some(stamps) = stamps {
+        stamps.check(chain)?;
+    }
     let scratch = written.as_ref().map(|written| &written.file);
     let attachment = attach(&kernel, &request(planned_anew.as_ref().unwrap_or(&plan), scratch))?;
     print_device(&kernel, &attachment)

@@ -28,6 +28,8 @@ mod show;
 #[cfg(feature = "device")]
 mod signal;
 mod snapshots;
+#[cfg(feature = "device")]
+mod stamps;
 mod table;
 mod unlock;
 #[cfg(feature = "device")]
