@@ -16,9 +16,8 @@
 //! whole process (`VmHWM`).
 
 use std::fs::File;
-use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
@@ -29,13 +28,15 @@ use imgdm::scratch::{FillOptions, OnError, ScratchPlace, ScratchWork, fill};
 
 #[path = "../tests/common/chain_work.rs"]
 mod chain_work;
+#[path = "common/content.rs"]
+mod content;
 
 use chain_work::ChainWork;
+use content::{CLUSTER, make_content};
 
 const ROUNDS: usize = 5;
 const RATIO_GOAL: f64 = 1.5;
 const MEMORY_GOAL_MIB: u64 = 128;
-const CLUSTER: usize = 64 << 10;
 
 fn main() -> anyhow::Result<ExitCode> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -141,58 +142,6 @@ fn same_pieces(
     }
     #[allow(clippy::cast_precision_loss)]
     Ok(bytes as f64 / chain.virtual_size().get() as f64)
-}
-
-/// Files one after the other, cut into clusters, without those that don't compress.
-fn make_content(path: &Path, length: u64) -> anyhow::Result<()> {
-    let mut out = File::create(path)?;
-    let mut written = 0;
-    let mut cluster = Vec::with_capacity(CLUSTER);
-    let mut files = Vec::new();
-    list_files(Path::new("/usr"), &mut files);
-    files.sort();
-    ensure!(!files.is_empty(), "there is nothing under /usr");
-    while written < length {
-        let before = written;
-        for name in &files {
-            let Ok(file) = File::open(name) else { continue };
-            loop {
-                let room = (CLUSTER - cluster.len()) as u64;
-                match (&file).take(room).read_to_end(&mut cluster) {
-                    Ok(n) if n > 0 => {}
-                    _ => break,
-                }
-                if cluster.len() < CLUSTER {
-                    continue;
-                }
-                if written < length && compresses(&cluster)? {
-                    out.write_all(&cluster)?;
-                    written += CLUSTER as u64;
-                }
-                cluster.clear();
-            }
-        }
-        ensure!(written > before, "nothing under /usr compresses");
-    }
-    Ok(())
-}
-
-/// Compresses by so much that qemu-img stores it compressed.
-fn compresses(cluster: &[u8]) -> anyhow::Result<bool> {
-    let level = flate2::Compression::fast();
-    let mut encoder = flate2::write::DeflateEncoder::new(Vec::new(), level);
-    encoder.write_all(cluster)?;
-    Ok(encoder.finish()?.len() < CLUSTER * 9 / 10)
-}
-
-fn list_files(directory: &Path, files: &mut Vec<PathBuf>) {
-    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
-        match entry.file_type() {
-            Ok(kind) if kind.is_dir() => list_files(&entry.path(), files),
-            Ok(kind) if kind.is_file() => files.push(entry.path()),
-            _ => {}
-        }
-    }
 }
 
 /// Runs a command: how long it took and what it printed.

@@ -29,6 +29,11 @@ use anyhow::{Context, ensure};
 use nix::sys::resource::{UsageWho, getrusage};
 use sha2::{Digest, Sha256};
 
+#[path = "common/process.rs"]
+mod process;
+
+use process::run;
+
 const IMGDM: &str = env!("CARGO_BIN_EXE_imgdm");
 const QEMU_IMG: &str = "qemu-img";
 const ROUNDS: usize = 7;
@@ -181,18 +186,6 @@ fn plan(image: &Image) -> Command {
     let mut command = Command::new(IMGDM);
     command.arg("plan").arg(&image.path);
     command
-}
-
-fn run(command: &mut Command) -> anyhow::Result<Duration> {
-    let start = Instant::now();
-    let status = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .status()
-        .with_context(|| format!("cannot start {:?}", command.get_program()))?;
-    let time = start.elapsed();
-    ensure!(status.success(), "{command:?}: {status}");
-    Ok(time)
 }
 
 /// The peak of a command in MiB, or of an earlier one that was larger.
