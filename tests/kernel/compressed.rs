@@ -86,28 +86,32 @@ pub(crate) fn text(scratch: &Scratch, name: &str, options: &[&str]) -> PathBuf {
 }
 
 /// imgdm attach of an image with a scratch directory.
-fn into(place: &Path, image: &Path) -> [std::ffi::OsString; 3] {
+pub(crate) fn into(place: &Path, image: &Path) -> [std::ffi::OsString; 3] {
     args!["--scratch-dir", place, image]
 }
 
 // --- Contents -------------------------------------------------------------------------
 
 #[test]
-fn converted_images_read_as_qemu_reads_them_with_either_compression() {
+fn converted_images_read_as_qemu_reads_them_with_either_compression_and_clusters_of_every_size() {
     let scratch = Scratch::new();
     for compression in ["zlib", "zstd"] {
-        for (cluster, length) in [("4k", 500), ("64k", 1500), ("2M", 3000)] {
+        for shift in 9..=21 {
+            let cluster = 1u64 << shift;
+            // Not in whole clusters, and more than one table where they are small.
+            let length = (cluster * 3 / 2).max(100 * KIB).next_multiple_of(512);
             let option = format!("compression_type={compression},cluster_size={cluster}");
             let name = format!("{compression}{cluster}.qcow2");
-            let options = ["-O", "qcow2", "-o", &option];
-            let image = converted(&scratch, &name, length * KIB, &options);
-            assert_attached_as_qemu(&scratch, &image);
-            fs::remove_file(image).unwrap();
+            // Subclusters are for clusters of 16 KiB and more.
+            for more in ["", ",extended_l2=on"] {
+                if more.is_empty() || shift >= 14 {
+                    let options = ["-O", "qcow2", "-o", &format!("{option}{more}")];
+                    let image = converted(&scratch, &name, length, &options);
+                    assert_attached_as_qemu(&scratch, &image);
+                    fs::remove_file(image).unwrap();
+                }
+            }
         }
-        let option = format!("compression_type={compression},cluster_size=64k,extended_l2=on");
-        let name = format!("{compression}-extended.qcow2");
-        let image = converted(&scratch, &name, MIB, &["-O", "qcow2", "-o", &option]);
-        assert_attached_as_qemu(&scratch, &image);
     }
 }
 
@@ -263,33 +267,74 @@ fn obstacles(arguments: &[std::ffi::OsString]) -> Vec<(String, String)> {
         .collect()
 }
 
+/// Attaching with these places is refused before anything is built, and `plan` says why.
+#[track_caller]
+fn assert_no_place(image: &Path, places: &[std::ffi::OsString], words: &[&str]) {
+    // Before anything is built, so that no fault is met.
+    let mut line = imgdm_command(args!["attach"].iter().chain(places).chain(&args![image]));
+    let ran = run(line.env("IMGDM_FAULT", "1:kill").stdin(Stdio::null()));
+    let said = ran.refused(73);
+    let words_and = |text: &str| words.iter().all(|word| text.contains(word));
+    assert!(words_and(&said), "{places:?}: {said}");
+    let obstacles = obstacles(&[places, &args![image]].concat());
+    let [(kind, message)] = obstacles.as_slice() else { panic!("{places:?}: {obstacles:?}") };
+    assert_eq!(kind, "no-scratch");
+    assert!(words_and(message), "{places:?}: {message}");
+}
+
 #[test]
-fn a_scratch_directory_that_is_read_only_or_too_small_is_refused_by_name_before_the_start() {
+fn a_directory_in_which_no_scratch_file_can_be_is_refused_by_name_before_the_start() {
     let scratch = Scratch::new();
     let image = text(&scratch, "disk.qcow2", &[]);
     let small = Tmpfs::over(scratch.path("small"), MIB / 2);
+    let full = Tmpfs::over(scratch.path("full"), 8 * MIB);
+    tool("mount", args!["-o", "remount,nr_inodes=2", &full.place]);
+    fs::write(full.place.join("last"), "").unwrap();
     let bound = scratch.path("bound");
     fs::create_dir(&bound).unwrap();
     tool("mount", args!["--bind", scratch.directory(), &bound]);
     tool("mount", args!["-o", "remount,bind,ro", &bound]);
-    let missing = scratch.path("missing");
-    let ends: Vec<_> = [(&small.place, "free"), (&bound, "ead-only"), (&missing, "o such file")]
-        .into_iter()
-        .map(|(place, why)| {
-            // Before anything is built, so that no fault is met.
-            let mut line = imgdm_command([&args!["attach"][..], &into(place, &image)].concat());
-            let ran = run(line.env("IMGDM_FAULT", "1:kill").stdin(Stdio::null()));
-            (place, why, ran, obstacles(&into(place, &image)))
-        })
-        .collect();
+    let (missing, file) = (scratch.path("missing"), image.clone());
+    let (proc, sys) = (PathBuf::from("/proc"), PathBuf::from("/sys/kernel"));
+    let result = std::panic::catch_unwind(|| {
+        for (place, why) in [
+            (&small.place, "free"),
+            (&full.place, "No space left"),
+            (&bound, "Read-only"),
+            (&missing, "No such file"),
+            (&file, "Not a directory"),
+            (&proc, "no scratch file can be made"),
+            (&sys, "no scratch file can be made"),
+        ] {
+            let words = [place.to_str().unwrap(), why];
+            assert_no_place(&image, &args!["--scratch-dir", place], &words);
+        }
+        for (place, why) in [
+            (&small.place, "free"),
+            (&full.place.join("a/b"), "No space left"),
+            (&bound.join("cache"), "Read-only"),
+            (&file, "not one"),
+            (&proc.join("cache"), "file can be"),
+            (&sys.join("cache"), "file can be"),
+        ] {
+            // By its own name, or that of the directory which it would be made in.
+            let there = place.ancestors().find(|path| path.exists()).unwrap();
+            let words = [there.to_str().unwrap(), why];
+            assert_no_place(&image, &args!["--compressed=cache", "--cache-dir", place], &words);
+        }
+        let others = scratch.path("others");
+        fs::create_dir(&others).unwrap();
+        let line = args!["--compressed=cache", "--cache-dir", &others];
+        tool("chmod", args!["0777", &others]);
+        assert_no_place(&image, &line, &[others.to_str().unwrap(), "others can write", "777"]);
+        tool("chmod", args!["0755", &others]);
+        tool("chown", args!["1000", &others]);
+        assert_no_place(&image, &line, &[others.to_str().unwrap(), "user 1000"]);
+        assert_eq!(fs::read_dir(&others).unwrap().count(), 0);
+    });
     tool("umount", [&bound]);
-    for (place, why, ran, obstacles) in ends {
-        let said = ran.refused(73);
-        let name = place.to_str().unwrap();
-        assert!(said.contains(name) && said.contains(why), "{said}");
-        let [(kind, message)] = obstacles.as_slice() else { panic!("{obstacles:?}") };
-        assert_eq!(kind, "no-scratch");
-        assert!(message.contains(name) && message.contains(why), "{message}");
+    if let Err(panic) = result {
+        std::panic::resume_unwind(panic);
     }
     assert_nothing_left();
 }
@@ -402,7 +447,7 @@ fn a_file_cut_off_in_its_last_stream_is_refused_or_lacks_that_cluster_alone() {
 // --- In the middle --------------------------------------------------------------------
 
 /// An image of few bytes that takes two batches to inflate, which are of 64 MiB.
-fn long(scratch: &Scratch) -> PathBuf {
+pub(crate) fn long(scratch: &Scratch) -> PathBuf {
     let options = ["-o", "compression_type=zstd,cluster_size=2M"];
     let image = scratch.create("qcow2", &options, "long.qcow2", "100M");
     write_image(&image, "qcow2", &["write -c -P 7 0 100M"]);
@@ -475,5 +520,37 @@ fn a_file_system_that_fills_up_while_inflating_is_an_error_that_leaves_nothing()
     assert!(said.contains("full") && said.contains(tmpfs.place.to_str().unwrap()), "{said}");
     assert_nothing_left();
     fs::remove_file(other).unwrap();
+    assert!(free_bytes(&tmpfs.place) > 127 * MIB);
+}
+
+#[test]
+fn an_image_that_is_written_to_while_it_is_inflated_is_refused_but_not_where_that_is_wanted() {
+    let scratch = Scratch::new();
+    let tmpfs = Tmpfs::over(scratch.path("tmpfs"), 128 * MIB);
+    let image = long(&scratch);
+    let end = fs::metadata(&image).unwrap().len();
+    for share in [false, true] {
+        let mut line = [&args!["attach"][..], &into(&tmpfs.place, &image)].concat();
+        line.extend(share.then(|| "--force-share".into()));
+        let mut line = imgdm_command(line);
+        let attaching = start(line.env("IMGDM_FAULT", "inflate:stop").stdin(Stdio::null()));
+        for batch in 0..2 {
+            wait_for("it to stop", || attaching.is_stopped());
+            if batch == 0 {
+                // By one who knows nothing of QEMU's locks.
+                patch(&image, end - 1, &[0]);
+            }
+            attaching.signal(Signal::SIGCONT);
+        }
+        let ran = attaching.finish();
+        if share {
+            assert_eq!(ran.ok(), "/dev/mapper/long\n");
+            imgdm(args!["detach", &image]).ok();
+        } else {
+            let said = ran.refused(75);
+            assert!(said.contains("long.qcow2: the file was written to"), "{said}");
+        }
+        assert_nothing_left();
+    }
     assert!(free_bytes(&tmpfs.place) > 127 * MIB);
 }

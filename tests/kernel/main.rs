@@ -16,6 +16,7 @@ mod info;
 mod locks;
 mod names;
 mod odd;
+mod progress;
 mod readonly;
 mod refused;
 mod verify;

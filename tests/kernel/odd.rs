@@ -34,8 +34,9 @@ fn raw_files_with_tails_of_all_kinds_of_lengths_end_in_zeros() {
     let image = scratch.path("disk.raw");
     let whole = bytes(2048, 3);
     fs::write(&image, &whole).unwrap();
-    // A tenth of a second each, so here a sample with the ones beside whole sectors. All 511
-    // are for the oracle tier, which needs no kernel.
+    // A tenth of a second each, so here a sample with the ones beside whole sectors. A raw
+    // file is the lowest of its chain, so there is only one at a time: all 511 are for the
+    // oracle tier, which needs no kernel.
     for tail in (1..512).filter(|tail| tail % 15 == 8 || [1, 2, 510, 511].contains(tail)) {
         let length = 1536 + tail;
         fs::write(&image, &whole[..length]).unwrap();
@@ -47,6 +48,52 @@ fn raw_files_with_tails_of_all_kinds_of_lengths_end_in_zeros() {
     }
     // QEMU rounds up as well, and its zeros are the same.
     assert_eq!(rounded_up(&scratch, &image, &["-f", "raw"]).len(), 2048);
+    assert_nothing_left();
+}
+
+/// A chain of 512 images over each other, of which each but the lowest has one cluster of 4
+/// KiB, and ends in it: that of depth N has a tail of 511 - N bytes. One image is QEMU's;
+/// the others are copies with other names, places and contents.
+fn chain_of_all_tails(scratch: &Scratch) -> std::path::PathBuf {
+    let options = ["-o", "cluster_size=4k"];
+    scratch.create("qcow2", &options, "000.qcow2", "2M");
+    let overlay = ["-o", "cluster_size=4k", "-b", "000.qcow2", "-F", "qcow2"];
+    let image = scratch.create("qcow2", &overlay, "001.qcow2", "");
+    write_image(&image, "qcow2", &["write -P 1 0 4k"]);
+    let template = fs::read(&image).unwrap();
+    let number = |at: usize| {
+        let number = u64::from_be_bytes(template[at..at + 8].try_into().unwrap());
+        usize::try_from(number & 0x00ff_ffff_ffff_ffff).unwrap()
+    };
+    let l2 = number(number(40));
+    let (name, data) = (number(8), number(l2));
+    assert_eq!(template.len(), data + 4096, "the data come last");
+    for tail in 1..512 {
+        let mut bytes = template.clone();
+        bytes[name..name + 3].copy_from_slice(format!("{:03}", tail - 1).as_bytes());
+        bytes[l2..l2 + 8].fill(0);
+        bytes[l2 + 8 * tail..][..8].copy_from_slice(&template[l2..l2 + 8]);
+        bytes.truncate(data + 512 * (tail % 8) + tail);
+        bytes[data..].fill(u8::try_from(tail % 255).unwrap() + 1);
+        fs::write(scratch.path(&format!("{tail:03}.qcow2")), bytes).unwrap();
+    }
+    scratch.path("511.qcow2")
+}
+
+#[test]
+fn images_cut_off_with_tails_of_every_length_read_as_qemu_reads_them() {
+    let scratch = Scratch::new();
+    let top = chain_of_all_tails(&scratch);
+    let wanted = qemu_content(&scratch, &top, &[]);
+    for tail in 1..512 {
+        let cluster = &wanted[tail * 4096..][..4096];
+        let end = 512 * (tail % 8) + tail;
+        assert!(cluster[..end].iter().all(|&byte| byte != 0), "{tail}");
+        assert!(cluster[end..].iter().all(|&byte| byte == 0), "{tail}");
+    }
+    let device = attach([&top]);
+    assert_same("all tails", &device.bytes(), &wanted);
+    device.detach();
     assert_nothing_left();
 }
 
