@@ -9,6 +9,7 @@ const MAX_LENGTH: u64 = (i64::MAX as u64) & !((1 << 30) - 1);
 /// The image file, measured in clusters.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct FileSize {
+    /// Its length in bytes; of a qcow2 in whole sectors of 512.
     pub(crate) bytes: u64,
     pub(crate) cluster_bits: u32,
 }

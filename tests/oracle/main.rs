@@ -14,6 +14,7 @@ mod common;
 
 mod bitmap;
 mod check;
+mod consistency;
 mod crypt;
 mod damaged;
 mod deep;
@@ -29,6 +30,7 @@ mod map;
 mod metadata;
 mod names;
 mod odd;
+mod one_field;
 mod random;
 mod read;
 mod selftest;

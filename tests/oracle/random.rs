@@ -14,7 +14,7 @@ use crate::far::{check_steps, create, write};
 const WORKERS: usize = 2;
 
 /// A number from the environment, decimal or with 0x.
-fn setting(name: &str) -> Option<u64> {
+pub(crate) fn setting(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
     let parsed = match text.strip_prefix("0x") {
         Some(hex) => u64::from_str_radix(hex, 16),

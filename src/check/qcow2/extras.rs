@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::image::Image;
+use crate::check::extent::FileSize;
 use crate::check::finding::{Finding, FindingKind, Place, Table};
 use crate::check::log::Tally;
 use crate::check::references::References;
@@ -53,7 +54,10 @@ pub(super) fn check_crypt<R: References>(
         tally.push(image.unreadable("the LUKS header", place, &error));
         return;
     }
-    let parsed = LuksHeader::parse(&start, HostOffset::new(offset), length);
+    // QEMU minds the length only where it reads more: a header that is cut off, or the
+    // material of a key slot that it tries.
+    let in_header = start.get(..usize::try_from(length).unwrap_or(usize::MAX)).unwrap_or(&start);
+    let parsed = LuksHeader::parse(in_header, HostOffset::new(offset), u64::MAX);
     if let Err(error) = parsed
         && matches!(error.kind(), ErrorKind::InvalidImage(_))
     {
@@ -155,6 +159,10 @@ fn check_bitmap_table<R: References>(
         let message = format!("the table of the bitmap '{}'", bitmap.display_name());
         Finding::new(FindingKind::PastFileEnd, message).place(place)
     });
+    if !FileSize::can_read(start, length) {
+        let message = format!("the table of the bitmap '{}' can't be read", bitmap.display_name());
+        return tally.push(Finding::new(FindingKind::BitmapInvalid, message).place(place));
+    }
     // What lies past the end of the file reads as zeros: as bits that are all 0.
     let in_file = image.file.bytes.saturating_sub(start).div_ceil(8);
     let count = bitmap.table_entries().min(in_file);

@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::qcow2::Qcow2Header;
 use crate::format::qcow2::entry::L2Format;
 use crate::source::{Allocation, Source};
-use crate::units::HostOffset;
+use crate::units::{HostOffset, SECTOR_SIZE};
 
 /// Host bytes of an L1 or standard L2 entry.
 pub(super) const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
@@ -26,7 +26,9 @@ pub(super) struct Image<'s> {
 
 impl<'s> Image<'s> {
     pub(super) fn new(source: &'s Source, header: &'s Qcow2Header) -> Self {
-        let file = FileSize { bytes: source.length().get(), cluster_bits: header.cluster_bits };
+        // QEMU's bdrv_getlength() gives whole sectors.
+        let bytes = source.length().get().div_ceil(SECTOR_SIZE).saturating_mul(SECTOR_SIZE);
+        let file = FileSize { bytes, cluster_bits: header.cluster_bits };
         Self { source, header, file, format: L2Format::of(header) }
     }
 

@@ -29,6 +29,8 @@ pub(super) struct L2Table {
     pub(super) named: u64,
     /// How many of them are of the active L1 table.
     pub(super) active: u64,
+    /// Some of these has not the COPIED flag.
+    pub(super) some_not_copied: bool,
 }
 
 impl L2Table {
@@ -50,7 +52,7 @@ pub(super) struct Clusters {
     pub(super) allocated: u64,
     pub(super) fragmented: u64,
     pub(super) compressed: u64,
-    /// Some entry of an active table has not the COPIED flag.
+    /// Some entry of an active table, or one that names such a table, has not the COPIED flag.
     pub(super) some_not_copied: bool,
 }
 

@@ -291,6 +291,7 @@ impl<'c> Checker<'c> {
         budget.take(l1_bytes.fold(0, u64::saturating_add))?;
         for_each_window(image, &l1_tables, l1_tally, |l2_tables, tally| {
             for table in l2_tables {
+                total.some_not_copied |= table.some_not_copied;
                 let size = image.cluster_size();
                 image.refer(refs, tally, (table.offset, size, table.named), || {
                     Finding::new(FindingKind::PastFileEnd, "the L2 table")

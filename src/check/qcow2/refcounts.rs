@@ -404,9 +404,18 @@ impl<'c> Comparison<'c> {
                 .place(place.entry(index))
                 .host(first << self.image.file.cluster_bits, count << self.image.file.cluster_bits)
         });
-        let words = first / LANES..(first + count).div_ceil(LANES);
-        for word in words {
-            self.compared.some_shared |= has_shared(self.counters.word(word));
+        for word in first / LANES..(first + count).div_ceil(LANES) {
+            let references = self.counters.word(word);
+            if has_shared(references) {
+                self.compared.some_shared = true;
+                for number in 0..LANES {
+                    let counted = lane(references, number);
+                    if counted < SATURATED {
+                        let (cluster, max) = (word * LANES + number, self.refcounts.max());
+                        note_overflow(self.image, &mut self.tally, cluster, counted, max);
+                    }
+                }
+            }
             self.counters.set_word(word, u64::MAX);
         }
     }

@@ -4,7 +4,7 @@
 //! place of their L1 tables. So all L1 tables are read side by side, a stretch at a time,
 //! and each L2 table that some of them name is looked at once.
 
-use super::image::{Image, OFFSET_MASK};
+use super::image::{COPIED, Image, OFFSET_MASK};
 use super::l2::L2Table;
 use crate::check::finding::{Finding, FindingKind, Place, Table};
 use crate::check::log::Tally;
@@ -45,6 +45,7 @@ struct Named {
     /// Which of the L1 tables; the active one is the first.
     by: u32,
     index: u32,
+    copied: bool,
 }
 
 /// Hands out the L2 tables that `l1_tables` name, a stretch of L1 entries at a time, in the
@@ -75,7 +76,8 @@ pub(super) fn for_each_window(
                 if entry != 0 {
                     look_at(image, l1, index, entry, tally);
                     let index = u32::try_from(index).unwrap_or(u32::MAX);
-                    named.push(Named { offset: entry & OFFSET_MASK, by, index });
+                    let copied = entry & COPIED != 0;
+                    named.push(Named { offset: entry & OFFSET_MASK, by, index, copied });
                 }
             }
         }
@@ -121,6 +123,7 @@ fn group(named: &[Named], l1_tables: &[L1Table]) -> Vec<L2Table> {
                 snapshot: l1.snapshot,
                 named: same.len() as u64,
                 active: same.iter().filter(is_active).count() as u64,
+                some_not_copied: same.iter().filter(is_active).any(|named| !named.copied),
             })
         })
         .collect()
