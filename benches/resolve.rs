@@ -21,7 +21,6 @@ use std::fs::File;
 use std::hint::black_box;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
@@ -39,15 +38,16 @@ const QEMU_IMG: &str = "qemu-img";
 const ROUNDS: usize = 7;
 const MEMORY_GOAL_MIB: u64 = 64;
 
-const CLUSTER: u64 = 64 << 10;
-const ENTRIES_PER_TABLE: u64 = CLUSTER / 8;
-const COPIED: u64 = 1 << 63;
+#[path = "common/image.rs"]
+mod image;
+
+use image::{CLUSTER, Image, Order};
 
 fn main() -> anyhow::Result<ExitCode> {
     let check = std::env::args().any(|arg| arg == "--check");
     let dir = tempfile::tempdir().context("cannot make a directory under TMPDIR")?;
-    let small = Image::create(&dir.path().join("64g.qcow2"), 20)?;
-    let large = Image::create(&dir.path().join("1t.qcow2"), 24)?;
+    let small = Image::create(&dir.path().join("64g.qcow2"), 20, Order::Shuffled, false)?;
+    let large = Image::create(&dir.path().join("1t.qcow2"), 24, Order::Shuffled, false)?;
 
     // The kernel tells the peak of all children so far: the smallest goes first.
     let plan_memory = peak_memory(&mut plan(&large))?;
@@ -68,7 +68,7 @@ fn main() -> anyhow::Result<ExitCode> {
     );
     let map_is_good = ratio >= 15.0 && map_memory <= MEMORY_GOAL_MIB;
 
-    let [pread, imgdm] = medians([&mut || large.read_l2_tables(), &mut || run(&mut plan(&large))])?;
+    let [pread, imgdm] = medians([&mut || read_l2_tables(&large), &mut || run(&mut plan(&large))])?;
     let ratio = imgdm.as_secs_f64() / pread.as_secs_f64();
     println!(
         "plan of {} clusters: pread of the L2 tables {:.3} s, imgdm {:.3} s: {ratio:.1} times the time (goal 4), {plan_memory} MiB (goal {MEMORY_GOAL_MIB})",
@@ -86,94 +86,15 @@ fn main() -> anyhow::Result<ExitCode> {
     Ok(if check && !(map_is_good && plan_is_good) { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-/// A qcow2 image (version 3) with every cluster allocated, each somewhere else.
-struct Image {
-    path: std::path::PathBuf,
-    clusters: u64,
-    l2_tables: u64,
-}
-
-impl Image {
-    /// Makes one of 2^`bits` clusters, of which only the metadata takes space on disk.
-    fn create(path: &Path, bits: u32) -> anyhow::Result<Self> {
-        let clusters = 1u64 << bits;
-        let l2_tables = clusters / ENTRIES_PER_TABLE;
-        // Header, L1 table, refcount table (empty: nothing is to be written), L2 tables.
-        let l1_offset = CLUSTER;
-        let refcounts_offset = 2 * CLUSTER;
-        let l2_offset = 3 * CLUSTER;
-        let data_offset = l2_offset + l2_tables * CLUSTER;
-
-        let mut header = Vec::new();
-        let be32 = |value: u32| value.to_be_bytes().to_vec();
-        let be64 = |value: u64| value.to_be_bytes().to_vec();
-        for field in [
-            b"QFI\xfb".to_vec(),
-            be32(3),
-            be64(0), // backing file
-            be32(0),
-            be32(CLUSTER.trailing_zeros()),
-            be64(clusters * CLUSTER),
-            be32(0), // encryption
-            be32(u32::try_from(l2_tables)?),
-            be64(l1_offset),
-            be64(refcounts_offset),
-            be32(1),
-            be32(0), // snapshots
-            be64(0),
-            be64(0), // features: incompatible, compatible, autoclear
-            be64(0),
-            be64(0),
-            be32(4), // refcounts of 16 bits
-            be32(104),
-        ] {
-            header.extend(field);
-        }
-
-        let write = || -> io::Result<()> {
-            let file = File::create(path)?;
-            file.write_all_at(&header, 0)?;
-            let l1: Vec<u8> = (0..l2_tables)
-                .flat_map(|table| (COPIED | (l2_offset + table * CLUSTER)).to_be_bytes())
-                .collect();
-            file.write_all_at(&l1, l1_offset)?;
-            for table in 0..l2_tables {
-                let first = table * ENTRIES_PER_TABLE;
-                let entries: Vec<u8> = (first..first + ENTRIES_PER_TABLE)
-                    .map(|cluster| data_offset + shuffled(cluster, bits) * CLUSTER)
-                    .flat_map(|host| (COPIED | host).to_be_bytes())
-                    .collect();
-                file.write_all_at(&entries, l2_offset + table * CLUSTER)?;
-            }
-            file.set_len(data_offset + clusters * CLUSTER)
-        };
-        write().with_context(|| format!("cannot make {}", path.display()))?;
-        Ok(Self { path: path.to_owned(), clusters, l2_tables })
+fn read_l2_tables(image: &Image) -> anyhow::Result<Duration> {
+    let file = File::open(&image.path)?;
+    let mut table = vec![0; usize::try_from(CLUSTER)?];
+    let start = Instant::now();
+    for index in 0..image.l2_tables {
+        file.read_exact_at(&mut table, image.l2_offset + index * CLUSTER)?;
+        black_box(&table);
     }
-
-    fn read_l2_tables(&self) -> anyhow::Result<Duration> {
-        let file = File::open(&self.path)?;
-        let mut table = vec![0; usize::try_from(CLUSTER)?];
-        let start = Instant::now();
-        for index in 0..self.l2_tables {
-            file.read_exact_at(&mut table, (3 + index) * CLUSTER)?;
-            black_box(&table);
-        }
-        Ok(start.elapsed())
-    }
-}
-
-/// A permutation of the numbers of `bits` bits: each step can be undone. A list to
-/// shuffle would count as memory of the programs that are started.
-fn shuffled(number: u64, bits: u32) -> u64 {
-    const SEED: u64 = 0x9e37_79b9_7f4a_7c15;
-    let mask = (1 << bits) - 1;
-    let mut mixed = number;
-    for _ in 0..3 {
-        mixed = mixed.wrapping_mul(SEED | 1).wrapping_add(SEED >> 7) & mask;
-        mixed ^= mixed >> (bits / 2);
-    }
-    mixed
+    Ok(start.elapsed())
 }
 
 fn map(program: &str, image: &Image) -> Command {

@@ -75,13 +75,6 @@ impl Clusters {
     }
 }
 
-/// Clusters that follow each other in the file, not counted yet.
-#[derive(Default)]
-struct Run {
-    first: u64,
-    count: u64,
-}
-
 struct Walk<'w, R> {
     image: &'w Image<'w>,
     table: &'w L2Table,
@@ -90,7 +83,6 @@ struct Walk<'w, R> {
     clusters: Clusters,
     /// Where the next cluster has to be not to count as fragmented; 0 before the first.
     contiguous: u64,
-    run: Run,
 }
 
 /// Walks a table as check_refcounts_l2() in QEMU's block/qcow2-refcount.c does.
@@ -106,8 +98,7 @@ pub(super) fn walk<R: References>(
 ) -> Result<Clusters> {
     image.read(table.offset, buffer)?;
     let clusters = Clusters::default();
-    let run = Run::default();
-    let mut walk = Walk { image, table, refs, tally, clusters, contiguous: 0, run };
+    let mut walk = Walk { image, table, refs, tally, clusters, contiguous: 0 };
     let entries = buffer.as_chunks::<8>().0;
     if image.header.has_extended_l2() {
         for (index, pair) in (0u64..).zip(entries.as_chunks::<2>().0) {
@@ -123,55 +114,51 @@ pub(super) fn walk<R: References>(
     } else {
         walk.standard_entries(entries);
     }
-    walk.flush();
     Ok(walk.clusters.times(table.active))
 }
 
 impl<R: References> Walk<'_, R> {
-    /// The entries of most images, and most of them are alike.
+    /// The entries of most images: most of them are nothing, or lead on from the one before
+    /// to the cluster that follows in the file.
     fn standard_entries(&mut self, entries: &[[u8; 8]]) {
         let cluster_bits = self.image.file.cluster_bits;
         let cluster_size = self.image.cluster_size();
         let special = COMPRESSED | RESERVED | ZERO | ((cluster_size - 1) & OFFSET_MASK);
-        let last = self.image.file.bytes.saturating_sub(1);
+        let clusters = self.image.file.clusters();
         let mut all_copied = COPIED;
-        for (index, entry) in (0u64..).zip(entries) {
-            let entry = u64::from_be_bytes(*entry);
-            if entry == 0 {
-                continue;
-            }
+        let mut index = 0;
+        while let Some((first, rest)) = entries.get(index..).and_then(<[_]>::split_first) {
+            let entry = u64::from_be_bytes(*first);
             let offset = entry & OFFSET_MASK;
-            // Inside of the file, and not 0.
-            if entry & special != 0 || offset.wrapping_sub(1) >= last {
-                self.entry(index, entry, 0);
+            let cluster = offset >> cluster_bits;
+            if entry == 0 {
+                index += 1;
                 continue;
             }
+            if entry & special != 0 || cluster == 0 || cluster >= clusters {
+                self.entry(index as u64, entry, 0);
+                index += 1;
+                continue;
+            }
+            let mut expected = entry;
+            let followers = rest
+                .iter()
+                .take(usize::try_from(clusters - cluster - 1).unwrap_or(usize::MAX))
+                .take_while(|&&entry| {
+                    expected = expected.wrapping_add(cluster_size);
+                    u64::from_be_bytes(entry) == expected
+                })
+                .count();
+            let count = followers as u64 + 1;
             all_copied &= entry;
-            self.clusters.allocated += 1;
+            self.clusters.allocated += count;
             self.clusters.fragmented +=
                 u64::from(self.contiguous != 0 && offset != self.contiguous);
-            self.contiguous = offset + cluster_size;
-            self.count(offset >> cluster_bits);
+            self.contiguous = offset + count * cluster_size;
+            self.refs.add(cluster, count, self.table.named);
+            index += 1 + followers;
         }
         self.clusters.some_not_copied |= all_copied == 0;
-    }
-
-    /// Counts a reference to a whole cluster inside of the file.
-    #[inline]
-    fn count(&mut self, cluster: u64) {
-        if self.run.count != 0 && cluster == self.run.first + self.run.count {
-            self.run.count += 1;
-            return;
-        }
-        self.flush();
-        self.run = Run { first: cluster, count: 1 };
-    }
-
-    #[inline]
-    fn flush(&mut self) {
-        if self.run.count != 0 {
-            self.refs.add(self.run.first, self.run.count, self.table.named);
-        }
     }
 
     /// An entry of any sort.
