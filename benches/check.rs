@@ -84,11 +84,11 @@ fn measure(name: &str, image: &Image, goal: f64) -> anyhow::Result<bool> {
     let imgdm = times[ROUNDS / 2];
     let ratio = qemu_img.as_secs_f64() / imgdm.as_secs_f64();
     let memory = library_memory_mib(image)?;
-    let memory_goal = (image.clusters / 4 >> 20) + MEMORY_GOAL_MIB;
+    let memory_goal = ((image.clusters / 4) >> 20) + MEMORY_GOAL_MIB;
     println!(
         "check of {} clusters, {name} ({} GiB): qemu-img {:.2} s, imgdm {:.3} s: {ratio:.0} times as fast (goal {goal}), {memory} MiB (goal {memory_goal})",
         image.clusters,
-        image.clusters * image::CLUSTER >> 30,
+        (image.clusters * image::CLUSTER) >> 30,
         qemu_img.as_secs_f64(),
         imgdm.as_secs_f64(),
     );

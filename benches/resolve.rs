@@ -39,6 +39,7 @@ const ROUNDS: usize = 7;
 const MEMORY_GOAL_MIB: u64 = 64;
 
 #[path = "common/image.rs"]
+#[allow(dead_code)] // Another bench uses the rest.
 mod image;
 
 use image::{CLUSTER, Image, Order};

@@ -144,7 +144,7 @@ finding_kinds! {
     DataFileOffset = "data-file-offset", Notice;
     /// Two snapshots have one ID.
     SnapshotDuplicateId = "snapshot-duplicate-id", Notice;
-    /// The snapshot table overlaps the end of the file or is empty where it is named.
+    /// A program that knows no bitmaps wrote to the image, and its bitmaps are void.
     BitmapsInconsistent = "bitmaps-inconsistent", Notice;
     /// A bitmap was not saved when the image was last written to.
     BitmapInUse = "bitmap-in-use", Notice;

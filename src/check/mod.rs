@@ -16,6 +16,8 @@ mod log;
 mod qcow;
 mod qcow2;
 mod references;
+#[cfg(test)]
+mod tests;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;

@@ -333,6 +333,12 @@ fn explain_wants_a_byte_of_the_disk_or_of_a_file_of_the_chain() {
     }
 }
 
+// It reads the image file alone, and goes on where the others stop.
+contract! { check:
+    missing_file no_argument unknown_option unknown_format help not_an_image_file garbage
+    no_permission unknown_feature absurd_size an_image_of_another_format;
+}
+
 // These read headers, and go on past what else is damaged.
 contract! {
     info: missing_file no_argument unknown_option unknown_format help not_an_image_file garbage

@@ -1,6 +1,7 @@
 //! The command line: golden output, and one contract for every command.
 #![allow(clippy::unwrap_used, clippy::expect_used)] // Helpers of tests: a panic is a failure.
 
+mod check;
 mod contract;
 mod golden;
 mod images;

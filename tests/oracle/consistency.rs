@@ -11,7 +11,7 @@ use imgdm::source::Source;
 use serde_json::Value;
 
 use crate::check::strings;
-use crate::common::images::{MIXED, Recipe, Step, Theme, scratch_dir};
+use crate::common::images::{MIXED, Recipe, Theme, scratch_dir};
 use crate::common::process::Outcome;
 use crate::common::qemu;
 use crate::common::rng::Rng;
@@ -245,7 +245,7 @@ healthy_themes! {
 /// `qemu-img check` of images with every width of refcounts, with as many snapshots as fit.
 #[test]
 fn refcounts_of_every_width() {
-    for bits in [1, 2, 4, 8, 16, 32, 64] {
+    for bits in [1u64, 2, 4, 8, 16, 32, 64] {
         let dir = scratch_dir("widths").unwrap();
         let dir = dir.path();
         let width = format!("refcount_bits={bits}");
@@ -259,7 +259,7 @@ fn refcounts_of_every_width() {
             recipe.make(dir).unwrap();
         }
         // 1 bit has no room for a snapshot, 2 bits for two, 4 for 14.
-        for snapshot in 0..[0, 2, 14, 20][(bits as u64).ilog2().min(3) as usize] {
+        for snapshot in 0..[0, 2, 14, 20][bits.ilog2().min(3) as usize] {
             let name = format!("s{snapshot}");
             qemu::img(dir, &["snapshot", "-c", &name, "x.qcow2"]).unwrap();
             let at = format!("write {}k 64k", 256 + snapshot * 32);
