@@ -31,9 +31,11 @@ test:
 	$(MAKE) test-host
 	$(MAKE) test-kernel
 
+# --all-targets passes over the kernel tiers, which cargo test does not run by itself.
 lint:
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets --features fault-injection -- -D warnings
+	$(CARGO) clippy --locked --test kernel --test kernel_udev --features fault-injection -- -D warnings
 	$(CARGO) clippy --locked --lib --bins --no-default-features -- -D warnings
 
 # The oracle compares hundreds of images: its code is built optimised.

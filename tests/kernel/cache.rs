@@ -51,7 +51,8 @@ fn a_kept_file_is_used_again_until_it_or_the_image_changes() {
     let said = imgdm(args!["plan", "--compressed=cache", "--cache-dir", &cache, &image]).ok();
     assert!(said.contains("a kept file is used again"), "{said}");
 
-    let damage: [(&str, &dyn Fn(&Path)); 3] = [
+    type Damage<'d> = (&'d str, &'d dyn Fn(&Path));
+    let damage: [Damage<'_>; 3] = [
         ("one byte", &|file| {
             let file = OpenOptions::new().write(true).open(file).unwrap();
             file.write_all_at(b"!", 70_000).unwrap();

@@ -359,7 +359,7 @@ fn while_it_unlocks_a_process_dumps_no_core_and_its_memory_is_locked() {
         assert!(locked > 1000, "{locked} kB are locked");
         running.signal(signal);
         assert_eq!(running.finish().signal(), Some(signal as i32));
-        assert_eq!(cores.written(), [PathBuf::new(); 0], "{signal}");
+        assert_eq!(cores.written(), Vec::<PathBuf>::new(), "{signal}");
         assert_nothing_left_soon();
     }
 }
