@@ -67,8 +67,8 @@ impl FileSize {
     }
 }
 
-/// What may be read of tables over and over, besides four times the file.
-const EXTRA_WORK: u64 = 4 << 30;
+/// What may be read of tables over and over, besides twice the file.
+const EXTRA_WORK: u64 = 1 << 30;
 
 /// How much may be read: tables that overlap each other could take forever.
 #[derive(Debug)]
@@ -77,7 +77,7 @@ pub(crate) struct Budget(u64);
 impl Budget {
     /// Enough for any image whose tables do not overlap.
     pub(crate) fn for_file(file: FileSize) -> Self {
-        Self(file.bytes.saturating_mul(4).saturating_add(EXTRA_WORK))
+        Self(file.bytes.saturating_mul(2).saturating_add(EXTRA_WORK))
     }
 
     /// Notes that so many bytes are going to be read.

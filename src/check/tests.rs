@@ -229,3 +229,26 @@ fn raw_has_nothing_to_check() {
     let outcome = check(&source, Format::Raw, Options::default(), &mut |_| {});
     assert!(matches!(outcome.unwrap_err().kind(), ErrorKind::Unsupported(_)));
 }
+
+#[test]
+fn tables_that_overlap_without_end_are_given_up_and_what_was_found_is_told() {
+    // 128 Ki L2 tables of 2 MiB, 512 bytes apart: 256 GiB to read.
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let cluster = 2u64 << 20;
+    let mut image = Bytes(vec![0; usize::try_from(3 * cluster).unwrap()]);
+    image.put(0, &qcow2().0[..104]);
+    image.u32(20, 21);
+    image.u32(36, 128 << 10);
+    image.u64(40, cluster);
+    image.u64(48, 2 * cluster);
+    for index in 0..128 << 10 {
+        image.u64(cluster + index * 8, 3 * cluster + index * 512);
+    }
+    std::fs::write(file.path(), &image.0).unwrap();
+    file.as_file().set_len(3 * cluster + (128 << 19)).unwrap();
+    let source = Source::open(file.path()).unwrap();
+    let report = check(&source, Format::Qcow2, Options::default(), &mut |_| {}).unwrap();
+    assert_eq!(report.counts.of(FindingKind::TooMuchWork), 1, "{report:?}");
+    assert!(report.counts.of(FindingKind::L2TableUnaligned) > 100_000);
+    assert!(report.incomplete);
+}

@@ -150,7 +150,8 @@ impl<'c> Checker<'c> {
             log.ignore_leaks();
         }
 
-        let mut page = 0;
+        let too_much = log.counts().of(FindingKind::TooMuchWork) > 0;
+        let mut page = if too_much { u64::MAX } else { 0 };
         while let Some(exact) = ExactCounters::for_saturated(&counters, page)? {
             self.count(&exact, &mut Log::new(0, &mut |_| {}));
             compare_saturated(&self.image, &self.refcounts, &counters, &exact, log);
@@ -166,7 +167,7 @@ impl<'c> Checker<'c> {
             .all(|&severity| log.counts().of_severity(severity) == 0);
         // Where each cluster is used once and has the refcount 1, flags that are all set are
         // all right.
-        if right && !compared.some_shared && !clusters.some_not_copied {
+        if too_much || (right && !compared.some_shared && !clusters.some_not_copied) {
             return Ok(());
         }
         let flags = Flags {
@@ -301,7 +302,8 @@ impl<'c> Checker<'c> {
             }
             log.absorb(std::mem::replace(tally, Tally::new(limit)));
             for batch in l2_tables.chunks(batch_length(image, log)) {
-                budget.take(batch.len() as u64 * image.cluster_size())?;
+                let in_file = batch.iter().filter(|table| table.offset < image.file.bytes).count();
+                budget.take(in_file as u64 * image.cluster_size())?;
                 let results: Result<Vec<(Clusters, Tally)>> = batch
                     .par_chunks(tables_a_worker(image))
                     .map(|tables| walk_tables(image, tables, refs, Tally::new(limit)))
