@@ -17,16 +17,16 @@ use imgdm::format::Format;
 use imgdm::lock::Sharing;
 use imgdm::open::open_chain;
 use imgdm::plan::{Plan, TableSource};
-use imgdm::scratch::ScratchWork;
 use imgdm::source::Source;
 
+use super::fill::Prepared;
 use super::key::{KeyArgs, KeySources, encrypted_layers};
 use super::open::{FiemapArgs, OpenArgs, ZeroArgs, print_warnings};
 use super::output::show_path;
 use super::scratch::{ContentArgs, PlaceArgs};
 use super::stamps::Stamps;
 use super::table::device_name;
-use super::{Globals, fill, signal};
+use super::{Globals, signal};
 
 /// Attach an image as the read-only block device /dev/mapper/NAME
 #[derive(Debug, clap::Args)]
@@ -168,7 +168,8 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
         interrupt,
     };
     // What takes long, or asks for keys, is not done for nothing.
-    if (plan.scratch_bytes() > 0 || !plan.crypts().is_empty())
+    let prepared = Prepared::of(chain, &plan, args.content, &args.places, globals)?;
+    if (prepared.takes_long() || !plan.crypts().is_empty())
         && let Some(there) = find_attached(&kernel, &request(&plan, None))?
     {
         return print_device(&kernel, &there);
@@ -183,7 +184,8 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
         keys.insert(depth, kernel.store_key(&description, &key)?);
     }
     drop(key_sources);
-    let written = fill::write(chain, &plan, args.content, &args.places, &interrupt, globals)?;
+    let (content, places) = (args.content, &args.places);
+    let written = prepared.write(chain, &plan, content, places, &interrupt, globals)?;
     let found = written.as_ref().map(|written| written.filled.found()).unwrap_or_default();
     let planned_anew = match found.as_slice() {
         [] => None,

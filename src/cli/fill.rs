@@ -20,34 +20,69 @@ pub(crate) struct Written {
     pub(crate) filled: Filled,
 }
 
-/// Writes what `plan` wants written, where it wants anything.
-pub(crate) fn write(
-    chain: &Chain,
-    plan: &Plan<'_>,
-    content: ContentArgs,
-    places: &PlaceArgs,
-    interrupt: &Interrupt<'_>,
-    globals: Globals,
-) -> anyhow::Result<Option<Written>> {
-    let bytes = plan.scratch_bytes();
-    if bytes == 0 {
-        return Ok(None);
-    }
-    let filling = Filling { chain, plan, on_error: content.on_error(), interrupt, globals };
-    if content.compressed == Compressed::Cache {
+/// What is known of the scratch file before anything is written.
+pub(crate) enum Prepared {
+    /// There is none.
+    Unneeded,
+    /// It was kept, and is used again.
+    Kept(Written),
+    /// It is to be written, and kept.
+    ToBeKept(Cache),
+    /// It is to be written.
+    Unlinked,
+}
+
+impl Prepared {
+    /// Looks for a kept file where one may be used.
+    pub(crate) fn of(
+        chain: &Chain,
+        plan: &Plan<'_>,
+        content: ContentArgs,
+        places: &PlaceArgs,
+        globals: Globals,
+    ) -> anyhow::Result<Self> {
+        if plan.scratch_bytes() == 0 {
+            return Ok(Self::Unneeded);
+        }
+        if content.compressed != Compressed::Cache {
+            return Ok(Self::Unlinked);
+        }
         let run = FillOptions::SHORTEST_ZERO_RUN;
-        match Cache::of(Some(&places.cache_dir), chain, plan, run)? {
-            Cacheable::Yes(cache) => return filling.in_cache(&cache).map(Some),
+        Ok(match Cache::of(Some(&places.cache_dir), chain, plan, run)? {
+            Cacheable::Yes(cache) => match cache.lookup() {
+                Some(CacheHit { file, filled }) => Self::Kept(Written { file, filled }),
+                None => Self::ToBeKept(cache),
+            },
             Cacheable::No(why) => {
                 globals.warn(format_args!("nothing is kept, a scratch file is used: {why}"));
+                Self::Unlinked
             }
-        }
+        })
     }
-    let place = ScratchPlace::choose(places.scratch_dir.as_deref())?;
-    place.check_room(bytes, plan.scratch_length())?;
-    let scratch = place.create()?;
-    let filled = filling.fill(&scratch.writer, place.directory())?;
-    Ok(Some(Written { file: scratch.reader, filled }))
+
+    /// Whether there is something to be written.
+    pub(crate) fn takes_long(&self) -> bool {
+        matches!(self, Self::ToBeKept(_) | Self::Unlinked)
+    }
+
+    /// Writes what `plan` wants written, where that is yet to be done.
+    pub(crate) fn write(
+        self,
+        chain: &Chain,
+        plan: &Plan<'_>,
+        content: ContentArgs,
+        places: &PlaceArgs,
+        interrupt: &Interrupt<'_>,
+        globals: Globals,
+    ) -> anyhow::Result<Option<Written>> {
+        let filling = Filling { chain, plan, on_error: content.on_error(), interrupt, globals };
+        Ok(match self {
+            Self::Unneeded => None,
+            Self::Kept(written) => Some(written),
+            Self::ToBeKept(cache) => Some(filling.to_be_kept(&cache)?),
+            Self::Unlinked => Some(filling.unlinked(places)?),
+        })
+    }
 }
 
 /// What is to be written, and how.
@@ -60,11 +95,15 @@ struct Filling<'a> {
 }
 
 impl Filling<'_> {
-    /// The file that is kept for this chain; made where there is none that can be used.
-    fn in_cache(&self, cache: &Cache) -> anyhow::Result<Written> {
-        if let Some(CacheHit { file, filled }) = cache.lookup() {
-            return Ok(Written { file, filled });
-        }
+    fn unlinked(&self, places: &PlaceArgs) -> anyhow::Result<Written> {
+        let place = ScratchPlace::choose(places.scratch_dir.as_deref())?;
+        place.check_room(self.plan.scratch_bytes(), self.plan.scratch_length())?;
+        let scratch = place.create()?;
+        let filled = self.fill(&scratch.writer, place.directory())?;
+        Ok(Written { file: scratch.reader, filled })
+    }
+
+    fn to_be_kept(&self, cache: &Cache) -> anyhow::Result<Written> {
         let builder = cache.build()?;
         builder.check_room(self.plan.scratch_bytes(), self.plan.scratch_length())?;
         let filled = self.fill(builder.file(), cache.directory())?;

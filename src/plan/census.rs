@@ -14,6 +14,11 @@ use crate::error::Result;
 use crate::status::FileRole;
 use crate::units::{GuestOffset, GuestRange, Sectors};
 
+/// Most pieces between a window's ends that are kept, and of a whole disk. More would be
+/// memory that grows with the image.
+const FEW_IN_WINDOW: usize = 64;
+const FEW: usize = 1024;
+
 /// What one window's pieces come to: the two at its ends may grow together with the
 /// neighbouring windows', those between are segments already.
 struct Tally {
@@ -21,6 +26,10 @@ struct Tally {
     first: Option<Piece>,
     last: Option<Piece>,
     between: SegmentCounts,
+    /// The pieces between, where they are few.
+    few: Vec<Piece>,
+    /// They are not.
+    many: bool,
     longest_zero: Sectors,
     used: Vec<bool>,
     scratch_bytes: u64,
@@ -34,16 +43,23 @@ impl Tally {
             first: None,
             last: None,
             between: SegmentCounts::default(),
+            few: Vec::new(),
+            many: false,
             longest_zero: Sectors::default(),
             used: vec![false; facts.backing_count()],
             scratch_bytes: 0,
             noted: Noted::default(),
         };
-        let Tally { first, between, longest_zero, used, scratch_bytes, .. } = &mut tally;
+        let Tally { first, between, few, many, longest_zero, used, scratch_bytes, .. } = &mut tally;
         let emit = |piece: &Piece| {
             if first.is_none() {
                 *first = Some(*piece);
             } else {
+                if few.len() < FEW_IN_WINDOW {
+                    few.push(*piece);
+                } else {
+                    *many = true;
+                }
                 for_each_segment(facts, piece, |segment| {
                     count(facts, &segment, between, longest_zero, used);
                 });
@@ -116,6 +132,9 @@ pub(super) struct Census<'f> {
     pub(super) used: Vec<bool>,
     /// Where each table after the first starts.
     pub(super) splits: Vec<Split>,
+    /// All pieces, where they are few and in one table: then nothing has to be resolved
+    /// again to load it.
+    pub(super) few: Option<Vec<Piece>>,
     /// Segments of the table that is being counted.
     in_table: u64,
     pub(super) blocked: BTreeMap<(BackingId, ObstacleKind), Blocked>,
@@ -150,6 +169,7 @@ impl<'f> Census<'f> {
             longest_zero: Sectors::default(),
             used: vec![false; facts.backing_count()],
             splits: Vec::new(),
+            few: Some(Vec::new()),
             in_table: 0,
             blocked: BTreeMap::new(),
             scratch_bytes: 0,
@@ -163,6 +183,9 @@ impl<'f> Census<'f> {
             |tally| census.take(tally),
         )?;
         census.flush();
+        if !census.splits.is_empty() {
+            census.few = None;
+        }
         Ok(census)
     }
 
@@ -185,6 +208,7 @@ impl<'f> Census<'f> {
         }
         let Some(last) = tally.last else { return Ok(()) };
         self.flush();
+        self.keep(&tally.few, tally.many);
         let before = self.counts.total();
         let between = tally.between.total();
         if self.in_table + between > self.max_segments {
@@ -218,6 +242,17 @@ impl<'f> Census<'f> {
             count(facts, &segment, counts, longest_zero, used);
         });
         self.place(piece.start, self.counts.total() - before, before);
+        self.keep(&[piece], false);
+    }
+
+    /// Keeps the next pieces, `and_more` than these or not, while they are few.
+    fn keep(&mut self, pieces: &[Piece], and_more: bool) {
+        let Some(few) = &mut self.few else { return };
+        if and_more || few.len() + pieces.len() > FEW {
+            self.few = None;
+        } else {
+            few.extend_from_slice(pieces);
+        }
     }
 
     /// Puts the segments of a piece that come after `before` others into the table, or

@@ -137,6 +137,8 @@ pub struct Plan<'c> {
     layout: Layout,
     obstacles: Vec<Obstacle>,
     damage: Vec<Obstacle>,
+    /// The pieces of the virtual disk, where they are few.
+    few: Option<Vec<Piece>>,
     /// Metadata is damaged: to be gone past, as the plan is not for loading.
     is_damaged: bool,
 }
@@ -162,7 +164,7 @@ impl<'c> Plan<'c> {
         let max_segments = options.max_segments.saturating_sub(files).max(1);
         let census = Census::of(chain, &facts, Stream::Guest, options.holes, max_segments)?;
         let layout = Layout::new(chain, &facts, &census, options, max_segments)?;
-        let Census { blocked, damage: found_damage, .. } = census;
+        let Census { blocked, damage: found_damage, few, .. } = census;
         let blocked: Vec<_> = blocked.into_values().collect();
         let mut plan = Self {
             chain,
@@ -171,6 +173,7 @@ impl<'c> Plan<'c> {
             layout,
             obstacles: Vec::new(),
             damage: Vec::new(),
+            few,
             is_damaged: !found_damage.is_empty(),
         };
         plan.list_damage(&found_damage);
@@ -315,12 +318,15 @@ impl<'c> Plan<'c> {
     ) -> Result<()> {
         let ciphertext_facts = self.facts.for_ciphertext();
         let facts = if stream == Stream::Guest { &self.facts } else { &ciphertext_facts };
-        let mut resolver = self.resolver();
-        let mut pieces = Vec::new();
-        let mut pending: Option<Piece> = None;
         let mut finish = |piece: &Piece| {
             facts.segments(piece, guest.start, |segment| each(self.with_real_backing(segment)?))
         };
+        if let (Stream::Guest, Some(few)) = (stream, &self.few) {
+            return few.iter().try_for_each(finish);
+        }
+        let mut resolver = self.resolver();
+        let mut pieces = Vec::new();
+        let mut pending: Option<Piece> = None;
         for window in self.chain.windows(guest) {
             pieces.clear();
             let extents = resolver.resolve(window)?;

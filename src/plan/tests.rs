@@ -83,7 +83,7 @@ proptest! {
         layers in layers(),
         zero in zero_mode(),
         threshold in 0..6u64,
-        max_segments in 1..9u64,
+        max_segments in prop_oneof![1..9u64, Just(MAX_SEGMENTS_PER_TABLE)],
         found in prop::collection::vec((0..40u64, 1..5u64, any::<bool>()), 0..4),
         on_error in prop_oneof![Just(OnError::Zero), Just(OnError::ErrorTarget)],
     ) {
@@ -96,10 +96,16 @@ proptest! {
             ..PlanOptions::default()
         };
         let found = only_compressed(&layers, &found);
-        let plan = Plan::with_found(&chain, options, &found).unwrap();
+        let mut plan = Plan::with_found(&chain, options, &found).unwrap();
         prop_assert!(plan.obstacles().is_empty());
-        let ids = (0u32..).map(TableId).take(plan.tables().len());
-        let tables: Vec<_> = ids.map(|id| segments(&plan, id)).collect();
+        let all_segments = |plan: &Plan<'_>| -> Vec<_> {
+            let ids = (0u32..).map(TableId).take(plan.tables().len());
+            ids.map(|id| segments(plan, id)).collect()
+        };
+        let tables = all_segments(&plan);
+        if plan.few.take().is_some() {
+            prop_assert_eq!(&all_segments(&plan), &tables, "resolved again");
+        }
         let mut counts = SegmentCounts::default();
         for (segments, table) in tables.iter().zip(plan.tables()) {
             let mut at = 0;

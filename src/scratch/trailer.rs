@@ -39,6 +39,9 @@ const MAX_ORIGINS: u64 = 16 << 20;
 /// Bytes of the number at the file's end.
 const FOOTER_LENGTH: u64 = size_of::<U64>() as u64;
 
+/// Bytes of a sample that are read at a time.
+const SAMPLE_BUFFER: usize = 16 << 10;
+
 /// A BLAKE3 hash.
 pub(super) type Digest = [u8; 32];
 
@@ -218,7 +221,8 @@ impl Trailer {
     /// # Errors
     /// A read failed.
     pub(super) fn samples_match(&self, file: &File, seed: u64) -> io::Result<bool> {
-        let mut buffer = vec![0; usize::try_from(CHUNK).unwrap_or(0)];
+        // Small: memory that is touched for the first time costs more than another call.
+        let mut buffer = vec![0; SAMPLE_BUFFER];
         for sample in 0..SAMPLES.min(self.chunks) {
             let digest = blake3::hash(&[seed.to_le_bytes(), sample.to_le_bytes()].concat());
             let index = first_word(digest.as_bytes()) % self.chunks;
@@ -374,13 +378,20 @@ fn checksums(file: &File, chunks: &[u64], length: u64) -> io::Result<Vec<u8>> {
     Ok(pairs?.as_bytes().to_vec())
 }
 
-/// The checksum of the chunk at `at` of data of `length` bytes.
+/// The checksum of the chunk at `at` of data of `length` bytes, read by as much as `buffer`
+/// takes.
 fn checksum(file: &File, at: u64, length: u64, buffer: &mut [u8]) -> io::Result<u64> {
-    let wanted = usize::try_from(length.saturating_sub(at)).unwrap_or(usize::MAX);
-    let wanted = wanted.min(buffer.len());
-    let chunk = &mut buffer[..wanted];
-    file.read_exact_at(chunk, at)?;
-    Ok(first_word(blake3::hash(chunk).as_bytes()))
+    let mut hash = blake3::Hasher::new();
+    let end = at.saturating_add(CHUNK).min(length);
+    let mut at = at;
+    while at < end {
+        let wanted = usize::try_from(end - at).unwrap_or(usize::MAX).min(buffer.len());
+        let piece = &mut buffer[..wanted];
+        file.read_exact_at(piece, at)?;
+        hash.update(piece);
+        at += piece.len() as u64;
+    }
+    Ok(first_word(hash.finalize().as_bytes()))
 }
 
 fn first_word(digest: &Digest) -> u64 {
