@@ -38,7 +38,7 @@ lint:
 	$(CARGO) clippy --locked --test kernel --test kernel_udev --features fault-injection -- -D warnings
 	$(CARGO) clippy --locked --lib --bins --no-default-features -- -D warnings
 
-# The oracle compares hundreds of images: its code is built optimised.
+# Only what tests depend on is built optimised (Cargo.toml): compiling the rest so takes longer than it saves.
 test-host:
 	$(CARGO) test --locked
 	$(CARGO) test --locked --no-default-features --lib --bins
