@@ -142,6 +142,17 @@ fn unlock(
     Ok(ciphers)
 }
 
+/// A finding that is not about a guest range, in words, with its file.
+pub(crate) fn described(finding: &Finding) -> String {
+    match &finding.path {
+        // Some messages are an error's, which names its file itself.
+        Some(path) if !finding.message.starts_with(&show_path(path)) => {
+            format!("{}: {}", show_path(path), finding.message)
+        }
+        _ => finding.message.clone(),
+    }
+}
+
 fn json_finding(finding: &Finding) -> JsonFinding {
     let of_range = |number: u64| finding.first.map(|_| number);
     JsonFinding {
@@ -189,18 +200,14 @@ fn print_human(attached: &Attached, verified: &Verification) -> anyhow::Result<(
     }
     for finding in verified.findings() {
         write!(out, "  {}: ", finding.kind.name())?;
-        match (finding.first, &finding.path) {
-            (Some(first), _) => {
+        match finding.first {
+            Some(first) => {
                 let length = first.length().get();
-                write!(out, "guest offset {}, {length} bytes: ", first.start)?;
+                let message = &finding.message;
+                writeln!(out, "guest offset {}, {length} bytes: {message}", first.start)?;
             }
-            // Some messages are an error's, which names its file itself.
-            (None, Some(path)) if !finding.message.starts_with(&show_path(path)) => {
-                write!(out, "{}: ", show_path(path))?;
-            }
-            _ => {}
+            None => writeln!(out, "{}", described(finding))?,
         }
-        writeln!(out, "{}", finding.message)?;
         if let (Some(live), Some(fresh)) = (&finding.live, &finding.fresh) {
             writeln!(out, "    the device has {live}\n    the image says {fresh}")?;
         }

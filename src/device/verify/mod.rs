@@ -18,11 +18,12 @@ use std::path::Path;
 
 use super::attach::Options;
 use super::list::Attached;
-use super::{DeviceId, DeviceInfo, Kernel, LoopInfo, loop_node};
+use super::{DeviceId, DeviceInfo, DeviceNumber, Kernel, LoopInfo, loop_node};
 use crate::chain::Chain;
 use crate::error::{Error, ErrorKind, Result, printable};
 use crate::format::Format;
 use crate::read::Ciphers;
+use crate::status::FileRole;
 
 pub use finding::{Finding, FindingKind, Verification};
 use fresh::Fresh;
@@ -65,6 +66,17 @@ impl<'k, K: Kernel> Verifier<'k, K> {
     /// The image's chain as it is now; none where it can't be opened any more.
     pub fn chain(&self) -> Option<&Chain> {
         self.fresh.as_ref().map(|fresh| &fresh.chain)
+    }
+
+    /// What was found by opening; [`Self::run`] adds to it. Where there is no chain, the last
+    /// finding says why.
+    pub fn found(&self) -> &Verification {
+        &self.found
+    }
+
+    /// The live device that shows a file of the chain; none where no device does.
+    pub fn device(&self, depth: u32, role: FileRole) -> Option<DeviceNumber> {
+        self.fresh.as_ref()?.device(depth, role)
     }
 
     /// Compares. With `content` all of the device is read, and compared with what our own
