@@ -9,7 +9,8 @@ mod steps;
 use std::ffi::OsString;
 use std::io::{self, Write};
 
-use imgdm::explain::{explain, explain_reverse};
+use imgdm::chain::Chain;
+use imgdm::explain::{Explanation, explain, explain_reverse};
 use imgdm::open::{OpenPolicy, OpenedChain, open_chain};
 use imgdm::units::{GuestOffset, SECTOR_SIZE};
 use imgdm::{Error, ErrorKind};
@@ -69,8 +70,8 @@ fn parse_place(text: &str) -> Result<u64, String> {
 }
 
 /// Opens the chain as someone who only looks.
-fn open(args: &OpenArgs, policy: OpenPolicy, globals: Globals) -> imgdm::Result<OpenedChain> {
-    let policy = OpenPolicy { probe_backing: true, past_damage: true, ..policy };
+fn open(args: &OpenArgs, globals: Globals) -> imgdm::Result<OpenedChain> {
+    let policy = OpenPolicy { probe_backing: true, past_damage: true, ..args.policy() };
     let mut opened = open_chain(&args.image, &policy)?;
     if args.probe_backing {
         opened.warnings.retain(|warning| !is_undeclared(warning));
@@ -99,11 +100,26 @@ fn print(report: &impl Shown, format: OutputFormat) -> anyhow::Result<()> {
 pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     let file_place = args.reverse.as_ref().map(FilePlace::parse).transpose()?;
     #[cfg(feature = "device")]
-    let (open_args, attached) = live::attached(&args.open)?;
-    #[cfg(not(feature = "device"))]
-    let open_args = args.open.clone();
-    let opened = open(&open_args, open_args.policy(), globals)?;
-    let chain = &opened.chain;
+    {
+        let kernel = imgdm::device::linux::LinuxKernel::new();
+        if let Some(live) = live::Live::of(&kernel, &args.open)? {
+            let chain = live.chain(globals)?;
+            return report(args, file_place.as_ref(), chain, |report, explanation| {
+                live.add_devices(report, explanation)
+            });
+        }
+    }
+    let opened = open(&args.open, globals)?;
+    report(args, file_place.as_ref(), &opened.chain, |_, _| Ok(()))
+}
+
+/// Prints what was asked for; `add_devices` adds those that serve a byte of the disk.
+fn report(
+    args: &Args,
+    file_place: Option<&FilePlace>,
+    chain: &Chain,
+    add_devices: impl FnOnce(&mut forward::Report, &Explanation) -> imgdm::Result<()>,
+) -> anyhow::Result<()> {
     if let Some(file_place) = file_place {
         let (depth, role) = file_place.find(chain)?;
         let found = explain_reverse(chain, depth, role, file_place.offset())?;
@@ -113,13 +129,9 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
         };
     }
     let offset = GuestOffset::new(args.place.unwrap_or(0));
-    let explanation = explain(chain, offset).map_err(|error| error.at_path(&open_args.image))?;
-    let report = forward::Report::of(chain, &explanation);
-    #[cfg(feature = "device")]
-    let report = match &attached {
-        Some(attached) => live::with_devices(report, attached, &explanation, chain)?,
-        None => report,
-    };
+    let explanation = explain(chain, offset).map_err(|error| error.at_path(&args.open.image))?;
+    let mut report = forward::Report::of(chain, &explanation);
+    add_devices(&mut report, &explanation)?;
     print(&report, args.output)?;
     match explanation.damage() {
         None => Ok(()),

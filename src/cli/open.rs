@@ -60,10 +60,15 @@ pub(crate) struct OneSnapshot {
 }
 
 impl OpenArgs {
-    /// The snapshot that is to be read.
+    /// The first option given that says what an attachment says itself.
     #[cfg(feature = "device")]
-    pub(crate) fn snapshot_mut(&mut self) -> &mut Option<SnapshotSelector> {
-        &mut self.snapshots.snapshot
+    pub(crate) fn what_is_known_of_the_attached(&self) -> Option<&'static str> {
+        let given = [
+            ("-l", self.snapshots.snapshot.is_some()),
+            ("-f", self.format.is_some()),
+            ("--data-file", self.data_file.is_some()),
+        ];
+        given.into_iter().find_map(|(option, is_given)| is_given.then_some(option))
     }
 
     /// The policy that these arguments ask for.

@@ -63,8 +63,85 @@ fn a_name_is_explained_with_the_devices_that_serve_the_sector() {
     assert_ne!(now["answer"]["offset"], then["answer"]["offset"]);
     assert_eq!(steps(&then, "loop")[0]["agrees"], true, "{then}");
     imgdm(args!["explain", "-l", "1", "explained", "0"]).refused(64);
+    imgdm(args!["explain", "-f", "raw", "explained", "0"]).refused(64);
     snapshot.detach();
     device.detach();
     let said = imgdm(args!["explain", "explained", "0"]).refused(66);
     assert!(said.contains("nothing is attached under the name"), "{said}");
+}
+
+/// The one loop step of a byte, after the byte's answer is checked to be of `kind`.
+#[track_caller]
+fn served(name: &str, offset: u64, kind: &str) -> Value {
+    let report = explain(args![name, offset.to_string()]);
+    assert_eq!(report["answer"]["kind"], kind, "{report}");
+    let loops = steps(&report, "loop");
+    assert_eq!(loops.len(), 1, "{report}");
+    loops[0].clone()
+}
+
+#[test]
+fn a_partial_last_sector_in_the_scratch_file_is_no_false_place() {
+    let scratch = Scratch::new();
+    let odd = scratch.path("odd.raw");
+    std::fs::write(&odd, vec![7; 1024 * 1024 + 100]).unwrap();
+    let device = attach(args!["-f", "raw", "--name", "odd", &odd]);
+    assert_eq!(served("odd", 1024 * 1024 - 1, "data")["agrees"], true);
+    // The partial last sector, which a loop device does not show.
+    let tail = served("odd", 1024 * 1024, "data");
+    assert_eq!(tail.get("agrees"), None, "{tail}");
+    device.detach();
+}
+
+#[test]
+fn a_hole_that_the_zero_loop_serves_is_no_false_place() {
+    let scratch = Scratch::new();
+    // The metadata gives the data cluster a place, but a loop of zeros serves it.
+    let image = scratch.create("qcow2", &[], "hole.qcow2", "1M");
+    write_image(&image, "qcow2", &["write -P 5 0 256k"]);
+    let place = explain(args![&image, "64k"])["answer"]["offset"].as_u64().unwrap();
+    let (at, length) = (place.to_string(), 65536.to_string());
+    run(&mut command("fallocate", args!["-p", "-o", at, "-l", length, &image])).ok();
+    let device = attach(args!["--zero", "loop", "--name", "hole", &image]);
+    assert_eq!(served("hole", 0, "data")["agrees"], true);
+    let report = explain(args!["hole", "64k"]);
+    assert!(steps(&report, "loop").iter().all(|step| step["agrees"] != false), "{report}");
+    device.detach();
+}
+
+#[test]
+fn a_name_is_explained_in_the_format_that_was_attached() {
+    let scratch = Scratch::new();
+    // What a guest wrote to the start of its raw disk: an overlay of a file of the host.
+    let secret = scratch.create("qcow2", &[], "secret.qcow2", "1M");
+    write_image(&secret, "qcow2", &["write -P 9 0 1M"]);
+    let image = scratch.path("guest.raw");
+    qemu_img(args!["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", &secret, &image]).ok();
+    let device = attach(args!["-f", "raw", "--name", "guest", &image]);
+    let report = explain(args!["guest", "0"]);
+    assert_eq!(steps(&report, "layer").len(), 1, "{report}");
+    assert_eq!(steps(&report, "layer")[0]["format"], "raw", "{report}");
+    assert_eq!(report["answer"]["offset"], 0, "{report}");
+    assert_eq!(steps(&report, "loop")[0]["agrees"], true, "{report}");
+
+    // Nor does it take the path: the loop device still holds the file.
+    std::fs::rename(&image, scratch.path("moved.raw")).unwrap();
+    std::fs::remove_file(scratch.path("moved.raw")).unwrap();
+    let ran = imgdm(args!["explain", "--output=json", "guest", "0"]);
+    assert!(ran.stderr.contains("not at its path any more"), "{ran}");
+    let report: Value = serde_json::from_str(&ran.ok()).unwrap();
+    assert_eq!(report["answer"]["kind"], "data", "{report}");
+    assert_eq!(steps(&report, "loop")[0]["agrees"], true, "{report}");
+    device.detach();
+}
+
+#[test]
+fn who_may_not_ask_what_is_attached_is_told_so() {
+    let scratch = Scratch::new();
+    let device = attach(args!["--name", "asked", scratch.create("raw", &[], "disk.raw", "1M")]);
+    let user = ["--reuid=65534", "--regid=65534", "--clear-groups", "--"];
+    let mut line = command("setpriv", user);
+    let said = run(line.arg(imgdm_path()).args(["explain", "asked", "0"])).refused(77);
+    assert!(said.contains("no file of that name") && said.contains("(os error"), "{said}");
+    device.detach();
 }

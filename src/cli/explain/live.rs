@@ -1,137 +1,140 @@
 //! `imgdm explain NAME`: what is attached, and the live tables on the way of a sector.
 
-use std::sync::Arc;
-
+use anyhow::Context;
 use imgdm::chain::Chain;
 use imgdm::device::detach::find;
 use imgdm::device::linux::LinuxKernel;
 use imgdm::device::list::Attached;
 use imgdm::device::locate::{Located, ServedBy, ServedEnd, locate};
-use imgdm::device::name::snapshot_hash;
-use imgdm::device::{LoopInfo, PathState, loop_node};
-use imgdm::error::printable;
+use imgdm::device::loop_node;
+use imgdm::device::name::LoopRole;
+use imgdm::device::verify::{FindingKind, Verifier};
 use imgdm::explain::Explanation;
 use imgdm::extent::Mapping;
-use imgdm::format::qcow2::{Qcow2Image, SnapshotSelector};
 use imgdm::open::is_path;
-use imgdm::source::{FileId, Source};
+use imgdm::source::FileId;
 use imgdm::units::SECTOR_SIZE;
 use imgdm::{Error, ErrorKind, Result};
 
 use super::forward::Report;
 use super::steps::Step;
+use crate::cli::Globals;
 use crate::cli::open::OpenArgs;
 use crate::cli::output::{JsonPath, show_path};
+use crate::cli::verify::described;
 
-/// The attachment that the image argument means, if it means one; the arguments then open
-/// its image, and the snapshot that is attached.
-pub(super) fn attached(args: &OpenArgs) -> Result<(OpenArgs, Option<Attached>)> {
-    let mut args = args.clone();
+/// An attachment, with its image opened as it is attached.
+pub(super) struct Live<'k> {
+    kernel: &'k LinuxKernel,
+    attached: Attached,
+    verifier: Verifier<'k, LinuxKernel>,
+}
+
+/// The attachment that the image argument means, if it means one.
+fn find_attached(kernel: &LinuxKernel, args: &OpenArgs) -> anyhow::Result<Option<Attached>> {
     let is_name = !is_path(args.image.as_os_str()) && !args.image.exists();
     let text = args.image.as_os_str().to_string_lossy();
     // These are names of an image that the opening understands.
     if text.starts_with("json:") || text.starts_with("file:") {
-        return Ok((args, None));
+        return Ok(None);
     }
     if !is_name && !args.image.starts_with("/dev/mapper") {
-        return Ok((args, None));
+        return Ok(None);
     }
-    let id = FileId::of_path(&args.image);
-    let attached = match find(&LinuxKernel::new(), &args.image, id) {
-        Ok(attached) => attached,
-        // Somebody else's device: an image like any other block device.
-        Err(_) if !is_name => return Ok((args, None)),
-        Err(error) => {
-            let message = format!("there is no file of that name here, and {}", error.kind());
-            return Err(Error::new(ErrorKind::NotFound(message)).at_path(&args.image));
-        }
+    let error = match find(kernel, &args.image, FileId::of_path(&args.image)) {
+        Ok(attached) => return Ok(Some(attached)),
+        Err(error) => error,
     };
-    args.image = image_path(&attached)?;
-    if args.snapshot_mut().is_some() {
-        let message = "-l is for images: what is attached has its snapshot already";
-        return Err(Error::new(ErrorKind::Usage(message.to_owned())));
-    }
-    if attached.uuid.is_snapshot() {
-        *args.snapshot_mut() = Some(snapshot_of(&attached, &args)?);
-    }
-    Ok((args, Some(attached)))
-}
-
-fn image_path(attached: &Attached) -> Result<std::path::PathBuf> {
-    let name = printable(&attached.name);
-    match &attached.image {
-        Some(image) if image.state == PathState::Same => Ok(image.path.clone()),
-        Some(image) => Err(Error::new(ErrorKind::NotFound(format!(
-            "the image of {name} is no longer at {}",
-            show_path(&image.path)
-        )))),
-        None => Err(Error::new(ErrorKind::Usage(format!(
-            "{name} lies on a block device without a loop device: name that device instead"
-        )))),
-    }
-}
-
-/// The snapshot that is attached: a loop device may have cut its name, the UUID has a hash.
-fn snapshot_of(attached: &Attached, args: &OpenArgs) -> Result<SnapshotSelector> {
-    let source = Arc::new(Source::open(&args.image)?);
-    let snapshots = Qcow2Image::open_past_damage(source, None, true)?.snapshots()?;
-    let found = snapshots
-        .into_iter()
-        .find(|s| snapshot_hash(Some((&s.id, &s.name))) == attached.uuid.snapshot);
-    match found {
-        Some(found) => Ok(SnapshotSelector::Exact { id: Some(found.id), name: Some(found.name) }),
-        None => Err(Error::new(ErrorKind::SnapshotNotFound(format!(
-            "the snapshot that is attached as {} is no longer in the image",
-            printable(&attached.name)
-        )))
-        .at_path(&args.image)),
-    }
-}
-
-/// Adds the devices that serve the byte's sector.
-pub(super) fn with_devices(
-    mut report: Report,
-    attached: &Attached,
-    explanation: &Explanation,
-    chain: &Chain,
-) -> Result<Report> {
-    let sector = explanation.offset.get() / SECTOR_SIZE;
-    let Located { devices, end } = locate(&LinuxKernel::new(), attached, sector)?;
-    report.steps.extend(devices.into_iter().map(|ServedBy { name, number, sector, line }| {
-        let words =
-            [&line.start.to_string(), &line.length.to_string(), &line.kind, &line.parameters];
-        let line = words.map(String::as_str).join(" ").trim_end().to_owned();
-        Step::Device { name, number: number.to_string(), sector, line }
-    }));
-    let in_sector = explanation.offset.get() % SECTOR_SIZE;
-    report.steps.extend(match end {
-        ServedEnd::Target => None,
-        ServedEnd::Loop { number, info, sector } => {
-            let offset = sector.saturating_mul(SECTOR_SIZE).saturating_add(in_sector);
-            let agrees = match explanation.mapping {
-                Mapping::Data(_) => Some(is_place(chain, explanation, &info, offset)),
-                _ => None,
-            };
-            let device = JsonPath::from(loop_node(number).as_path());
-            let file = info.path.map(|path| JsonPath::from(path.path.as_path()));
-            Some(Step::Loop { device, file, sector, offset, agrees })
+    let no_file = "there is no file of that name here";
+    match error.kind() {
+        ErrorKind::NotAttached(what) if is_name => {
+            let message = format!("{no_file}, and {what}");
+            Err(error.with_kind(ErrorKind::NotFound(message)).at_path(&args.image).into())
         }
-        ServedEnd::BlockDevice { number, sector } => {
-            let offset = sector.saturating_mul(SECTOR_SIZE).saturating_add(in_sector);
-            let device = JsonPath::from(loop_node(number).as_path());
-            Some(Step::Loop { device, file: None, sector, offset, agrees: None })
+        // Somebody else's device, or not for this user to ask: an image like any other
+        // block device.
+        ErrorKind::NotAttached(_) | ErrorKind::PermissionDenied(_) | ErrorKind::KernelLacks(_)
+            if !is_name =>
+        {
+            Ok(None)
         }
-    });
-    Ok(report)
+        _ if is_name => Err(error).with_context(|| {
+            format!("{}: {no_file}, and what is attached can't be told", show_path(&args.image))
+        }),
+        _ => Err(error.into()),
+    }
 }
 
-/// Whether `offset` of a loop's file is the place that the image's metadata gives.
-fn is_place(chain: &Chain, explanation: &Explanation, info: &LoopInfo, offset: u64) -> bool {
-    let layer = chain.layers().get(explanation.depth() as usize);
-    match (layer, explanation.mapping) {
-        (Some(layer), Mapping::Data(place)) => {
-            layer.file(place.file).id() == Some(info.file) && place.offset.get() == offset
+impl<'k> Live<'k> {
+    /// The attachment that the image argument means, if it means one.
+    pub(super) fn of(kernel: &'k LinuxKernel, args: &OpenArgs) -> anyhow::Result<Option<Self>> {
+        let Some(attached) = find_attached(kernel, args)? else { return Ok(None) };
+        if let Some(option) = args.what_is_known_of_the_attached() {
+            let message =
+                format!("{option} is for images: of what is attached it is known already");
+            return Err(Error::new(ErrorKind::Usage(message)).into());
         }
-        _ => false,
+        let verifier = Verifier::open(kernel, attached.clone(), None)?;
+        Ok(Some(Self { kernel, attached, verifier }))
+    }
+
+    /// The chain, after warnings of what is not as it was attached.
+    ///
+    /// # Errors
+    /// The image can't be opened any more.
+    pub(super) fn chain(&self, globals: Globals) -> Result<&Chain> {
+        let found = self.verifier.found();
+        let Some(chain) = self.verifier.chain() else {
+            let what = found.findings().last().map(|finding| (finding.kind, described(finding)));
+            return Err(Error::new(match what {
+                Some((FindingKind::Snapshot, what)) => ErrorKind::SnapshotNotFound(what),
+                Some((_, what)) => ErrorKind::InvalidImage(what),
+                None => ErrorKind::InvalidImage("the image can't be opened".to_owned()),
+            }));
+        };
+        for finding in found.findings() {
+            globals.warn(format_args!("{}", described(finding)));
+        }
+        for notice in found.notices() {
+            globals.warn(format_args!("{notice}"));
+        }
+        Ok(chain)
+    }
+
+    /// Adds the devices that serve the byte's sector.
+    pub(super) fn add_devices(&self, report: &mut Report, explanation: &Explanation) -> Result<()> {
+        let sector = explanation.offset.get() / SECTOR_SIZE;
+        let Located { devices, end } = locate(self.kernel, &self.attached, sector)?;
+        report.steps.extend(devices.into_iter().map(|ServedBy { name, number, sector, line }| {
+            let words =
+                [&line.start.to_string(), &line.length.to_string(), &line.kind, &line.parameters];
+            let line = words.map(String::as_str).join(" ").trim_end().to_owned();
+            Step::Device { name, number: number.to_string(), sector, line }
+        }));
+        let in_sector = explanation.offset.get() % SECTOR_SIZE;
+        report.steps.extend(match end {
+            ServedEnd::Target => None,
+            ServedEnd::Loop { number, info, sector } => {
+                let offset = sector.saturating_mul(SECTOR_SIZE).saturating_add(in_sector);
+                // What the scratch file holds, and that zeros come from the zero loop, is for
+                // verify to compare: no metadata gives those places.
+                let agrees = match (info.role(), explanation.mapping) {
+                    (Some(LoopRole::File { .. }), Mapping::Data(place)) => {
+                        let shown = self.verifier.device(explanation.depth(), place.file);
+                        Some(shown == Some(number) && place.offset.get() == offset)
+                    }
+                    _ => None,
+                };
+                let device = JsonPath::from(loop_node(number).as_path());
+                let file = info.path.map(|path| JsonPath::from(path.path.as_path()));
+                Some(Step::Loop { device, file, sector, offset, agrees })
+            }
+            ServedEnd::BlockDevice { number, sector } => {
+                let offset = sector.saturating_mul(SECTOR_SIZE).saturating_add(in_sector);
+                let device = JsonPath::from(loop_node(number).as_path());
+                Some(Step::Loop { device, file: None, sector, offset, agrees: None })
+            }
+        });
+        Ok(())
     }
 }
