@@ -2,7 +2,7 @@
 
 use super::clusters::Clusters;
 use super::usage::{RangeUse, UsedRange};
-use super::{Layout, Metadata, Owner, Piece, PieceKind};
+use super::{Layout, Metadata, Owner, Piece, PieceKind, Problems};
 use crate::status::{FileRole, HostPlace};
 use crate::units::{ByteLen, GuestOffset, HostOffset};
 
@@ -19,8 +19,10 @@ pub struct PiecesAt {
     /// What the byte is where there is no piece: the unused, unreferenced or slack range
     /// around it, at most its cluster. `None` in an external data file, and past the end.
     pub unclaimed: Option<UsedRange>,
-    /// There are more pieces than these.
+    /// There are more pieces than these, or more tables than imgdm keeps in memory.
     pub truncated: bool,
+    /// What was wrong on the way: what refers to the byte there is not known.
+    pub problems: Problems,
 }
 
 /// An L2 entry that leads to the byte.
@@ -35,7 +37,12 @@ impl Metadata {
     /// Everything that refers to the byte at `place`, of the image file or of its external data
     /// file. Walks all tables; none of it is kept.
     pub fn pieces_at(&self, place: HostPlace) -> PiecesAt {
-        let mut found = PiecesAt { pieces: Vec::new(), unclaimed: None, truncated: false };
+        let mut found = PiecesAt {
+            pieces: Vec::new(),
+            unclaimed: None,
+            truncated: false,
+            problems: self.own_problems(),
+        };
         let at = place.offset;
         let in_image = place.file == FileRole::Image;
         match &self.layout {
@@ -63,7 +70,14 @@ impl Metadata {
         let mut around = Around::new(at, size, self.source.length().get());
         let mut walked = Clusters::new(self.source.length().get().div_ceil(size));
         let mut references = Vec::new();
-        for piece in self.pieces().filter_map(Result::ok) {
+        for piece in self.pieces() {
+            let piece = match piece {
+                Ok(piece) => piece,
+                Err(problem) => {
+                    found.problems.push(problem);
+                    continue;
+                }
+            };
             if in_image {
                 around.take(&piece);
                 if piece.contains(at) {
@@ -72,11 +86,19 @@ impl Metadata {
             }
             let PieceKind::L2Table { owner, l1_index } = piece.kind else { continue };
             let table = piece.offset;
+            // What lies where no table can be comes with a problem.
             if !table.is_multiple_of(size) || !walked.walk_table(table.get() / size) {
                 continue;
             }
             let mut first_guest = None;
-            for piece in self.table_pieces(owner, l1_index, table).filter_map(Result::ok) {
+            for piece in self.table_pieces(owner, l1_index, table) {
+                let piece = match piece {
+                    Ok(piece) => piece,
+                    Err(problem) => {
+                        found.problems.push(problem);
+                        continue;
+                    }
+                };
                 if in_image && piece.file == FileRole::Image {
                     around.take(&piece);
                 }
@@ -97,10 +119,12 @@ impl Metadata {
                 references.push(Reference { table, distance, piece });
             }
         }
+        found.truncated |= walked.is_exhausted();
         references.sort_by_key(|reference| reference.table);
         self.add_owners(&references, &mut found);
         if found.pieces.is_empty() && in_image {
-            found.unclaimed = around.range(self);
+            let not_examined = walked.is_exhausted();
+            found.unclaimed = around.range(self, not_examined, &mut found.problems);
         }
         found
     }
@@ -120,6 +144,7 @@ impl Metadata {
         if references.is_empty() {
             return;
         }
+        // Its problems are known from the first time.
         for table in self.pieces().filter_map(Result::ok) {
             let PieceKind::L2Table { owner, l1_index } = table.kind else { continue };
             let first = references.partition_point(|reference| reference.table < table.offset);
@@ -180,15 +205,24 @@ impl Around {
     }
 
     /// The range around the byte, to which nothing refers.
-    fn range(&self, metadata: &Metadata) -> Option<UsedRange> {
+    fn range(
+        &self,
+        metadata: &Metadata,
+        not_examined: bool,
+        problems: &mut Problems,
+    ) -> Option<UsedRange> {
         let used = match metadata.refcounts() {
             _ if !self.in_file => return None,
+            _ if not_examined => RangeUse::NotExamined,
             _ if self.touched => RangeUse::Slack,
             None => RangeUse::Unreferenced,
-            Some(mut refcounts) => match refcounts.run(self.cluster, self.cluster + 1) {
-                (true, _) => RangeUse::Unreferenced,
-                (false, _) => RangeUse::Unused,
-            },
+            Some(mut refcounts) => {
+                let (counted, _) = refcounts.run(self.cluster, self.cluster + 1);
+                for problem in refcounts.problems().iter() {
+                    problems.push(problem.clone());
+                }
+                if counted { RangeUse::Unreferenced } else { RangeUse::Unused }
+            }
         };
         Some(UsedRange::new(self.start, self.end, used))
     }

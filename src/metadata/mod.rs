@@ -269,12 +269,18 @@ impl Metadata {
         self.qcow2().map(|qcow2| Refcounts::new(&self.source, &qcow2.header))
     }
 
-    /// Walks all tables, each L2 table once.
-    pub fn walk(&self) -> Walk<'_> {
+    /// What is wrong with what is not in tables.
+    fn own_problems(&self) -> Problems {
         let mut problems = Problems::default();
         for problem in self.qcow2().iter().flat_map(|qcow2| &qcow2.problems) {
             problems.push(problem.clone());
         }
+        problems
+    }
+
+    /// Walks all tables, each L2 table once.
+    pub fn walk(&self) -> Walk<'_> {
+        let mut problems = self.own_problems();
         let Some(cluster_size) = self.cluster_size() else {
             return Walk { metadata: self, usage: None, problems };
         };

@@ -77,7 +77,7 @@ impl Problem {
     }
 
     /// An error as a problem: of its own offset, or else of `offset`.
-    pub(super) fn of_error(error: &Error, offset: HostOffset) -> Self {
+    pub(crate) fn of_error(error: &Error, offset: HostOffset) -> Self {
         let kind = match error.kind() {
             crate::ErrorKind::InvalidImage(_) | crate::ErrorKind::Unsupported(_) => {
                 ProblemKind::InvalidField
@@ -106,7 +106,7 @@ impl fmt::Display for Problem {
 }
 
 /// The problems of a walk in the order of the file, each once; the first thousand of them.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Problems {
     kept: BTreeMap<(HostOffset, ProblemKind), Problem>,
     omitted: u64,

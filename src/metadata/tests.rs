@@ -326,6 +326,33 @@ fn any_byte_of_the_metadata_may_be_any_other_and_the_file_stays_covered() {
 }
 
 #[test]
+fn tables_strewn_over_more_than_is_kept_may_hide_a_use() {
+    use std::os::unix::fs::FileExt;
+    // One table in each 64 MiB of a sparse file; the last of them names the byte's cluster.
+    const TABLES: u64 = 4100;
+    const DISTANCE: u64 = 64 << 20;
+    let mut image = Builder::new(8 + TABLES * 8 / CLUSTER + 1);
+    let l1 = 8 * CLUSTER;
+    image.u64(24, TABLES * 64 * CLUSTER).u32(36, u32::try_from(TABLES).unwrap()).u64(40, l1);
+    for table in 0..TABLES {
+        image.u64(l1 + table * 8, (table + 1) * DISTANCE | COPIED);
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("x.qcow2");
+    std::fs::write(&path, &image.bytes).unwrap();
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len((TABLES + 2) * DISTANCE).unwrap();
+    let used = 7 * CLUSTER;
+    file.write_all_at(&(used | COPIED).to_be_bytes(), TABLES * DISTANCE).unwrap();
+    let source = Arc::new(Source::open(&path).unwrap());
+    let metadata = Metadata::read(source, Format::Qcow2).unwrap();
+    let found = metadata.pieces_at(HostPlace::in_image(HostOffset::new(used)));
+    assert_eq!(found.pieces, []);
+    assert!(found.truncated);
+    assert_eq!(found.unclaimed.unwrap().used, RangeUse::NotExamined);
+}
+
+#[test]
 fn a_cow_file_is_covered_to_the_byte() {
     // User-Mode Linux's version 3: 16 sectors, of which 1, 2 and 15 are in the file.
     const ALIGNMENT: u32 = 4096;
