@@ -25,7 +25,7 @@ use reverse::FilePlace;
 /// Explain step by step where a byte of the disk comes from, or what a byte of a file is
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  imgdm explain disk.qcow2 0x12345678        which layer, tables and file give this byte\n  imgdm explain -l before disk.qcow2 64k     the same in a snapshot\n  imgdm explain disk.qcow2 2048s             the first byte of sector 2048 (of 512 bytes)\n  imgdm explain disk 4G                      of /dev/mapper/disk: with its live tables\n  imgdm explain --reverse base.qcow2:0x50000 disk.qcow2\n\nAn argument without a slash that is no file here is the NAME of an attachment. Where the\nmetadata that leads to the byte is damaged, the steps up to there are printed, and the\nexit status is 65.",
+    after_help = "Examples:\n  imgdm explain disk.qcow2 0x12345678        which layer, tables and file give this byte\n  imgdm explain -l before disk.qcow2 64k     the same in a snapshot\n  imgdm explain disk.qcow2 2048s             the first byte of sector 2048 (of 512 bytes)\n  imgdm explain disk 4G                      of /dev/mapper/disk: with its live tables\n  imgdm explain --reverse base.qcow2:0x50000 disk.qcow2\n\nAn argument without a slash that is no file here is the NAME of an attachment. Where the\nmetadata that leads to the byte is damaged, the steps up to there are printed, and the\nexit status is 65. So it is with --reverse where damage may have hidden something.",
     mut_arg("image", |image| image.index(1).value_name("IMAGE|NAME").help("The image, a file or a block device; or the NAME under which it is attached"))
 )]
 pub(crate) struct Args {
@@ -123,10 +123,10 @@ fn report(
     if let Some(file_place) = file_place {
         let (depth, role) = file_place.find(chain)?;
         let found = explain_reverse(chain, depth, role, file_place.offset())?;
-        return match reverse::Report::of(chain, &found) {
-            Some(report) => print(&report, args.output),
-            None => Ok(()),
-        };
+        if let Some(report) = reverse::Report::of(chain, &found) {
+            print(&report, args.output)?;
+        }
+        return reverse::report_problems(chain, &found);
     }
     let offset = GuestOffset::new(args.place.unwrap_or(0));
     let explanation = explain(chain, offset).map_err(|error| error.at_path(&args.open.image))?;

@@ -21,7 +21,9 @@ use crate::units::{ByteLen, GuestOffset};
 use crate::chain::Chain;
 
 pub use forward::explain;
-pub use reverse::{ByteUse, GuestUse, GuestUseKind, SnapshotName, Visibility, explain_reverse};
+pub use reverse::{
+    ByteUse, GuestUse, GuestUseKind, LayerProblem, SnapshotName, Visibility, explain_reverse,
+};
 
 /// How one byte of the disk is found.
 #[derive(Debug)]

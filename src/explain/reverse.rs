@@ -3,12 +3,15 @@
 use std::collections::HashMap;
 
 use crate::chain::{Chain, HoleQuery, Layer};
+use crate::damage::{Damage, DamageList, MAX_LISTED};
 use crate::error::{Error, ErrorKind, Result, printable};
-use crate::extent::Mapping;
+use crate::extent::{Mapping, ZeroCause};
 use crate::format::qcow2::{L2Entry, Qcow2Header, TableLocation, refcount_of, trace_tables};
 use crate::format::trace::{Refcount, TraceStep};
-use crate::metadata::{Metadata, Owner, Piece, PieceKind, Qcow2Metadata, UsedRange};
-use crate::status::{FileRole, HostPlace};
+use crate::metadata::{
+    Metadata, Owner, Piece, PieceKind, Problem, Problems, Qcow2Metadata, UsedRange,
+};
+use crate::status::{FileRole, HostPlace, ZeroStatus};
 use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset};
 
 /// What one byte of a file of the chain is.
@@ -30,6 +33,20 @@ pub struct ByteUse {
     pub truncated: bool,
     /// The refcount of its cluster, or why that can't be told; of qcow2 image files only.
     pub refcount: Option<Result<Refcount>>,
+    /// Damaged metadata: of the layer's own tables, which may have led to the byte, and of
+    /// those of all layers that the chain reads for its uses. At most [`MAX_LISTED`].
+    pub problems: Vec<LayerProblem>,
+    /// How many more there were.
+    pub problems_omitted: u64,
+}
+
+/// Damaged metadata of a layer's image file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayerProblem {
+    /// The layer: 0 the active layer, 1 its backing file, and so on.
+    pub depth: u32,
+    /// What is wrong.
+    pub problem: Problem,
 }
 
 /// A snapshot as people know it.
@@ -86,6 +103,9 @@ pub enum Visibility {
     HiddenBy(u32),
     /// The chain's disk ends before, or an overlay's on the way does.
     OutOfReach,
+    /// The metadata of the layer at this depth, its own or an overlay, is damaged there:
+    /// nobody can tell.
+    Damaged(u32),
     /// It is another state of the image than the chain has: a snapshot, or the active layer
     /// where a snapshot was opened.
     OtherState,
@@ -97,7 +117,8 @@ pub enum Visibility {
 /// image whose file it is.
 ///
 /// # Errors
-/// The chain has no such layer or file; the image's header can't be read again.
+/// The chain has no such layer or file; the image's header can't be read again. Damaged tables
+/// are no error, but [problems](ByteUse::problems).
 pub fn explain_reverse(
     chain: &Chain,
     depth: u32,
@@ -134,6 +155,7 @@ pub fn explain_reverse(
         let cluster = HostOffset::new(offset.get() / cluster_size * cluster_size);
         refcount_of(&layer.source, &qcow2.header, cluster)
     });
+    let (problems, problems_omitted) = list_problems(depth, &found.problems, &reverse.damage);
     Ok(ByteUse {
         depth,
         place,
@@ -143,7 +165,34 @@ pub fn explain_reverse(
         unclaimed: found.unclaimed,
         truncated: found.truncated,
         refcount,
+        problems,
+        problems_omitted,
     })
+}
+
+/// What is wrong with the tables of the image at `depth`, then what is wrong on the chain's
+/// way to the byte's uses; and how much more there is.
+fn list_problems(
+    depth: u32,
+    of_image: &Problems,
+    of_chain: &DamageList,
+) -> (Vec<LayerProblem>, u64) {
+    let known = |damage: &Damage| {
+        let is_it = |problem: &Problem| Some(problem.offset.get()) == damage.error.offset();
+        damage.depth == depth && of_image.iter().any(is_it)
+    };
+    let of_image_listed =
+        of_image.iter().map(|problem| LayerProblem { depth, problem: problem.clone() });
+    let twice = of_chain.listed().iter().filter(|damage| known(damage)).count();
+    let of_chain_listed =
+        of_chain.listed().iter().filter(|damage| !known(damage)).map(|damage| LayerProblem {
+            depth: damage.depth,
+            problem: Problem::of_error(&damage.error, HostOffset::ZERO),
+        });
+    let all = of_image.iter().len() as u64 + of_image.omitted() + of_chain.count();
+    let listed: Vec<_> = of_image_listed.chain(of_chain_listed).take(MAX_LISTED).collect();
+    let omitted = all.saturating_sub((listed.len() + twice) as u64);
+    (listed, omitted)
 }
 
 /// What to call a piece of metadata.
@@ -206,6 +255,8 @@ struct Reverse<'a> {
     tables: HashMap<Owner, (TableLocation, u64)>,
     /// Whose state of its image the chain has.
     in_chain: Owner,
+    /// What the chain came upon on its way to the uses.
+    damage: DamageList,
 }
 
 impl<'a> Reverse<'a> {
@@ -234,7 +285,7 @@ impl<'a> Reverse<'a> {
             }
             _ => Owner::Active,
         };
-        Self { chain, layer, depth, place, qcow2, tables, in_chain }
+        Self { chain, layer, depth, place, qcow2, tables, in_chain, damage: DamageList::default() }
     }
 
     fn guest_use(&mut self, owner: Owner, guest: GuestOffset, stream: Option<Piece>) -> GuestUse {
@@ -303,7 +354,7 @@ impl<'a> Reverse<'a> {
     }
 
     /// What the chain has at the guest's byte, or anywhere in a compressed cluster.
-    fn visibility(&self, guest: GuestOffset, kind: GuestUseKind) -> Visibility {
+    fn visibility(&mut self, guest: GuestOffset, kind: GuestUseKind) -> Visibility {
         let length = match kind {
             GuestUseKind::Compressed { .. } => self.layer.image.cluster_size(),
             _ => 1,
@@ -318,40 +369,50 @@ impl<'a> Reverse<'a> {
         for window in self.chain.windows(range) {
             // Past damage nothing is an error.
             let Ok(mut extents) = resolver.resolve(window) else { continue };
-            let found = extents.find_map(|extent| {
+            let is_shown = extents.any(|extent| {
                 let is_it = extent.depth == self.depth
                     && match (extent.mapping, kind) {
                         (
                             Mapping::Compressed { host, .. },
                             GuestUseKind::Compressed { stream, .. },
                         ) => host == stream,
-                        (mapping, GuestUseKind::Data) => {
-                            mapping.is_data() && self.is_place(mapping)
-                        }
+                        (mapping, GuestUseKind::Data) => self.is_place(mapping),
                         _ => false,
                     };
-                if is_it {
-                    return Some(Visibility::Shown);
-                }
-                best = match extent.depth {
-                    depth if depth == self.depth => Visibility::NotRead,
-                    depth if depth < self.depth => Visibility::HiddenBy(depth),
+                let instead = match extent.mapping {
                     // Its own layer left it to the backing file.
-                    _ => Visibility::NotRead,
+                    _ if extent.depth > self.depth => Visibility::NotRead,
+                    Mapping::Damaged { .. } => Visibility::Damaged(extent.depth),
+                    _ if extent.depth == self.depth => Visibility::NotRead,
+                    // That layer holds nothing: the one below it ends before.
+                    Mapping::Zero(ZeroCause::PastBackingEnd(_)) => Visibility::OutOfReach,
+                    _ => Visibility::HiddenBy(extent.depth),
                 };
-                None
+                // Where a compressed cluster has several, what can't be told goes first.
+                if !matches!(best, Visibility::Damaged(_)) && instead != Visibility::OutOfReach {
+                    best = instead;
+                }
+                is_it
             });
-            if found.is_some() {
-                return Visibility::Shown;
+            if is_shown {
+                best = Visibility::Shown;
+                break;
             }
         }
+        self.damage.append(resolver.take_damage());
         best
     }
 
-    /// Whether a mapping of one byte is the byte in question.
+    /// Whether a mapping of one byte reads the byte in question; a hole there is read too, but
+    /// not a cluster that is only kept.
     fn is_place(&self, mapping: Mapping) -> bool {
         let place = match mapping {
             Mapping::Encrypted { place, .. } => Some(place),
+            Mapping::Zero(
+                ZeroCause::Layer(ZeroStatus::Allocated(_))
+                | ZeroCause::Unallocated(_)
+                | ZeroCause::PastBackingEnd(_),
+            ) => None,
             mapping => mapping.place(),
         };
         place == Some(self.place)

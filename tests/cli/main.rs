@@ -3,6 +3,7 @@
 
 mod check;
 mod contract;
+mod explain;
 mod golden;
 mod images;
 mod pipes;

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use imgdm::chain::Chain;
 use imgdm::error::printable;
-use imgdm::explain::{ByteUse, GuestUse, GuestUseKind, SnapshotName, Visibility};
+use imgdm::explain::{ByteUse, GuestUse, GuestUseKind, LayerProblem, SnapshotName, Visibility};
 use imgdm::source::FileId;
 use imgdm::status::FileRole;
 use imgdm::units::{ByteLen, HostOffset};
@@ -17,7 +17,7 @@ use serde::Serialize;
 use super::forward::json_path;
 use super::steps::{JsonSnapshot, Stored};
 use super::{Shown, parse_place};
-use crate::cli::output::JsonPath;
+use crate::cli::output::{JsonPath, show_path};
 
 /// `FILE:OFFSET`; without a FILE the image itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,7 +66,9 @@ impl FilePlace {
 
 /// The whole report.
 #[derive(Debug, Serialize)]
-pub(super) struct Report {
+pub(super) struct Report<'a> {
+    #[serde(skip)]
+    found: &'a ByteUse,
     #[serde(flatten)]
     file: JsonPath,
     /// The layer whose file it is, and whether its image file or its data file.
@@ -76,7 +78,7 @@ pub(super) struct Report {
     /// The file ends before the byte.
     past_end: bool,
     metadata: Vec<JsonPiece>,
-    guests: Vec<JsonUse>,
+    guests: Vec<JsonUse<'a>>,
     /// Set where nothing refers to the byte.
     #[serde(skip_serializing_if = "Option::is_none")]
     unclaimed: Option<JsonRange>,
@@ -84,6 +86,18 @@ pub(super) struct Report {
     refcount: Option<JsonRefcount>,
     /// There are more uses than are listed.
     truncated: bool,
+    /// What damaged metadata may have led to the byte.
+    problems: Vec<JsonProblem>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    problems_omitted: Option<u64>,
+}
+
+#[derive(Debug, Serialize)]
+struct JsonProblem {
+    depth: u32,
+    kind: &'static str,
+    offset: u64,
+    message: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -95,7 +109,9 @@ struct JsonPiece {
 }
 
 #[derive(Debug, Serialize)]
-struct JsonUse {
+struct JsonUse<'a> {
+    #[serde(skip)]
+    found: &'a GuestUse,
     /// None for the active layer.
     snapshot: Option<JsonSnapshot>,
     guest_offset: u64,
@@ -108,6 +124,9 @@ struct JsonUse {
     visibility: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     hidden_by: Option<u32>,
+    /// The layer that can't tell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    damaged_layer: Option<u32>,
 }
 
 #[derive(Debug, Serialize)]
@@ -132,8 +151,8 @@ struct JsonRefcount {
     problem: Option<String>,
 }
 
-impl Report {
-    pub(super) fn of(chain: &Chain, found: &ByteUse) -> Option<Self> {
+impl<'a> Report<'a> {
+    pub(super) fn of(chain: &Chain, found: &'a ByteUse) -> Option<Self> {
         let layer = chain.layers().get(found.depth as usize)?;
         let offset = found.place.offset.get();
         let refcount = found.refcount.as_ref().map(|refcount| match refcount {
@@ -153,6 +172,7 @@ impl Report {
             },
         });
         Some(Self {
+            found,
             file: json_path(layer, found.place.file),
             depth: found.depth,
             role: match found.place.file {
@@ -179,12 +199,23 @@ impl Report {
             }),
             refcount,
             truncated: found.truncated,
+            problems: found
+                .problems
+                .iter()
+                .map(|LayerProblem { depth, problem }| JsonProblem {
+                    depth: *depth,
+                    kind: problem.kind.name(),
+                    offset: problem.offset.get(),
+                    message: problem.to_string(),
+                })
+                .collect(),
+            problems_omitted: (found.problems_omitted > 0).then_some(found.problems_omitted),
         })
     }
 }
 
-impl JsonUse {
-    fn of(found: &GuestUse) -> Self {
+impl<'a> JsonUse<'a> {
+    fn of(found: &'a GuestUse) -> Self {
         let (kind, stream) = match found.kind {
             GuestUseKind::Data => ("data", None),
             GuestUseKind::Compressed { stream, length } => ("compressed", Some((stream, length))),
@@ -193,14 +224,16 @@ impl JsonUse {
             GuestUseKind::Contradiction => ("contradiction", None),
             GuestUseKind::PastDisk => ("past-disk", None),
         };
-        let (visibility, hidden_by) = match found.visibility {
-            Visibility::Shown => ("shown", None),
-            Visibility::HiddenBy(depth) => ("hidden", Some(depth)),
-            Visibility::OutOfReach => ("out-of-reach", None),
-            Visibility::OtherState => ("other-state", None),
-            Visibility::NotRead => ("not-read", None),
+        let (visibility, hidden_by, damaged_layer) = match found.visibility {
+            Visibility::Shown => ("shown", None, None),
+            Visibility::HiddenBy(depth) => ("hidden", Some(depth), None),
+            Visibility::OutOfReach => ("out-of-reach", None, None),
+            Visibility::Damaged(depth) => ("damaged", None, Some(depth)),
+            Visibility::OtherState => ("other-state", None, None),
+            Visibility::NotRead => ("not-read", None, None),
         };
         Self {
+            found,
             snapshot: found
                 .snapshot
                 .clone()
@@ -211,32 +244,34 @@ impl JsonUse {
             stream_length: stream.map(|(_, length): (_, ByteLen)| length.get()),
             visibility,
             hidden_by,
+            damaged_layer,
         }
     }
 
     fn print(&self, out: &mut impl Write) -> io::Result<()> {
         let guest = self.guest_offset;
-        match self.kind {
-            "data" => write!(out, "byte {guest:#x} of the disk")?,
-            "compressed" => write!(
+        match self.found.kind {
+            GuestUseKind::Data => write!(out, "byte {guest:#x} of the disk")?,
+            GuestUseKind::Compressed { stream, length } => write!(
                 out,
-                "in the compressed stream at {:#x} (at most {} bytes), which gives the cluster at {guest:#x} of the disk",
-                self.stream_offset.unwrap_or(0),
-                self.stream_length.unwrap_or(0)
+                "in the compressed stream at {stream} (at most {} bytes), which gives the cluster at {guest:#x} of the disk",
+                length.get()
             )?,
-            "kept-for-zeros" => {
+            GuestUseKind::KeptForZeros => {
                 write!(out, "kept for byte {guest:#x} of the disk, which reads as zero")?;
             }
-            "kept-unallocated" => {
+            GuestUseKind::KeptUnallocated => {
                 write!(out, "kept for byte {guest:#x} of the disk, which is the backing file's")?;
             }
-            "contradiction" => {
+            GuestUseKind::Contradiction => {
                 write!(
                     out,
                     "kept for byte {guest:#x} of the disk, whose entry contradicts itself"
                 )?;
             }
-            _ => write!(out, "byte {guest:#x} past the end of the disk (VM state, or nothing)")?,
+            GuestUseKind::PastDisk => {
+                write!(out, "byte {guest:#x} past the end of the disk (VM state, or nothing)")?;
+            }
         }
         match &self.snapshot {
             None => write!(out, ", active layer")?,
@@ -244,21 +279,55 @@ impl JsonUse {
                 write!(out, ", snapshot {} ({})", printable(id), printable(name))?;
             }
         }
-        match (self.visibility, self.hidden_by) {
-            ("shown", _) => writeln!(out, ": the chain shows it"),
-            (_, Some(depth)) => writeln!(out, ": hidden by layer {depth}"),
-            ("out-of-reach", _) => writeln!(out, ": the chain does not reach so far"),
-            ("other-state", _) => writeln!(out, ": not what the chain reads of this image"),
-            _ => writeln!(out, ": not read"),
+        match self.found.visibility {
+            Visibility::Shown => writeln!(out, ": the chain shows it"),
+            Visibility::HiddenBy(depth) => writeln!(out, ": hidden by layer {depth}"),
+            Visibility::OutOfReach => writeln!(out, ": the chain does not reach so far"),
+            Visibility::Damaged(depth) => {
+                writeln!(out, ": layer {depth} is damaged there, whether it is read can't be told")
+            }
+            Visibility::OtherState => writeln!(out, ": not what the chain reads of this image"),
+            Visibility::NotRead => writeln!(out, ": not read"),
         }
     }
 }
 
-impl Shown for Report {
+/// Lists on stderr what damage may have led to the byte or away from it, and fails where there
+/// is any.
+///
+/// # Errors
+/// There is damage.
+pub(super) fn report_problems(chain: &Chain, found: &ByteUse) -> anyhow::Result<()> {
+    let count = found.problems.len() as u64 + found.problems_omitted;
+    if count == 0 {
+        return Ok(());
+    }
+    let mut err = io::BufWriter::new(io::stderr());
+    for LayerProblem { depth, problem } in &found.problems {
+        let layer = chain.layers().get(*depth as usize);
+        let path = layer.map(|layer| format!("{}: ", show_path(layer.source.path())));
+        let path = path.unwrap_or_default();
+        writeln!(err, "imgdm: {path}at offset {}: {problem}", problem.offset)?;
+    }
+    if found.problems_omitted > 0 {
+        writeln!(err, "imgdm: and {} more like these", found.problems_omitted)?;
+    }
+    err.flush()?;
+    let message = format!(
+        "the metadata is damaged in {count} place{}; what that leads to is not known",
+        if count == 1 { "" } else { "s" }
+    );
+    Err(Error::invalid(message).into())
+}
+
+impl Shown for Report<'_> {
     fn print(&self, out: &mut dyn Write) -> io::Result<()> {
         let mut out = out;
         let (offset, depth) = (self.offset, self.depth);
-        let role = if self.role == "image" { "" } else { "'s data file" };
+        let role = match self.found.place.file {
+            FileRole::Image => "",
+            FileRole::DataFile => "'s data file",
+        };
         writeln!(
             out,
             "byte {offset} ({offset:#x}) of {} (layer {depth}{role})",
@@ -274,18 +343,20 @@ impl Shown for Report {
             write!(out, "  - ")?;
             found.print(&mut out)?;
         }
+        let nothing =
+            if self.problems.is_empty() { "nothing" } else { "nothing that could be read" };
         if let Some(JsonRange { used, offset, length }) = &self.unclaimed {
-            writeln!(out, "  - nothing refers to it: {used} ({length} bytes at {offset:#x})")?;
+            writeln!(out, "  - {nothing} refers to it: {used} ({length} bytes at {offset:#x})")?;
         }
         if self.metadata.is_empty()
             && self.guests.is_empty()
             && self.unclaimed.is_none()
             && !self.past_end
         {
-            writeln!(out, "  - nothing refers to it")?;
+            writeln!(out, "  - {nothing} refers to it")?;
         }
         if self.truncated {
-            writeln!(out, "  - and more than can be listed")?;
+            writeln!(out, "  - and there is more than imgdm keeps in memory")?;
         }
         match &self.refcount {
             Some(JsonRefcount { count: Some(count), at: Some(at), .. }) => {
