@@ -335,7 +335,7 @@ fn tables_strewn_over_more_than_is_kept_may_hide_a_use() {
     let l1 = 8 * CLUSTER;
     image.u64(24, TABLES * 64 * CLUSTER).u32(36, u32::try_from(TABLES).unwrap()).u64(40, l1);
     for table in 0..TABLES {
-        image.u64(l1 + table * 8, (table + 1) * DISTANCE | COPIED);
+        image.u64(l1 + table * 8, ((table + 1) * DISTANCE) | COPIED);
     }
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("x.qcow2");

@@ -80,7 +80,7 @@ fn a_hole_of_a_raw_file_is_shown() {
     let found = json(&output);
     assert_eq!(found["guests"][0]["visibility"], "shown", "{found}");
     // Not so the cluster that a zero cluster keeps.
-    Qcow2::new().entry(1, 3 * CLUSTER as u64 | 1 << 63 | 1).write(directory.path(), "x.qcow2");
+    Qcow2::new().entry(1, (3 * CLUSTER as u64) | (1 << 63) | 1).write(directory.path(), "x.qcow2");
     let output = reverse(directory.path(), ":0x30000", &["--output=json", "x.qcow2"]);
     let found = json(&output);
     assert_eq!(found["guests"][0]["kind"], "kept-for-zeros", "{found}");
