@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::extent::{Mapping, ZeroCause};
 use crate::status::{Encryption, HostPlace};
 use crate::units::{HostOffset, SECTOR_SIZE};
 
