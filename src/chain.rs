@@ -404,7 +404,7 @@ impl Resolver<'_> {
     /// damage); no layer is so deep.
     pub fn layer_runs(&mut self, depth: usize, range: GuestRange) -> Result<&[StatusRun]> {
         let chain = self.chain;
-        let Some(layer) = chain.layers.get(depth) else {
+        let Some(layer) = chain.layers().get(depth) else {
             return Err(Error::new(ErrorKind::Usage(format!("there is no layer {depth}"))));
         };
         self.ask(layer, u32::try_from(depth).unwrap_or(u32::MAX), range)?;

@@ -326,3 +326,14 @@ fn damage_is_one_extent_and_counts_once_however_many_windows_see_it() {
     assert!(layer.damage_at(GuestOffset::new(TORN.0)).is_some());
     assert!(layer.damage_at(GuestOffset::new(TORN.1)).is_none());
 }
+
+#[test]
+fn a_base_is_asked_for_its_own_layers() {
+    let chain = chain_of(vec![vec![Sector::Zero; 8], vec![Sector::Data(3); 8]]);
+    let base = chain.base(1).unwrap();
+    let mut resolver = base.resolver(HoleQuery::AsQemu);
+    let place = HostPlace::in_image(HostOffset::new(3 * SECTOR_SIZE));
+    let runs = resolver.layer_runs(0, base.whole()).unwrap();
+    assert_eq!(runs[0].status, BlockStatus::Data(place));
+    assert!(resolver.layer_runs(1, base.whole()).is_err());
+}
