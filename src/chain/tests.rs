@@ -272,16 +272,24 @@ impl ImageFormat for Torn {
     }
 }
 
-fn torn_below(overlay: Vec<Sector>) -> Chain {
-    let layer = |image: Box<dyn ImageFormat>, name: &str| Layer {
+fn layer(image: Box<dyn ImageFormat>, name: &str) -> Layer {
+    Layer {
         image,
         source: Arc::new(Source::from_bytes(name, vec![0; 1 << 20])),
         data_file: None,
         declared_format: None,
-    };
+    }
+}
+
+fn torn_below(overlay: Vec<Sector>) -> Chain {
     let layers =
         vec![layer(Box::new(Synthetic(overlay)), "top"), layer(Box::new(Torn), "torn.qcow2")];
     Chain::new(layers).unwrap()
+}
+
+/// A chain that no key opens, and whose damage ends every walk.
+pub(crate) fn torn() -> Chain {
+    Chain::new(vec![layer(Box::new(Torn), "torn.qcow2")]).unwrap()
 }
 
 #[test]

@@ -179,6 +179,9 @@ impl<'c> Comparison<'c> {
     /// What a layer's metadata says.
     pub fn keys_needed(&self) -> Result<(BTreeSet<u32>, BTreeSet<u32>)> {
         let (mut of_a, mut of_b) = (BTreeSet::new(), BTreeSet::new());
+        if !self.a.can_need_keys() && !self.b.can_need_keys() {
+            return Ok((of_a, of_b));
+        }
         let encrypted = |extent: Option<Extent>| {
             extent.filter(|e| State::of(e.mapping) == State::Encrypted).map(|e| e.depth)
         };

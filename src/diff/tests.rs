@@ -178,3 +178,11 @@ fn the_first_error_ends_the_comparison() {
     assert!(comparison.for_each_content(&Ciphers::new(), |_| stop(), |_| Ok(())).is_err());
     assert!(comparison.for_each_content(&Ciphers::new(), |_| Ok(()), |_| stop()).is_err());
 }
+
+#[test]
+fn chains_that_are_not_encrypted_are_not_walked_for_keys() {
+    let (a, b) = (crate::chain::tests::torn(), crate::chain::tests::torn());
+    let comparison = Comparison::new(&a, &b);
+    assert!(comparison.for_each_mapping(|_| Ok(()), |_| Ok(())).is_err(), "a walk would fail");
+    assert_eq!(comparison.keys_needed().unwrap(), (BTreeSet::new(), BTreeSet::new()));
+}

@@ -51,6 +51,11 @@ impl Ciphers {
 }
 
 impl Chain {
+    /// False where no layer is encrypted.
+    pub(crate) fn can_need_keys(&self) -> bool {
+        self.layers().iter().any(|layer| !matches!(layer.image.crypt_header(), Ok(None)))
+    }
+
     /// The depths of the layers whose ciphertext is to be seen in `range`: reading it takes
     /// their keys, and no others. Layers that are covered, or hold only compressed
     /// clusters (which are never encrypted), need none.
@@ -59,7 +64,7 @@ impl Chain {
     /// What a layer's metadata says.
     pub fn keys_needed(&self, range: GuestRange) -> Result<BTreeSet<u32>> {
         let mut needed = BTreeSet::new();
-        if self.layers().iter().all(|layer| matches!(layer.image.crypt_header(), Ok(None))) {
+        if !self.can_need_keys() {
             return Ok(needed);
         }
         self.map_windows(
