@@ -287,7 +287,7 @@ fn torn_below(overlay: Vec<Sector>) -> Chain {
     Chain::new(layers).unwrap()
 }
 
-/// A chain that no key opens, and whose damage ends every walk.
+/// A chain with no encrypted layer, whose damage ends every walk.
 pub(crate) fn torn() -> Chain {
     Chain::new(vec![layer(Box::new(Torn), "torn.qcow2")]).unwrap()
 }

@@ -154,8 +154,13 @@ impl<W: Iterator<Item = GuestRange>> Units<'_, W> {
         // Up to here reach the compressed clusters that were begun.
         let mut begun = GuestOffset::ZERO;
         while let Some(extent) = self.extents.get(self.index) {
-            if unit.bytes >= UNIT_BYTES && self.start >= begun {
+            if self.start >= self.end || (unit.bytes >= UNIT_BYTES && self.start >= begun) {
                 break;
+            }
+            if extent.end() <= self.start {
+                // The range starts in a window's first sector, but past this extent.
+                self.index += 1;
+                continue;
             }
             let mut end = extent.end();
             match extent.mapping {
@@ -189,7 +194,8 @@ impl<W: Iterator<Item = GuestRange>> Iterator for Units<'_, W> {
     type Item = Result<Unit>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        while self.index >= self.extents.len() {
+        // The last window goes on to a sector's end: extents there can be past the range.
+        while self.index >= self.extents.len() || self.start >= self.end {
             let window = self.windows.next()?;
             self.extents.clear();
             self.index = 0;

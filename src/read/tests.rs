@@ -190,3 +190,19 @@ fn reads_past_the_end_of_the_disk_are_refused() {
     }
     chain.read_at(&Ciphers::new(), GuestOffset::new(2048), &mut []).unwrap();
 }
+
+#[test]
+fn a_sweep_ends_at_its_range_where_a_file_ends_in_the_same_sector() {
+    let bytes: Vec<u8> = (0..1000).map(|at| (at % 251) as u8 + 1).collect();
+    let source = std::sync::Arc::new(Source::from_bytes("odd.raw", bytes.clone()));
+    let image =
+        Box::new(crate::format::raw::RawImage::open(std::sync::Arc::clone(&source)).unwrap());
+    let layer = crate::chain::Layer { image, source, data_file: None, declared_format: None };
+    let chain = Chain::new(vec![layer]).unwrap();
+    let mut disk = bytes;
+    disk.resize(1024, 0);
+    for (start, end) in [(0, 700), (600, 700), (0, 1000), (900, 1010), (1000, 1010), (1005, 1024)] {
+        let swept = swept(&chain, &Ciphers::new(), range(start, end)).unwrap();
+        assert_eq!(swept, disk[start..end], "{start}..{end}");
+    }
+}
