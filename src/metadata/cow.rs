@@ -82,12 +82,10 @@ impl CowMetadata {
             *start = end;
             Some(range)
         });
-        let windows = (0..size.div_ceil(WINDOW)).map(move |window| window * WINDOW);
-        let data = windows.flat_map(move |start| {
-            let end = (start + WINDOW).min(size);
-            // Past the file's end there is nothing to be told apart.
-            if data_start + start >= length { Vec::new() } else { self.window(start, end) }
-        });
+        // Past the file's end there is nothing to be told apart.
+        let in_file = size.min(length.saturating_sub(data_start));
+        let windows = (0..in_file.div_ceil(WINDOW)).map(|window| window * WINDOW);
+        let data = windows.flat_map(move |start| self.window(start, (start + WINDOW).min(size)));
         let data_end = data_start.saturating_add(size);
         let tail = UsedRange::new(data_end, length.max(data_end), RangeUse::Unreferenced);
         front.chain(data).chain([tail]).filter_map(move |range| clipped(range, length))

@@ -263,6 +263,23 @@ pub(super) fn absurd_size(command: &str) {
     assert_fails(&on(command, &image, &[]), 65, &["L1 table has 1 entries"]);
 }
 
+/// A cow image whose bitmap would be larger than any file.
+pub(super) fn absurd_cow_size(command: &str) {
+    let directory = tempfile::tempdir().unwrap();
+    for (magic, version, size) in [
+        (b"OOOM", 1u32.to_be_bytes(), (1u64 << 62).to_be_bytes()),
+        (b"MOOO", 1u32.to_le_bytes(), (1u64 << 62).to_le_bytes()),
+    ] {
+        let mut bytes = [&magic[..], &version, &[0; 260], &size].concat();
+        let sector = 512u32;
+        let swapped = magic == b"MOOO";
+        bytes.extend(if swapped { sector.to_le_bytes() } else { sector.to_be_bytes() });
+        std::fs::write(directory.path().join("x.cow"), bytes).unwrap();
+        let output = imgdm(directory.path(), &[command, "x.cow"]);
+        assert_fails(&output, 65, &["x.cow", "lies outside the file"]);
+    }
+}
+
 /// One test for each pair.
 macro_rules! contract {
     ($($command:ident: $($case:ident)*;)*) => {
@@ -281,8 +298,8 @@ macro_rules! for_every_reader {
             missing_file no_argument unknown_option unknown_format help not_an_image_file
             garbage no_permission no_such_snapshot missing_backing_file remote_backing_file
             unknown_backing_format cycle unknown_feature corrupt_bit table_out_of_the_file
-            truncated absurd_size an_image_of_another_format names_that_move_the_cursor
-            one_l2_table_named_twice;)* }
+            truncated absurd_size absurd_cow_size an_image_of_another_format
+            names_that_move_the_cursor one_l2_table_named_twice;)* }
     };
 }
 
@@ -336,13 +353,14 @@ fn explain_wants_a_byte_of_the_disk_or_of_a_file_of_the_chain() {
 // It reads the image file alone, and goes on where the others stop.
 contract! { check:
     missing_file no_argument unknown_option unknown_format help not_an_image_file garbage
-    no_permission unknown_feature absurd_size an_image_of_another_format;
+    no_permission unknown_feature absurd_size absurd_cow_size an_image_of_another_format;
 }
 
 // These read headers, and go on past what else is damaged.
 contract! {
     info: missing_file no_argument unknown_option unknown_format help not_an_image_file garbage
-        no_permission unknown_feature absurd_size an_image_of_another_format;
+        no_permission unknown_feature absurd_size absurd_cow_size
+        an_image_of_another_format;
     snapshots: missing_file no_argument unknown_option unknown_format help not_an_image_file
         garbage no_permission unknown_feature absurd_size an_image_of_another_format;
 }

@@ -20,6 +20,10 @@ pub use layout::{CowHeader, CowLayout};
 /// Bytes of the bitmap that are read at a time.
 const BITMAP_CHUNK: usize = 64 << 10;
 
+/// Bytes of the bitmap that may be missing of a file however short, past damage: the bits
+/// of 256 MiB.
+const MOST_MISSING: u64 = 64 << 10;
+
 /// True where the first bytes of a file are a cow header: the magic, and a version that
 /// was written with it.
 pub fn probe(start: &[u8]) -> bool {
@@ -53,13 +57,16 @@ impl CowImage {
     /// spoils is damage when it is asked for.
     ///
     /// # Errors
-    /// As [`open`](Self::open), but for the bitmap.
+    /// As [`open`](Self::open), but of the bitmap only where more is missing than the file
+    /// is long and 64 KiB: so the disk's size, and with it the work of a walk over it, is
+    /// bounded by the file's.
     pub fn open_past_damage(source: Arc<Source>) -> Result<Self> {
-        const ANY_LENGTH: ByteLen = ByteLen::new(u64::MAX);
         Self::open_inner(source, |start, length| {
             // Whose a version 2 is, is told by what fits: first of all the file.
-            CowHeader::parse(start, length)
-                .or_else(|error| CowHeader::parse(start, ANY_LENGTH).map_err(|_| error))
+            CowHeader::parse(start, length).or_else(|error| {
+                let with_missing = length.get().saturating_mul(2).saturating_add(MOST_MISSING);
+                CowHeader::parse(start, ByteLen::new(with_missing)).map_err(|_| error)
+            })
         })
     }
 

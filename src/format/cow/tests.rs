@@ -395,6 +395,23 @@ fn past_damage_the_bits_that_are_lost_spoil_their_sectors() {
 }
 
 #[test]
+fn past_damage_a_size_whose_bits_no_such_file_could_have_lost_is_refused() {
+    for shape in SHAPES {
+        let open = |size: u64| {
+            let mut builder = Builder::new(shape.layout, 0);
+            builder.put_u64(shape.size, size);
+            builder.bytes.truncate(shape.end);
+            let source = Source::from_bytes("a.cow", builder.bytes);
+            CowImage::open_past_damage(Arc::new(source))
+        };
+        assert_eq!(open(128 << 20).unwrap().virtual_size().get(), 128 << 20);
+        for size in [1 << 32, 1 << 40, 1 << 62] {
+            refusal(open(size), "outside the file");
+        }
+    }
+}
+
+#[test]
 fn a_version_2_that_fits_no_layout_names_what_was_tried() {
     let mut builder = Builder::new(UmlV2, 4096);
     let error = refusal(builder.put_u32(4116, 1024).open(), "fits no known layout");
