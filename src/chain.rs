@@ -14,7 +14,7 @@ use crate::damage::DamageList;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Coalescer, Extent};
 use crate::format::{BackingReference, Format, ImageFormat, Scratch};
-use crate::holes::{Piece, for_each_piece};
+use crate::holes::{self, Piece, for_each_piece};
 use crate::source::Source;
 use crate::status::{BlockStatus, FileRole, StatusRun, ZeroStatus};
 use crate::units::{ByteLen, GuestOffset, GuestRange};
@@ -68,6 +68,34 @@ impl Layer {
     /// The name and declared format of its backing file.
     pub fn backing(&self) -> Option<&BackingReference> {
         self.image.backing()
+    }
+
+    /// Whether holes of its file of that role are asked for. (A raw layer's status is that
+    /// answer already.)
+    fn asks_for_holes(&self, role: FileRole, holes: HoleQuery) -> bool {
+        match holes {
+            HoleQuery::Deep => true,
+            _ if self.image.looks_preallocated() => true,
+            HoleQuery::DataFiles => role == FileRole::DataFile,
+            HoleQuery::AsQemu => false,
+        }
+    }
+
+    /// Whether holes of any of its files are asked for.
+    fn asks_any_for_holes(&self, holes: HoleQuery) -> bool {
+        self.image.format() != Format::Raw
+            && self.files().any(|(role, _)| self.asks_for_holes(role, holes))
+    }
+
+    /// Bytes of a run to be reckoned with, in sizing windows: those of its image, or fewer
+    /// where holes split its runs.
+    pub(crate) fn granularity(&self, holes: HoleQuery) -> u64 {
+        let granularity = self.image.granularity();
+        // Whether an image looks preallocated takes reading its refcounts: not for nothing.
+        if granularity > holes::GRANULARITY && self.asks_any_for_holes(holes) {
+            return holes::GRANULARITY;
+        }
+        granularity
     }
 
     /// What is wrong with the metadata of the guest's byte at `offset`, which lies inside
@@ -188,7 +216,7 @@ impl Chain {
         each: &mut dyn FnMut(&Extent) -> Result<()>,
     ) -> Result<DamageList> {
         let mut coalescer = Coalescer::default();
-        for window in self.windows(range) {
+        for window in self.windows(range, resolver.holes) {
             for extent in resolver.resolve(window)? {
                 if let Some(done) = coalescer.push(extent) {
                     each(&done)?;
@@ -213,7 +241,7 @@ impl Chain {
         work: impl Fn(GuestRange, Extents<'_>) -> T + Sync,
         take: impl FnMut(T) -> Result<()>,
     ) -> Result<()> {
-        self.map_windows_by(|| self.resolver(holes), range, work, take).map(drop)
+        self.map_windows_by(|| self.resolver(holes), range, holes, work, take).map(drop)
     }
 
     /// As [`map_windows`](Self::map_windows), but going on past damage, which it gives
@@ -228,20 +256,21 @@ impl Chain {
         work: impl Fn(GuestRange, Extents<'_>) -> T + Sync,
         take: impl FnMut(T) -> Result<()>,
     ) -> Result<DamageList> {
-        self.map_windows_by(|| self.resolver_past_damage(holes), range, work, take)
+        self.map_windows_by(|| self.resolver_past_damage(holes), range, holes, work, take)
     }
 
     fn map_windows_by<'c, T: Send>(
         &'c self,
         resolver: impl Fn() -> Resolver<'c> + Sync + Send,
         range: GuestRange,
+        holes: HoleQuery,
         work: impl Fn(GuestRange, Extents<'_>) -> T + Sync,
         mut take: impl FnMut(T) -> Result<()>,
     ) -> Result<DamageList> {
         let mut damage = DamageList::default();
         let threads = rayon::current_num_threads();
         let batch_size = (threads * WINDOWS_PER_THREAD).min(WINDOWS_AT_ONCE);
-        let mut windows = self.windows(range);
+        let mut windows = self.windows(range, holes);
         loop {
             let batch: Vec<_> = windows.by_ref().take(batch_size).collect();
             if batch.is_empty() {
@@ -263,10 +292,15 @@ impl Chain {
         }
     }
 
-    /// Cuts `range` into the windows in which it is best resolved.
-    pub fn windows(&self, range: GuestRange) -> impl Iterator<Item = GuestRange> + use<> {
+    /// Cuts `range` into the windows in which it is best resolved, where `holes` are asked
+    /// for.
+    pub fn windows(
+        &self,
+        range: GuestRange,
+        holes: HoleQuery,
+    ) -> impl Iterator<Item = GuestRange> + use<> {
         let finest =
-            self.layers().iter().map(|layer| layer.image.granularity()).min().unwrap_or(512);
+            self.layers().iter().map(|layer| layer.granularity(holes)).min().unwrap_or(512);
         let size = (finest.saturating_mul(RUNS_PER_WINDOW)).clamp(1 << 20, 4 << 30);
         let mut at = range.start;
         let end = range.end;
@@ -493,23 +527,14 @@ impl Resolver<'_> {
 
     /// Splits the data runs by the holes of the file below, where those are wanted.
     fn ask_for_holes(&mut self, layer: &Layer) {
-        let wanted = |role| match self.holes {
-            HoleQuery::Deep => true,
-            _ if layer.image.looks_preallocated() => true,
-            HoleQuery::DataFiles => role == FileRole::DataFile,
-            HoleQuery::AsQemu => false,
-        };
-        // A raw layer has asked already: that is its status.
-        if layer.image.format() == Format::Raw
-            || !(wanted(FileRole::Image)
-                || (layer.data_file.is_some() && wanted(FileRole::DataFile)))
-        {
+        let holes = self.holes;
+        if !layer.asks_any_for_holes(holes) {
             return;
         }
         self.memory.split.clear();
         for run in &self.memory.runs {
             match run.status {
-                BlockStatus::Data(place) if wanted(place.file) => {
+                BlockStatus::Data(place) if layer.asks_for_holes(place.file, holes) => {
                     let split = &mut self.memory.split;
                     let source = layer.file(place.file);
                     for_each_piece(source, place.offset, run.length, &mut |at, length, piece| {

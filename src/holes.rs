@@ -3,6 +3,11 @@
 use crate::source::{Allocation, Source};
 use crate::units::{ByteLen, HostOffset};
 
+/// Bytes of a run to be reckoned with where holes are asked for, in sizing the windows in
+/// which a chain is walked. Holes come in blocks of the host's file system, but a file of
+/// nothing else is rare, and small windows would be slow on a large file of few pieces.
+pub const GRANULARITY: u64 = 64 << 10;
+
 /// What the host's file system says of a piece of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Piece {

@@ -185,7 +185,7 @@ proptest! {
         let chain = chain_of(vec![vec![Sector::Zero]]);
         let range = GuestRange::new(GuestOffset::new(from), GuestOffset::new(from + length));
         let mut at = range.start;
-        for window in chain.windows(range) {
+        for window in chain.windows(range, HoleQuery::AsQemu) {
             prop_assert_eq!(window.start, at);
             prop_assert!(!window.is_empty());
             at = window.end;
@@ -298,7 +298,7 @@ fn damage_is_one_extent_and_counts_once_however_many_windows_see_it() {
     let seen_over = 2 << 20 >> 9;
     overlay[seen_over] = Sector::Data(3);
     let chain = torn_below(overlay);
-    assert_eq!(chain.windows(chain.whole()).count(), 2);
+    assert_eq!(chain.windows(chain.whole(), HoleQuery::AsQemu).count(), 2);
     let mut extents = Vec::new();
     let found = chain
         .for_each_extent_past_damage(chain.whole(), HoleQuery::AsQemu, &mut |extent| {
@@ -344,4 +344,58 @@ fn a_base_is_asked_for_its_own_layers() {
     let runs = resolver.layer_runs(0, base.whole()).unwrap();
     assert_eq!(runs[0].status, BlockStatus::Data(place));
     assert!(resolver.layer_runs(1, base.whole()).is_err());
+}
+
+/// A disk of clusters of 2 MiB, all data.
+#[derive(Debug)]
+struct LargeClusters {
+    looks_preallocated: bool,
+}
+
+impl ImageFormat for LargeClusters {
+    fn format(&self) -> Format {
+        Format::Qcow2
+    }
+
+    fn virtual_size(&self) -> ByteLen {
+        ByteLen::new(1 << 40)
+    }
+
+    fn granularity(&self) -> u64 {
+        2 << 20
+    }
+
+    fn looks_preallocated(&self) -> bool {
+        self.looks_preallocated
+    }
+
+    fn status(&self, range: GuestRange, _: &mut Scratch, runs: &mut Vec<StatusRun>) -> Result<()> {
+        let place = HostPlace::in_image(HostOffset::new(range.start.get()));
+        let status = BlockStatus::Data(place);
+        runs.push(StatusRun { start: range.start, length: range.length(), status });
+        Ok(())
+    }
+}
+
+#[test]
+fn windows_are_small_where_holes_split_the_runs_of_large_clusters() {
+    use HoleQuery::{AsQemu, DataFiles, Deep};
+    for (looks_preallocated, has_data_file, holes, size) in [
+        (false, false, AsQemu, 4u64 << 30),
+        (false, false, DataFiles, 4 << 30),
+        (false, false, Deep, 256 << 20),
+        (true, false, AsQemu, 256 << 20),
+        (true, false, DataFiles, 256 << 20),
+        (false, true, AsQemu, 4 << 30),
+        (false, true, DataFiles, 256 << 20),
+        (false, true, Deep, 256 << 20),
+    ] {
+        let mut layer = layer(Box::new(LargeClusters { looks_preallocated }), "large.qcow2");
+        layer.data_file = has_data_file.then(|| Arc::clone(&layer.source));
+        let granularity = layer.granularity(holes);
+        let chain = Chain::new(vec![layer]).unwrap();
+        let mut windows = chain.windows(chain.whole(), holes);
+        assert_eq!(windows.next().unwrap().length().get(), size, "{holes:?}");
+        assert_eq!(size, granularity.saturating_mul(RUNS_PER_WINDOW).min(4 << 30));
+    }
 }

@@ -228,10 +228,11 @@ impl<'c> Comparison<'c> {
     fn windows(&self) -> impl Iterator<Item = Window> + Send + use<> {
         let (a, b) = (self.a.whole(), self.b.whole());
         let common = a.intersection(b);
-        let first = |chain: &Chain| chain.windows(common).next().map(GuestRange::length);
+        let first = |chain: &Chain| chain.windows(common, HOLES).next().map(GuestRange::length);
         let finer = if first(self.a) < first(self.b) { self.a } else { self.b };
-        let rest = |chain: &Chain| chain.windows(GuestRange::new(common.end, chain.whole().end));
-        let common = finer.windows(common).map(Window::Common);
+        let rest =
+            |chain: &Chain| chain.windows(GuestRange::new(common.end, chain.whole().end), HOLES);
+        let common = finer.windows(common, HOLES).map(Window::Common);
         common.chain(rest(self.a).map(Window::OnlyA)).chain(rest(self.b).map(Window::OnlyB))
     }
 

@@ -366,7 +366,7 @@ impl<'a> Reverse<'a> {
         }
         let mut resolver = self.chain.resolver_past_damage(HoleQuery::AsQemu);
         let mut best = Visibility::OutOfReach;
-        for window in self.chain.windows(range) {
+        for window in self.chain.windows(range, HoleQuery::AsQemu) {
             // Past damage nothing is an error.
             let Ok(mut extents) = resolver.resolve(window) else { continue };
             let is_shown = extents.any(|extent| {

@@ -43,10 +43,7 @@ impl ImageFormat for RawImage {
     }
 
     fn granularity(&self) -> u64 {
-        // This sizes the windows in which the chain is walked. Holes come in blocks of the
-        // host's file system, but a file of nothing else is rare, and small windows would
-        // be slow on a large file of few pieces.
-        64 << 10
+        crate::holes::GRANULARITY
     }
 
     fn status(

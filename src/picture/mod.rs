@@ -314,10 +314,14 @@ fn smallest_cluster(chain: &Chain) -> u64 {
 
 /// The windows of one layer's disk, aligned, so that neighbouring ones do not read a table
 /// twice.
-fn layer_windows(chain: &Chain, depth: usize) -> impl Iterator<Item = GuestRange> + use<> {
-    let image = &chain.layers()[depth].image;
-    let end = image.virtual_size().get();
-    let size = image.granularity().saturating_mul(RUNS_PER_WINDOW).clamp(1 << 20, 64 << 30);
+fn layer_windows(
+    chain: &Chain,
+    depth: usize,
+    holes: HoleQuery,
+) -> impl Iterator<Item = GuestRange> + use<> {
+    let layer = &chain.layers()[depth];
+    let end = layer.image.virtual_size().get();
+    let size = layer.granularity(holes).saturating_mul(RUNS_PER_WINDOW).clamp(1 << 20, 64 << 30);
     (0..end.div_ceil(size)).map(move |index| {
         let start = index * size;
         GuestRange::new(
@@ -339,7 +343,7 @@ fn layer_strips(
     let mut areas: Vec<_> =
         depths.iter().map(|&depth| Area::of_layer(chain, grid, depth)).collect();
     let mut windows = depths.iter().enumerate().flat_map(|(slot, &depth)| {
-        layer_windows(chain, depth).map(move |window| (slot, depth, window))
+        layer_windows(chain, depth, holes).map(move |window| (slot, depth, window))
     });
     loop {
         let batch: Vec<_> = windows.by_ref().take(WINDOWS_AT_ONCE).collect();

@@ -327,7 +327,7 @@ impl<'c> Plan<'c> {
         let mut resolver = self.resolver();
         let mut pieces = Vec::new();
         let mut pending: Option<Piece> = None;
-        for window in self.chain.windows(guest) {
+        for window in self.chain.windows(guest, self.holes) {
             pieces.clear();
             let extents = resolver.resolve(window)?;
             let (last, _) = cut(facts, stream, extents, |piece| pieces.push(*piece), |_| ());
@@ -479,7 +479,7 @@ impl ScratchWork for Plan<'_> {
     fn for_each_job(&self, each: &mut dyn FnMut(&ScratchJob)) -> Result<()> {
         let mut resolver = self.resolver();
         for stream in self.job_streams() {
-            for window in self.chain.windows(self.chain.whole()) {
+            for window in self.chain.windows(self.chain.whole(), self.holes) {
                 let extents = resolver.resolve(window)?;
                 cut(&self.facts, stream, extents, |_| (), |job| each(&job));
             }

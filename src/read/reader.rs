@@ -89,7 +89,7 @@ impl<'c> ChainReader<'c> {
         }
         let window = self
             .chain
-            .windows(wanted)
+            .windows(wanted, HOLES)
             .next()
             .ok_or_else(|| Error::invalid("a range of nothing is resolved"))?;
         self.window = GuestRange::new(window.start, window.start);

@@ -138,7 +138,7 @@ impl<'c> Units<'c, ()> {
         Units {
             chain,
             resolver: chain.resolver(HOLES),
-            windows: chain.windows(in_sectors(range)),
+            windows: chain.windows(in_sectors(range), HOLES),
             extents: Vec::new(),
             index: 0,
             start: range.start,

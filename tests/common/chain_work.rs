@@ -43,7 +43,7 @@ impl ScratchWork for ChainWork<'_> {
 
     fn for_each_window(&self, each: &mut dyn FnMut(&[ScratchJob]) -> Result<()>) -> Result<()> {
         let mut jobs = Vec::new();
-        for window in self.0.windows(self.0.whole()) {
+        for window in self.0.windows(self.0.whole(), HoleQuery::DataFiles) {
             self.window(window, &mut jobs)?;
             each(&jobs)?;
         }
