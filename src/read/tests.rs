@@ -193,7 +193,7 @@ fn reads_past_the_end_of_the_disk_are_refused() {
 
 #[test]
 fn a_sweep_ends_at_its_range_where_a_file_ends_in_the_same_sector() {
-    let bytes: Vec<u8> = (0..1000).map(|at| (at % 251) as u8 + 1).collect();
+    let bytes: Vec<u8> = (0..1000u32).map(|at| (at % 251) as u8 + 1).collect();
     let source = std::sync::Arc::new(Source::from_bytes("odd.raw", bytes.clone()));
     let image =
         Box::new(crate::format::raw::RawImage::open(std::sync::Arc::clone(&source)).unwrap());
