@@ -37,4 +37,5 @@ mod selftest;
 mod show;
 mod snapshots;
 mod table;
+mod unopenable;
 mod viscera;
