@@ -3,15 +3,20 @@
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use imgdm::chain::Chain;
+use imgdm::device::Interrupt;
 use imgdm::source::FileId;
 use imgdm::{Error, ErrorKind, Result};
+use nix::libc;
 
 /// Names that are tried for the file beside.
 const ATTEMPTS: u32 = 100;
+/// Symbolic links that are followed, as many as by the kernel (MAXSYMLINKS).
+const LINKS: u32 = 40;
 
 /// Refuses a path that leads to a file of the chain: it would be written over.
 ///
@@ -28,18 +33,40 @@ pub(crate) fn refuse_files_of(chain: &Chain, path: &Path) -> Result<()> {
 }
 
 /// Puts `content` into the file at `path`: it is written beside and then renamed, so that
-/// nobody finds half of it. What is no regular file (a FIFO, /dev/stdout) is written to.
+/// nobody finds half of it. What is no regular file (a FIFO) is written to, and so is what
+/// stdout or stderr goes to: after what is there, as the one who redirected it expects.
+///
+/// SIGINT, SIGTERM and SIGHUP wait until the file beside is gone; only what can't be caught
+/// (SIGKILL, a crash, any signal in a build without the feature `device`) leaves it behind.
 ///
 /// # Errors
-/// `CannotCreate`, naming the path.
+/// `CannotCreate`, naming the path; `Interrupted`.
 pub(crate) fn save(path: &Path, content: &[u8]) -> Result<()> {
-    try_save(path, content).map_err(|error| {
+    let failed = |error| {
         let message = "cannot write this file".to_owned();
         Error::new(ErrorKind::CannotCreate(message)).with_source(error).at_path(path)
-    })
+    };
+    match write_through(path, content).map_err(failed)? {
+        None => Ok(()),
+        Some(target) => {
+            let interrupt = hold_signals();
+            replace(&target, content, &interrupt).map_err(failed)?;
+            interrupt.check()
+        }
+    }
 }
 
-fn try_save(path: &Path, content: &[u8]) -> io::Result<()> {
+/// From now on signals only set a flag. Where that fails, they do what they always did.
+fn hold_signals() -> Interrupt<'static> {
+    #[cfg(feature = "device")]
+    if let Ok(interrupt) = super::signal::catch() {
+        return interrupt;
+    }
+    Interrupt::never()
+}
+
+/// Writes to what is to be written to, or gives the path of the file to be replaced.
+fn write_through(path: &Path, content: &[u8]) -> io::Result<Option<PathBuf>> {
     let existing = match fs::metadata(path) {
         Ok(metadata) => Some(metadata),
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
@@ -49,21 +76,60 @@ fn try_save(path: &Path, content: &[u8]) -> io::Result<()> {
         let message = "it is a block device";
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }
-    if existing.as_ref().is_some_and(|metadata| !metadata.is_file()) {
-        return OpenOptions::new().write(true).open(path)?.write_all(content);
+    // /dev/stdout leads to the file that stdout was redirected to, which others write to as
+    // well: replaced, it would lose what they wrote before, and they what they write now.
+    if let Some(metadata) = &existing {
+        for descriptor in [io::stdout().as_fd(), io::stderr().as_fd()] {
+            if let Some(mut file) = same_file(descriptor, metadata) {
+                return file.write_all(content).map(|()| None);
+            }
+        }
     }
-    // Where the name is a symbolic link, it stays one.
-    let target = if existing.is_some() { path.canonicalize()? } else { path.to_owned() };
-    let (mut file, beside) = create_beside(&target)?;
-    let written = file
-        .write_all(content)
-        .and_then(|()| existing.map_or(Ok(()), |old| file.set_permissions(old.permissions())))
-        .and_then(|()| file.sync_all())
-        .and_then(|()| fs::rename(&beside, &target));
-    if written.is_err() {
+    match existing {
+        // Where the name is a symbolic link, it stays one, also one to nothing yet.
+        Some(metadata) if metadata.is_file() => path.canonicalize().map(Some),
+        None => end_of_links(path).map(Some),
+        Some(_) => OpenOptions::new().write(true).open(path)?.write_all(content).map(|()| None),
+    }
+}
+
+/// The descriptor, where it is open on the file that has these metadata.
+fn same_file(descriptor: BorrowedFd<'_>, metadata: &fs::Metadata) -> Option<File> {
+    let file = File::from(descriptor.try_clone_to_owned().ok()?);
+    (FileId::of(&file.metadata().ok()?) == FileId::of(metadata)).then_some(file)
+}
+
+/// What a path leads to that leads to no file yet.
+fn end_of_links(path: &Path) -> io::Result<PathBuf> {
+    let mut path = path.to_owned();
+    for _ in 0..LINKS {
+        match fs::read_link(&path) {
+            // From where the link is; an absolute one replaces all.
+            Ok(to) => path = path.parent().unwrap_or(Path::new("")).join(to),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(path),
+            Err(error) => return Err(error),
+        }
+    }
+    Err(io::Error::from_raw_os_error(libc::ELOOP))
+}
+
+/// Puts `content` at `target`, unless there was a signal: then nothing is changed.
+fn replace(target: &Path, content: &[u8], interrupt: &Interrupt<'_>) -> io::Result<()> {
+    let (mut file, beside) = create_beside(target)?;
+    let written = match fs::metadata(target) {
+        Ok(old) => file.set_permissions(old.permissions()),
+        Err(_) => Ok(()),
+    };
+    let written = written.and_then(|()| file.write_all(content)).and_then(|()| file.sync_all());
+    let interrupted = interrupt.check().is_err();
+    let renamed = match written {
+        Ok(()) if !interrupted => fs::rename(&beside, target),
+        other => other,
+    };
+    if renamed.is_err() || interrupted {
         let _ = fs::remove_file(&beside);
     }
-    written
+    renamed
 }
 
 fn create_beside(target: &Path) -> io::Result<(File, PathBuf)> {
@@ -109,6 +175,32 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
         assert_eq!(names(directory.path()), ["link", "x.svg"]);
+    }
+
+    #[test]
+    fn a_link_to_no_file_yet_stays_one() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join("sub")).unwrap();
+        symlink("sub/second", directory.path().join("first")).unwrap();
+        symlink("../x.svg", directory.path().join("sub/second")).unwrap();
+        save(&directory.path().join("first"), b"one").unwrap();
+        assert_eq!(names(directory.path()), ["first", "sub", "x.svg"]);
+        assert_eq!(names(&directory.path().join("sub")), ["second"]);
+        assert_eq!(fs::read(directory.path().join("x.svg")).unwrap(), b"one");
+        for link in ["first", "sub/second"] {
+            assert!(fs::symlink_metadata(directory.path().join(link)).unwrap().is_symlink());
+        }
+    }
+
+    #[test]
+    fn a_signal_leaves_the_old_file_and_nothing_beside_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x.svg");
+        fs::write(&path, b"old").unwrap();
+        let flag = std::sync::atomic::AtomicUsize::new(15);
+        replace(&path, b"new", &Interrupt::new(&flag)).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(names(directory.path()), ["x.svg"]);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The picture: what it shows to whom, and the file that it is drawn into.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::Output;
@@ -183,6 +184,23 @@ fn svg_holds_names_that_are_markup_and_needs_nothing_from_elsewhere() {
         fs::remove_file(directory.path().join(name)).unwrap();
     }
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "only x.svg is left");
+}
+
+#[test]
+fn what_stdout_goes_to_is_written_on_and_not_replaced() {
+    let directory = chain();
+    for path in ["/dev/stdout", "report"] {
+        let mut report = fs::File::create(directory.path().join("report")).unwrap();
+        report.write_all(b"head\n").unwrap();
+        let output = command(directory.path(), &["show", "--svg", path, "top.qcow2"])
+            .stdout(report.try_clone().unwrap())
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        report.write_all(b"tail\n").unwrap();
+        let text = fs::read_to_string(directory.path().join("report")).unwrap();
+        assert!(text.starts_with("head\n<") && text.ends_with("</svg>\ntail\n"), "{text}");
+    }
 }
 
 #[test]
