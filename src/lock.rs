@@ -80,9 +80,7 @@ pub fn lock(source: &Source, sharing: Sharing) -> Result<Locked> {
         Sharing::Readers => &WRITERS,
         Sharing::Writers => &[],
     };
-    let uses = USES + Permission::ConsistentRead as i64;
-    let wanted = unshared.iter().map(|&p| DOES_NOT_SHARE + p as i64);
-    for byte in std::iter::once(uses).chain(wanted) {
+    for byte in bytes_of_reader(unshared) {
         match set_read_lock(file, byte) {
             Ok(()) => {}
             Err(Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::ENOSYS) => {
@@ -106,6 +104,16 @@ pub fn lock(source: &Source, sharing: Sharing) -> Result<Locked> {
         }
     }
     Ok(Locked::Yes)
+}
+
+fn bytes_of_reader(unshared: &[Permission]) -> impl Iterator<Item = i64> {
+    let uses = USES + Permission::ConsistentRead as i64;
+    std::iter::once(uses).chain(unshared.iter().map(|&p| DOES_NOT_SHARE + p as i64))
+}
+
+/// All bytes that [`lock`] may lock.
+pub(crate) fn readers_bytes() -> impl Iterator<Item = u64> {
+    bytes_of_reader(&WRITERS).map(i64::unsigned_abs)
 }
 
 /// What a lock byte says of a permission.

@@ -3,7 +3,6 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,8 +11,7 @@ use nix::libc;
 use super::nodes::open_block;
 use super::sys::{self, LOOP_AUTOCLEAR, LOOP_DIRECT_IO, LOOP_READ_ONLY, LoopInfo64};
 use super::{
-    DeviceNumber, LOOP_SIZE_LIMIT, LoopHandle, LoopInfo, LoopOptions, LoopPath, PathState,
-    loop_node,
+    DeviceNumber, LOOP_SIZE_LIMIT, LoopHandle, LoopInfo, LoopOptions, LoopPath, loop_node,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::FileId;
@@ -167,24 +165,11 @@ pub(crate) fn info(number: DeviceNumber) -> Result<Option<LoopInfo>> {
         autoclear: status.flags & LOOP_AUTOCLEAR != 0,
         direct_io: status.flags & LOOP_DIRECT_IO != 0,
         offset: status.offset,
-        path: fs::read(sysfs(number, "loop/backing_file")).ok().map(|raw| loop_path(&raw, file)),
+        path: fs::read(sysfs(number, "loop/backing_file"))
+            .ok()
+            .map(|raw| LoopPath::read(&raw, file)),
         generation,
     }))
-}
-
-/// The path in `backing_file`, whose mark of deletion may be a part of a file's name.
-fn loop_path(raw: &[u8], file: FileId) -> LoopPath {
-    const DELETED: &[u8] = b" (deleted)";
-    let to_path = |bytes| PathBuf::from(std::ffi::OsStr::from_bytes(bytes));
-    let raw = raw.strip_suffix(b"\n").unwrap_or(raw);
-    let path = to_path(raw);
-    if FileId::of_path(&path) == Some(file) {
-        return LoopPath { path, state: PathState::Same };
-    }
-    match raw.strip_suffix(DELETED) {
-        Some(path) => LoopPath { path: to_path(path), state: PathState::Deleted },
-        None => LoopPath { path, state: PathState::Other },
-    }
 }
 
 /// True once the loop is not bound any more as it was at `generation`.
@@ -195,26 +180,4 @@ pub(crate) fn is_clear(number: DeviceNumber, then: Option<u64>) -> bool {
         matches!(info(number), Ok(Some(_)))
     };
     !bound || (then.is_some() && generation(number) != then)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_mark_of_deletion_can_be_part_of_a_name() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("x (deleted)");
-        fs::write(&path, "x").unwrap();
-        let id = FileId::of_path(&path).unwrap();
-        let mut raw = path.as_os_str().as_bytes().to_vec();
-        raw.push(b'\n');
-        let found = loop_path(&raw, id);
-        assert_eq!((found.path.as_path(), found.state), (path.as_path(), PathState::Same));
-        let other = FileId { inode: id.inode + 1, ..id };
-        let found = loop_path(&raw, other);
-        assert_eq!(found.path, directory.path().join("x"));
-        assert_eq!(found.state, PathState::Deleted);
-        assert_eq!(loop_path(b"/nowhere\n\n", id).path, Path::new("/nowhere\n"));
-    }
 }

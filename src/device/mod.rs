@@ -32,9 +32,11 @@ mod nodes;
 #[cfg(feature = "device")]
 pub mod udev;
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -173,6 +175,25 @@ pub struct LoopPath {
     pub path: PathBuf,
     /// What is at that path now.
     pub state: PathState,
+}
+
+impl LoopPath {
+    /// The path in sysfs's `loop/backing_file`, whose mark of deletion may be a part of a
+    /// file's name. `file` is what the loop is bound to.
+    pub(crate) fn read(raw: &[u8], file: FileId) -> Self {
+        const DELETED: &[u8] = b" (deleted)";
+        let to_path = |bytes| PathBuf::from(OsStr::from_bytes(bytes));
+        // Only the line's own end: a name may have others.
+        let raw = raw.strip_suffix(b"\n").unwrap_or(raw);
+        let path = to_path(raw);
+        if FileId::of_path(&path) == Some(file) {
+            return Self { path, state: PathState::Same };
+        }
+        match raw.strip_suffix(DELETED) {
+            Some(path) => Self { path: to_path(path), state: PathState::Deleted },
+            None => Self { path, state: PathState::Other },
+        }
+    }
 }
 
 /// What is at the path of a file in use.
@@ -467,6 +488,8 @@ impl<'a> Interrupt<'a> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]
@@ -482,5 +505,22 @@ mod tests {
         // XFS takes files of 8 EiB less one byte; nobody has one within 1 TiB of that.
         const { assert!(LOOP_SIZE_LIMIT < 1 << 63 && LOOP_SIZE_LIMIT > (1 << 63) - (1 << 40)) };
         assert!(include_str!("../../udev/59-imgdm.rules").contains(&LOOP_SIZE_LIMIT.to_string()));
+    }
+
+    #[test]
+    fn a_mark_of_deletion_can_be_part_of_a_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x (deleted)");
+        std::fs::write(&path, "x").unwrap();
+        let id = FileId::of_path(&path).unwrap();
+        let mut raw = path.as_os_str().as_bytes().to_vec();
+        raw.push(b'\n');
+        let found = LoopPath::read(&raw, id);
+        assert_eq!((found.path.as_path(), found.state), (path.as_path(), PathState::Same));
+        let other = FileId { inode: id.inode + 1, ..id };
+        let found = LoopPath::read(&raw, other);
+        assert_eq!(found.path, directory.path().join("x"));
+        assert_eq!(found.state, PathState::Deleted);
+        assert_eq!(LoopPath::read(b"/nowhere\n\n", id).path, Path::new("/nowhere\n"));
     }
 }
