@@ -1,6 +1,6 @@
 //! Damaged metadata, for the commands that go on past it.
 
-use std::io::Write;
+use std::io::{self, Write};
 
 use imgdm::Error;
 use imgdm::chain::Chain;
@@ -51,7 +51,17 @@ pub(crate) fn report_damage(
     if count == 0 {
         return Ok(());
     }
-    let mut err = std::io::BufWriter::new(std::io::stderr());
+    // Where nobody reads stderr, the exit status still has to tell of the damage.
+    let _ = list(of_files, found, whose);
+    let message = format!(
+        "the metadata is damaged in {count} place{}; all else is {done}",
+        if count == 1 { "" } else { "s" }
+    );
+    Err(Error::invalid(message).into())
+}
+
+fn list(of_files: &[Warning], found: &DamageList, whose: &str) -> io::Result<()> {
+    let mut err = io::BufWriter::new(io::stderr());
     for Warning { path, kind } in of_files {
         writeln!(err, "imgdm: {}: {kind}", show_path(path))?;
     }
@@ -64,10 +74,5 @@ pub(crate) fn report_damage(
     if more > 0 {
         writeln!(err, "imgdm: and {more} more like these")?;
     }
-    err.flush()?;
-    let message = format!(
-        "the metadata is damaged in {count} place{}; all else is {done}",
-        if count == 1 { "" } else { "s" }
-    );
-    Err(Error::invalid(message).into())
+    err.flush()
 }

@@ -4,7 +4,7 @@
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::Output;
+use std::process::{Output, Stdio};
 
 use crate::images::{Qcow2, chain, command};
 
@@ -632,6 +632,29 @@ fn a_long_list_of_damage_is_cut_and_counted() {
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(report["obstacles"][0]["kind"], "damaged", "{report}");
     assert_eq!(report["obstacles"][0]["count"], 8192, "{report}");
+}
+
+#[test]
+fn damage_ends_with_65_also_where_stderr_takes_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = Qcow2::new().data(1).entry(2, 4 * 65536 + 512);
+    image.write(directory.path(), "bad.qcow2");
+    for name in ["show", "map"] {
+        let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let (reader, closed) = std::io::pipe().unwrap();
+        drop(reader);
+        for stderr in [Stdio::from(full), Stdio::from(closed)] {
+            let mut program = command(directory.path(), &[name, "bad.qcow2"]);
+            let output = program.stderr(stderr).output().unwrap();
+            assert_eq!(output.status.code(), Some(65), "{name}: {output:?}");
+        }
+        // No descriptor at all.
+        let shell = r#"exec "$0" "$1" bad.qcow2 2>&-"#;
+        let mut program = std::process::Command::new("sh");
+        program.args(["-c", shell, env!("CARGO_BIN_EXE_imgdm"), name]);
+        let output = program.current_dir(directory.path()).output().unwrap();
+        assert_eq!(output.status.code(), Some(65), "{name}: {output:?}");
+    }
 }
 
 #[test]
