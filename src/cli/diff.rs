@@ -74,6 +74,10 @@ struct Disks {
 
 pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     let unlocker = args.keys.unlocker()?;
+    if !args.content && unlocker.is_given_keys() {
+        let message = "only --content takes keys: without it, nothing is decrypted";
+        return Err(usage(message.to_owned()).into());
+    }
     let disks = open(args, globals)?;
     let Disks { a, b, base_at, .. } = &disks;
     let comparison = match base_at {

@@ -46,6 +46,14 @@ impl UnlockArgs {
 }
 
 impl Unlocker {
+    /// True where an argument gives a key.
+    pub(crate) fn is_given_keys(&self) -> bool {
+        #[cfg(feature = "device")]
+        return self.sources.are_given();
+        #[cfg(not(feature = "device"))]
+        false
+    }
+
     /// Unlocks the layers of `chain` at these depths, asking for each key once.
     #[cfg(feature = "device")]
     pub(crate) fn unlock(self, chain: &Chain, depths: &BTreeSet<u32>) -> anyhow::Result<Unlocked> {

@@ -676,3 +676,9 @@ fn keys_that_nothing_takes_are_refused_before_anything_is_done() {
     assert_fails(&on(&["--key-fd", "1000000"]), 64, &["descriptor 1000000"]);
     assert_eq!(on(&["--key-fd", "x"]).status.code(), Some(64));
 }
+
+#[test]
+fn diff_takes_no_key_for_nothing() {
+    let output = imgdm(chain().path(), &["diff", "--key-file", "k", "top.qcow2"]);
+    assert_fails(&output, 64, &["--content"]);
+}
