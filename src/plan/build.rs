@@ -316,7 +316,19 @@ impl<F: FnMut(&Piece), J: FnMut(ScratchJob)> Cutter<'_, F, J> {
     fn scratch(&mut self, start: u64, length: u64, layer: u32, what: ScratchContent) {
         let guest = GuestOffset::new(start);
         (self.job)(ScratchJob { at: start, length, guest, layer, what });
-        self.linear(start, length, self.facts.scratch_backing, start);
+        let scratch = self.facts.scratch_backing;
+        // In an image that is all compressed nearly all follow on one: the short way to what
+        // taking it as any piece comes to.
+        if self.before_zeros.is_none()
+            && (start | length).is_multiple_of(SECTOR_SIZE)
+            && let Some(pending) = &mut self.pending
+            && pending.start + pending.length == start
+            && pending.is_scratch(self.facts)
+        {
+            pending.length += length;
+            return;
+        }
+        self.linear(start, length, scratch, start);
     }
 
     fn block(&mut self, kind: ObstacleKind, depth: u32, first: u64, count: u64) {
