@@ -1,6 +1,8 @@
 //! Which clusters of the file a structure takes, by QEMU's rules; and how much may be read.
 
+use super::finding::{Finding, FindingKind};
 use crate::error::{Error, ErrorKind, Result};
+use crate::source::Source;
 
 /// The largest offset that QEMU reads at, BDRV_MAX_LENGTH in its include/block/block-io.h:
 /// 2^63 - 1 rounded down to 1 GiB.
@@ -69,15 +71,38 @@ impl FileSize {
 
 /// What may be read of tables over and over, besides twice the file.
 const EXTRA_WORK: u64 = 1 << 30;
+/// What a read costs at least, in bytes: the call takes as long as copying about so much.
+const LEAST_READ: u64 = 4096;
 
 /// How much may be read: tables that overlap each other could take forever.
 #[derive(Debug)]
-pub(crate) struct Budget(u64);
+pub(crate) struct Budget {
+    whole: u64,
+    rest: u64,
+}
 
 impl Budget {
-    /// Enough for any image whose tables do not overlap.
-    pub(crate) fn for_file(file: FileSize) -> Self {
-        Self(file.bytes.saturating_mul(2).saturating_add(EXTRA_WORK))
+    /// Enough for any image whose tables do not overlap. A hole can be of any length and
+    /// costs its writer nothing, so only what is allocated counts where that is known.
+    pub(crate) fn for_file(source: &Source, file: FileSize) -> Self {
+        // Of a block device, and of files on some file systems, it says 0.
+        let allocated = source.allocated().map_or(0, |allocated| allocated.get());
+        let bytes = if allocated == 0 { file.bytes } else { file.bytes.min(allocated) };
+        let whole = bytes.saturating_mul(2).saturating_add(EXTRA_WORK);
+        Self { whole, rest: whole }
+    }
+
+    /// Bytes taken so far.
+    pub(crate) fn taken(&self) -> u64 {
+        self.whole - self.rest
+    }
+
+    /// Notes a read of so many bytes of a table that may be read in small pieces.
+    ///
+    /// # Errors
+    /// As [`take`](Self::take).
+    pub(crate) fn take_read(&mut self, bytes: u64) -> Result<()> {
+        self.take(bytes.max(LEAST_READ))
     }
 
     /// Notes that so many bytes are going to be read.
@@ -85,13 +110,22 @@ impl Budget {
     /// # Errors
     /// It is enough (`Unsupported`).
     pub(crate) fn take(&mut self, bytes: u64) -> Result<()> {
-        let Some(rest) = self.0.checked_sub(bytes) else {
+        let Some(rest) = self.rest.checked_sub(bytes) else {
             let message = "the tables overlap so often that not all of them are checked";
             return Err(Error::new(ErrorKind::Unsupported(message.to_owned())));
         };
-        self.0 = rest;
+        self.rest = rest;
         Ok(())
     }
+}
+
+/// Why tables were not walked to their end: the [`Budget`] is used up, or a read failed.
+pub(crate) fn gave_up(error: &Error) -> Finding {
+    let kind = match error.kind() {
+        ErrorKind::Unsupported(_) => FindingKind::TooMuchWork,
+        _ => FindingKind::ReadError,
+    };
+    Finding::new(kind, error.kind().to_string())
 }
 
 #[cfg(test)]
@@ -108,6 +142,28 @@ mod tests {
         assert_eq!(file.extent(3 * 4096 + 512, 4096), Extent::PastEnd);
         assert_eq!(file.extent(4 * 4096, 0), Extent::Nothing);
         assert_eq!(file.extent(100, 8192), Extent::Clusters(0, 3));
+    }
+
+    #[test]
+    fn a_hole_buys_no_work() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), [1; 8192]).unwrap();
+        file.as_file().set_len(1 << 40).unwrap();
+        let source = Source::open(file.path()).unwrap();
+        let size = FileSize { bytes: source.length().get(), cluster_bits: 16 };
+        let mut budget = Budget::for_file(&source, size);
+        budget.take(EXTRA_WORK).unwrap();
+        assert!(budget.take(1 << 30).is_err());
+        assert_eq!(budget.taken(), EXTRA_WORK);
+        // What is in memory has no holes.
+        let source = Source::from_bytes("x", vec![0; 8192]);
+        let size = FileSize { bytes: 8192, cluster_bits: 9 };
+        let mut budget = Budget::for_file(&source, size);
+        budget.take(EXTRA_WORK).unwrap();
+        budget.take_read(8).unwrap();
+        assert_eq!(budget.taken(), EXTRA_WORK + LEAST_READ);
+        budget.take_read(3 * LEAST_READ).unwrap();
+        assert!(budget.take_read(0).is_err());
     }
 
     #[test]

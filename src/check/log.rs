@@ -69,7 +69,7 @@ impl Tally {
     }
 
     /// True where it keeps so many findings that they had better be told.
-    pub(crate) fn is_full(&self) -> bool {
+    fn is_full(&self) -> bool {
         self.kept.len() >= 4096
     }
 }
@@ -125,6 +125,14 @@ impl<'s> Log<'s> {
         }
     }
 
+    /// Tells what a tally keeps, once it is much: what is to come may be millions more.
+    #[inline]
+    pub(crate) fn absorb_if_full(&mut self, tally: &mut Tally) {
+        if tally.is_full() {
+            self.absorb(std::mem::replace(tally, Tally::new(tally.limit)));
+        }
+    }
+
     pub(crate) fn push(&mut self, finding: Finding) {
         let mut tally = self.tally();
         tally.push(finding);
@@ -159,6 +167,22 @@ mod tests {
         assert_eq!(log.counts().of(FindingKind::MarkedDirty), 1);
         let leaked = FindingKind::LeakedClusters;
         assert_eq!(told, [(leaked, 1), (leaked, 2), (FindingKind::MarkedDirty, 1)]);
+    }
+
+    #[test]
+    fn a_tally_that_is_full_is_told_and_begins_anew() {
+        let mut told = 0;
+        let mut sink = |_| told += 1;
+        let mut log = Log::new(u64::MAX, &mut sink);
+        let (mut tally, mut most) = (log.tally(), 0);
+        for _ in 0..10_000 {
+            tally.push(Finding::new(FindingKind::BitmapTableInvalid, "broken"));
+            most = most.max(tally.kept.len());
+            log.absorb_if_full(&mut tally);
+        }
+        log.absorb(tally);
+        assert_eq!(log.counts().of(FindingKind::BitmapTableInvalid), 10_000);
+        assert_eq!((told, most), (10_000, 4096));
     }
 
     #[test]

@@ -3,12 +3,12 @@
 //! It has no refcounts, so that nothing can be lost or leaked; what nobody refers to is no
 //! finding.
 
-use super::extent::{Budget, Extent, FileSize};
+use super::extent::{Budget, Extent, FileSize, gave_up};
 use super::finding::{Finding, FindingKind, Place, Table};
 use super::log::{Log, Tally};
 use super::references::{Counters, References};
 use super::{Numbers, Report};
-use crate::error::{ErrorKind, Result};
+use crate::error::Result;
 use crate::format::qcow::{ENTRY_SIZE, OFLAG_COMPRESSED, QcowHeader};
 use crate::format::{Format, be64};
 use crate::source::Source;
@@ -42,18 +42,12 @@ pub(super) fn check(source: &Source, log: &mut Log<'_>) -> Result<Report> {
         if outcome.is_ok() {
             outcome = checker.walk(&mut |part| {
                 checker.look_at(part, &mut numbers, &mut tally);
-                if tally.is_full() {
-                    log.absorb(std::mem::replace(&mut tally, log.tally()));
-                }
+                log.absorb_if_full(&mut tally);
             });
         }
     }
     if let Err(error) = outcome {
-        let kind = match error.kind() {
-            ErrorKind::Unsupported(_) => FindingKind::TooMuchWork,
-            _ => FindingKind::ReadError,
-        };
-        tally.push(Finding::new(kind, error.kind().to_string()));
+        tally.push(gave_up(&error));
     }
     log.absorb(tally);
     Ok(Report::new(Format::Qcow, numbers, log))
@@ -135,7 +129,7 @@ impl Checker<'_> {
 
     /// Hands out all parts that the L1 table and the L2 tables name.
     fn walk(&self, each: &mut dyn FnMut(&Part)) -> Result<()> {
-        let mut budget = Budget::for_file(self.file);
+        let mut budget = Budget::for_file(self.source, self.file);
         let l1_offset = self.header.l1_table_offset().get();
         let length = self.header.l2_entries() * ENTRY_SIZE;
         let mut table = vec![0; usize::try_from(length).unwrap_or(0)];

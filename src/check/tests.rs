@@ -230,12 +230,20 @@ fn raw_has_nothing_to_check() {
     assert!(matches!(outcome.unwrap_err().kind(), ErrorKind::Unsupported(_)));
 }
 
+/// Checks an image whose file is made longer: what is added is a hole.
+fn check_with_hole(image: &Bytes, length: u64) -> Report {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), &image.0).unwrap();
+    file.as_file().set_len(length).unwrap();
+    let source = Source::open(file.path()).unwrap();
+    check(&source, Format::Qcow2, Options::default(), &mut |_| {}).unwrap()
+}
+
 #[test]
 fn tables_that_overlap_without_end_are_given_up_and_what_was_found_is_told() {
-    // 128 Ki L2 tables of 2 MiB, 512 bytes apart: 256 GiB to read.
-    let file = tempfile::NamedTempFile::new().unwrap();
+    // 128 Ki L2 tables of 2 MiB, 512 bytes apart: 256 GiB to read, of 64 MiB.
     let cluster = 2u64 << 20;
-    let mut image = Bytes(vec![0; usize::try_from(3 * cluster).unwrap()]);
+    let mut image = Bytes(vec![0; usize::try_from(3 * cluster + (128 << 19)).unwrap()]);
     image.put(0, &qcow2().0[..104]);
     image.u32(20, 21);
     image.u32(36, 128 << 10);
@@ -244,11 +252,60 @@ fn tables_that_overlap_without_end_are_given_up_and_what_was_found_is_told() {
     for index in 0..128 << 10 {
         image.u64(cluster + index * 8, 3 * cluster + index * 512);
     }
-    std::fs::write(file.path(), &image.0).unwrap();
-    file.as_file().set_len(3 * cluster + (128 << 19)).unwrap();
-    let source = Source::open(file.path()).unwrap();
-    let report = check(&source, Format::Qcow2, Options::default(), &mut |_| {}).unwrap();
+    // The hole behind them makes it no more work than they are.
+    let report = check_with_hole(&image, 1 << 42);
     assert_eq!(report.counts.of(FindingKind::TooMuchWork), 1, "{report:?}");
     assert!(report.counts.of(FindingKind::L2TableUnaligned) > 100_000);
+    assert!(report.incomplete);
+}
+
+#[test]
+fn snapshots_that_share_a_huge_l1_table_are_given_up_at_once() {
+    // 65536 times 32 MiB, all the same hole.
+    let mut image = qcow2();
+    let (snapshots, l1) = (16 * CLUSTER, 2048 * CLUSTER);
+    image.0.resize(usize::try_from(l1).unwrap(), 0);
+    image.u32(60, 65536);
+    image.u64(64, snapshots);
+    for index in 0..65536 {
+        let at = snapshots + index * 56;
+        image.u64(at, l1);
+        image.u32(at + 8, 4 << 20);
+        image.u32(at + 36, 16);
+    }
+    let report = check_with_hole(&image, l1 + (32 << 20));
+    assert_eq!(report.counts.of(FindingKind::TooMuchWork), 1, "{report:?}");
+    assert!(report.incomplete);
+    assert_eq!(report.leaks(), 0);
+}
+
+/// The image with as many bitmaps, in use, which all have the same table of so many entries
+/// at 64 MiB.
+fn with_bitmaps(bitmaps: u32, table_entries: u32) -> Bytes {
+    let mut image = qcow2();
+    let directory = 16 * CLUSTER;
+    image.0.resize(64 << 20, 0);
+    image.u64(88, 1);
+    image.u32(104, 0x2385_2875);
+    image.u32(108, 24);
+    image.u32(112, bitmaps);
+    image.u64(120, u64::from(bitmaps) * 24);
+    image.u64(128, directory);
+    for index in 0..bitmaps.into() {
+        let at = directory + index * 24;
+        image.u64(at, 64 << 20);
+        image.u32(at + 8, table_entries);
+        image.u32(at + 12, 1);
+        image.put(at + 16, &[1, 16]);
+    }
+    image
+}
+
+#[test]
+fn bitmaps_that_share_a_huge_table_are_given_up_at_once() {
+    // 65535 times 1 MiB, all the same hole: 8.6e9 entries.
+    let image = with_bitmaps(65535, 128 << 10);
+    let report = check_with_hole(&image, 65 << 20);
+    assert_eq!(report.counts.of(FindingKind::TooMuchWork), 1, "{report:?}");
     assert!(report.incomplete);
 }

@@ -6,6 +6,7 @@ use super::image::{COPIED, Holes, Image};
 use super::l2::{L2Table, guest_offset};
 use super::refcounts::{MORE, Refcounts, UNREADABLE};
 use super::tables::{L1Table, for_each_window};
+use crate::check::extent::Budget;
 use crate::check::finding::{Finding, FindingKind, Place, Table};
 use crate::check::log::{Log, Tally};
 use crate::check::references::{Counters, References};
@@ -32,10 +33,13 @@ impl Flags<'_> {
     /// A table can't be read.
     pub(super) fn check(&self, active: L1Table, log: &mut Log<'_>) -> Result<()> {
         // What is wrong with the entries was noted when the references were counted.
-        let mut discarded = Tally::new(0);
+        let mut nobody = |_| {};
+        let mut discarded = Log::new(0, &mut nobody);
+        // The same tables were walked before, and more.
+        let mut budget = Budget::for_file(self.image.source, self.image.file);
         let l1_table = [active];
         let limit = log.limit();
-        for_each_window(self.image, &l1_table, &mut discarded, |l2_tables, _| {
+        for_each_window(self.image, &l1_table, &mut budget, &mut discarded, |l2_tables, _, _| {
             for batch in l2_tables.chunks(super::batch_length(self.image, log)) {
                 let results: Result<Vec<Tally>> = batch
                     .par_chunks(super::tables_a_worker(self.image))
@@ -70,6 +74,7 @@ impl Flags<'_> {
                     let place = Place::new(Table::L1, HostOffset::new(active.offset)).entry(index);
                     let guest = guest_offset(self.image, index, 0);
                     tally.push(self.wrong("L2 table", entry, offset).place(place).guest(guest));
+                    log.absorb_if_full(&mut tally);
                 }
             }
             log.absorb(tally);

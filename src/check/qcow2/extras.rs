@@ -3,12 +3,12 @@
 use std::collections::BTreeSet;
 
 use super::image::Image;
-use crate::check::extent::FileSize;
+use crate::check::extent::{Budget, FileSize, gave_up};
 use crate::check::finding::{Finding, FindingKind, Place, Table};
-use crate::check::log::Tally;
+use crate::check::log::{Log, Tally};
 use crate::check::references::References;
 use crate::crypt::{LUKS_HEADER_BYTES, LuksHeader};
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::qcow2::Extensions;
 use crate::format::qcow2::bitmap::{
     BitmapDirectoryEntry, BitmapTableEntry, BitmapsExtension, read_directory,
@@ -71,13 +71,31 @@ pub(super) fn check_crypt<R: References>(
 
 /// The bitmap directory and all bitmaps, as qcow2_check_bitmaps_refcounts() in QEMU's
 /// block/qcow2-bitmap.c and, since QEMU loads the bitmaps of an image that it opens,
-/// load_bitmap() there.
+/// load_bitmap() there. Bitmaps that share a table read it as often as `budget` allows.
 pub(super) fn check_bitmaps<R: References>(
     image: &Image<'_>,
     extensions: &Extensions,
     refs: &R,
-    tally: &mut Tally,
+    budget: &mut Budget,
+    log: &mut Log<'_>,
 ) {
+    let mut tally = log.tally();
+    if let Some(directory) = read_bitmaps(image, extensions, refs, &mut tally) {
+        let outcome = check_each_bitmap(image, &directory, refs, budget, &mut tally, log);
+        if let Err(error) = outcome {
+            tally.push(gave_up(&error));
+        }
+    }
+    log.absorb(tally);
+}
+
+/// Where the bitmap directory is, and its entries, where there is one that can be understood.
+fn read_bitmaps<R: References>(
+    image: &Image<'_>,
+    extensions: &Extensions,
+    refs: &R,
+    tally: &mut Tally,
+) -> Option<(Place, Vec<BitmapDirectoryEntry>)> {
     let place = Place::new(Table::Header, HostOffset::ZERO);
     let extension = match BitmapsExtension::parse(image.header, extensions) {
         Ok(Some(extension)) => extension,
@@ -90,13 +108,13 @@ pub(super) fn check_bitmaps<R: References>(
                 )
                 .place(place),
             );
-            return;
+            return None;
         }
-        Ok(None) => return,
+        Ok(None) => return None,
         Err(error) => {
             let kind = FindingKind::BitmapsExtensionInvalid;
             tally.push(Finding::new(kind, error.kind().to_string()).place(place));
-            return;
+            return None;
         }
     };
     let directory = extension.directory;
@@ -105,13 +123,26 @@ pub(super) fn check_bitmaps<R: References>(
     image.refer(refs, tally, (directory.offset.get(), size, 1), || {
         Finding::new(FindingKind::PastFileEnd, "the bitmap directory").place(place)
     });
-    let bitmaps = match read_directory(image.source, image.header, &extension) {
-        Ok(bitmaps) => bitmaps,
-        Err(error) => return directory_invalid(tally, place, &error),
-    };
+    match read_directory(image.source, image.header, &extension) {
+        Ok(bitmaps) => Some((place, bitmaps)),
+        Err(error) => {
+            directory_invalid(tally, place, &error);
+            None
+        }
+    }
+}
+
+fn check_each_bitmap<R: References>(
+    image: &Image<'_>,
+    (directory, bitmaps): &(Place, Vec<BitmapDirectoryEntry>),
+    refs: &R,
+    budget: &mut Budget,
+    tally: &mut Tally,
+    log: &mut Log<'_>,
+) -> Result<()> {
     let mut names = BTreeSet::new();
-    for (index, bitmap) in (0u64..).zip(&bitmaps) {
-        let place = place.entry(index);
+    for (index, bitmap) in (0u64..).zip(bitmaps) {
+        let place = directory.entry(index);
         let name = bitmap.display_name();
         if !names.insert(&bitmap.name) && !bitmap.in_use {
             let message = format!("the bitmap '{name}' has the name of another one");
@@ -130,8 +161,9 @@ pub(super) fn check_bitmaps<R: References>(
             );
             tally.push(Finding::new(FindingKind::BitmapInvalid, message).place(place));
         }
-        check_bitmap_table(image, bitmap, refs, tally);
+        check_bitmap_table(image, bitmap, refs, budget, tally, log)?;
     }
+    Ok(())
 }
 
 fn directory_invalid(tally: &mut Tally, place: Place, error: &Error) {
@@ -151,8 +183,10 @@ fn check_bitmap_table<R: References>(
     image: &Image<'_>,
     bitmap: &BitmapDirectoryEntry,
     refs: &R,
+    budget: &mut Budget,
     tally: &mut Tally,
-) {
+    log: &mut Log<'_>,
+) -> Result<()> {
     let place = Place::new(Table::Bitmap, bitmap.table.offset);
     let (start, length) = (bitmap.table.offset.get(), bitmap.table.length.get());
     image.refer(refs, tally, (start, length, 1), || {
@@ -161,7 +195,8 @@ fn check_bitmap_table<R: References>(
     });
     if !FileSize::can_read(start, length) {
         let message = format!("the table of the bitmap '{}' can't be read", bitmap.display_name());
-        return tally.push(Finding::new(FindingKind::BitmapInvalid, message).place(place));
+        tally.push(Finding::new(FindingKind::BitmapInvalid, message).place(place));
+        return Ok(());
     }
     // What lies past the end of the file reads as zeros: as bits that are all 0.
     let in_file = image.file.bytes.saturating_sub(start).div_ceil(8);
@@ -170,12 +205,13 @@ fn check_bitmap_table<R: References>(
     let mut first = 0;
     while first < count {
         let here = (count - first).min(TABLE_CHUNK);
+        budget.take_read(here * 8)?;
         let entries = image.read_entries(start + first * 8, usize::try_from(here).unwrap_or(0));
         let entries = match entries {
             Ok(entries) => entries,
             Err(error) => {
                 tally.push(image.unreadable("a bitmap table", place, &error));
-                return;
+                return Ok(());
             }
         };
         for (index, entry) in (first..).zip(entries) {
@@ -195,6 +231,7 @@ fn check_bitmap_table<R: References>(
                     tally.push(Finding::new(kind, message).place(place.entry(index)));
                 }
             }
+            log.absorb_if_full(tally);
         }
         first += here;
     }
@@ -203,4 +240,5 @@ fn check_bitmap_table<R: References>(
         let message = format!("the bitmap '{}' cannot be loaded", bitmap.display_name());
         tally.push(Finding::new(FindingKind::BitmapInvalid, message).place(place));
     }
+    Ok(())
 }

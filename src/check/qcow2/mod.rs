@@ -10,12 +10,12 @@ mod tables;
 
 use rayon::prelude::*;
 
-use super::extent::{Budget, Extent, FileSize};
+use super::extent::{Budget, Extent, FileSize, gave_up};
 use super::finding::{Finding, FindingKind, Place, Severity, Table};
 use super::log::{Log, Tally};
 use super::references::{Counters, ExactCounters, References, SATURATED, has_shared};
 use super::{Numbers, Report, gives_up};
-use crate::error::{ErrorKind, Result};
+use crate::error::Result;
 use crate::format::Format;
 use crate::format::qcow2::header::{AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, Qcow2Header};
 use crate::format::qcow2::{Extensions, incompatible, read_extensions, read_header};
@@ -35,6 +35,9 @@ const MAX_CLUSTERS: u64 = i32::MAX as u64;
 const ROUND_BYTES: u64 = 16 << 20;
 /// What a worker takes of it at least.
 const WORKER_BYTES: u64 = 64 << 10;
+
+/// What it costs to learn that a table is in a hole, in bytes that could be read instead.
+const HOLE_COST: u64 = 128;
 
 /// L2 tables to walk before what was found is told.
 fn batch_length(image: &Image<'_>, log: &Log<'_>) -> usize {
@@ -141,7 +144,8 @@ impl<'c> Checker<'c> {
     fn check(&self, numbers: &mut Numbers, log: &mut Log<'_>) -> Result<()> {
         // One more for what ends less than a cluster past the end of the file.
         let counters = Counters::new(self.clusters + 1)?;
-        let clusters = self.count(&counters, log);
+        let mut budget = self.budget();
+        let clusters = self.count(&counters, &mut budget, log);
         numbers.allocated_clusters = clusters.allocated;
         numbers.fragmented_clusters = clusters.fragmented;
         numbers.compressed_clusters = clusters.compressed;
@@ -150,14 +154,24 @@ impl<'c> Checker<'c> {
             log.ignore_leaks();
         }
 
-        let too_much = log.counts().of(FindingKind::TooMuchWork) > 0;
-        let mut page = if too_much { u64::MAX } else { 0 };
-        while let Some(exact) = ExactCounters::for_saturated(&counters, page)? {
-            self.count(&exact, &mut Log::new(0, &mut |_| {}));
+        let mut too_much = log.counts().of(FindingKind::TooMuchWork) > 0;
+        // Each time it costs as much as the first time.
+        let (cost, mut repeats) = (budget.taken(), self.budget());
+        let mut page = 0;
+        while !too_much && let Some(exact) = ExactCounters::for_saturated(&counters, page)? {
+            if let Err(error) = repeats.take(cost) {
+                log.push(gave_up(&error));
+                log.ignore_leaks();
+                too_much = true;
+                break;
+            }
+            self.count(&exact, &mut self.budget(), &mut Log::new(0, &mut |_| {}));
             compare_saturated(&self.image, &self.refcounts, &counters, &exact, log);
             page = exact.next_page();
         }
-        self.note_overlaps(&counters, log);
+        if !too_much {
+            self.note_overlaps(&counters, log);
+        }
         let compared = compare(&self.image, &self.refcounts, &counters, all, log);
         numbers.image_end_offset =
             (compared.highest.unwrap_or(0) + 1) << self.image.file.cluster_bits;
@@ -183,9 +197,14 @@ impl<'c> Checker<'c> {
         Ok(())
     }
 
+    /// What one walk of all tables may read.
+    fn budget(&self) -> Budget {
+        Budget::for_file(self.image.source, self.image.file)
+    }
+
     /// Counts all references, as calculate_refcounts() in QEMU's block/qcow2-refcount.c.
     /// Where QEMU gives up, this goes on.
-    fn count<R: References>(&self, refs: &R, log: &mut Log<'_>) -> Clusters {
+    fn count<R: References>(&self, refs: &R, budget: &mut Budget, log: &mut Log<'_>) -> Clusters {
         let image = &self.image;
         let mut tally = log.tally();
         for part in self.exclusive() {
@@ -194,6 +213,7 @@ impl<'c> Checker<'c> {
             image.refer(refs, &mut tally, (part.offset, part.length, 1), || {
                 Finding::new(FindingKind::PastFileEnd, part.name).place(part.place)
             });
+            log.absorb_if_full(&mut tally);
         }
         for l1 in self.l1_tables() {
             if !FileSize::can_read(l1.offset, l1.entries * 8) {
@@ -202,6 +222,7 @@ impl<'c> Checker<'c> {
                     Finding::new(FindingKind::ReadError, "the L1 table cannot be read")
                         .place(place),
                 );
+                log.absorb_if_full(&mut tally);
             }
         }
         if image.header.has_data_file() && self.snapshots.count > 0 {
@@ -214,12 +235,12 @@ impl<'c> Checker<'c> {
             );
         }
         log.absorb(tally);
-        let clusters = self.walk(refs, log);
+        let clusters = self.walk(refs, budget, log);
         let mut tally = log.tally();
         extras::check_crypt(image, self.extensions, refs, &mut tally);
-        extras::check_bitmaps(image, self.extensions, refs, &mut tally);
-        self.refcounts.refer_to_blocks(image, refs, &mut tally);
         log.absorb(tally);
+        extras::check_bitmaps(image, self.extensions, refs, budget, log);
+        self.refcounts.refer_to_blocks(image, refs, log);
         clusters
     }
 
@@ -263,17 +284,11 @@ impl<'c> Checker<'c> {
     }
 
     /// Walks all L2 tables that the L1 tables name.
-    fn walk<R: References>(&self, refs: &R, log: &mut Log<'_>) -> Clusters {
+    fn walk<R: References>(&self, refs: &R, budget: &mut Budget, log: &mut Log<'_>) -> Clusters {
         let mut total = Clusters::default();
-        let mut l1_tally = log.tally();
-        if let Err(error) = self.try_walk(refs, &mut total, &mut l1_tally, log) {
-            let kind = match error.kind() {
-                ErrorKind::Unsupported(_) => FindingKind::TooMuchWork,
-                _ => FindingKind::ReadError,
-            };
-            l1_tally.push(Finding::new(kind, error.kind().to_string()));
+        if let Err(error) = self.try_walk(refs, &mut total, budget, log) {
+            log.push(gave_up(&error));
         }
-        log.absorb(l1_tally);
         total
     }
 
@@ -281,37 +296,38 @@ impl<'c> Checker<'c> {
         &self,
         refs: &R,
         total: &mut Clusters,
-        l1_tally: &mut Tally,
+        budget: &mut Budget,
         log: &mut Log<'_>,
     ) -> Result<()> {
         let image = &self.image;
         let l1_tables = self.l1_tables();
         let limit = log.limit();
-        let mut budget = Budget::for_file(image.file);
-        let l1_bytes = l1_tables.iter().map(|l1| l1.entries_in_file(image) * 8);
-        budget.take(l1_bytes.fold(0, u64::saturating_add))?;
-        for_each_window(image, &l1_tables, l1_tally, |l2_tables, tally| {
+        for_each_window(image, &l1_tables, budget, log, |l2_tables, budget, log| {
+            let mut tally = log.tally();
             for table in l2_tables {
                 total.some_not_copied |= table.some_not_copied;
                 let size = image.cluster_size();
-                image.refer(refs, tally, (table.offset, size, table.named), || {
+                image.refer(refs, &mut tally, (table.offset, size, table.named), || {
                     Finding::new(FindingKind::PastFileEnd, "the L2 table")
                         .place(table.named_by())
                         .guest(l2::guest_offset(image, table.l1_index, 0))
                 });
+                log.absorb_if_full(&mut tally);
             }
-            log.absorb(std::mem::replace(tally, Tally::new(limit)));
+            log.absorb(tally);
             for batch in l2_tables.chunks(batch_length(image, log)) {
-                let in_file = batch.iter().filter(|table| table.offset < image.file.bytes).count();
-                budget.take(in_file as u64 * image.cluster_size())?;
-                let results: Result<Vec<(Clusters, Tally)>> = batch
+                let results: Result<Vec<(Clusters, Tally, u64)>> = batch
                     .par_chunks(tables_a_worker(image))
                     .map(|tables| walk_tables(image, tables, refs, Tally::new(limit)))
                     .collect();
-                for (clusters, tally) in results? {
+                let mut work = 0u64;
+                for (clusters, tally, cost) in results? {
                     total.add(clusters);
                     log.absorb(tally);
+                    work = work.saturating_add(cost);
                 }
+                // After they were read, so that it is told what is wrong with them.
+                budget.take(work)?;
             }
             Ok(())
         })
@@ -329,18 +345,23 @@ impl<'c> Checker<'c> {
             note_overlap(image, counters, &mut tally, (part.offset, part.length, 1), || {
                 Finding::new(FindingKind::MetadataOverlap, part.name).place(part.place)
             });
+            log.absorb_if_full(&mut tally);
         }
-        let mut discarded = Tally::new(0);
-        let outcome = for_each_window(image, &self.l1_tables(), &mut discarded, |l2_tables, _| {
+        let mut nobody = |_| {};
+        let mut discarded = Log::new(0, &mut nobody);
+        let (l1_tables, mut budget) = (self.l1_tables(), self.budget());
+        let each = |l2_tables: &[L2Table], _: &mut Budget, _: &mut Log<'_>| {
             for table in l2_tables {
                 let used = (table.offset, image.cluster_size(), table.named);
                 note_overlap(image, counters, &mut tally, used, || {
                     Finding::new(FindingKind::MetadataOverlap, "the L2 table")
                         .place(table.named_by())
                 });
+                log.absorb_if_full(&mut tally);
             }
             Ok(())
-        });
+        };
+        let outcome = for_each_window(image, &l1_tables, &mut budget, &mut discarded, each);
         // One that can't be read was noted before.
         drop(outcome);
         log.absorb(tally);
@@ -369,21 +390,25 @@ fn note_overlap(
     });
 }
 
+/// Walks tables side by side in the file; also says what they cost, in bytes read.
 fn walk_tables<R: References>(
     image: &Image<'_>,
     tables: &[L2Table],
     refs: &R,
     mut tally: Tally,
-) -> Result<(Clusters, Tally)> {
-    let mut total = Clusters::default();
+) -> Result<(Clusters, Tally, u64)> {
+    let (mut total, mut cost) = (Clusters::default(), 0);
     let mut holes = Holes::default();
     let length = image.cluster_size();
     let mut buffer = vec![0; usize::try_from(length).unwrap_or(0)];
     for table in tables {
         if holes.cover(image.source, table.offset, length) {
+            let in_file = table.offset < image.file.bytes;
+            cost += if in_file { HOLE_COST } else { 0 };
             continue; // All entries are 0.
         }
+        cost += length;
         total.add(l2::walk(image, table, &mut buffer, refs, &mut tally)?);
     }
-    Ok((total, tally))
+    Ok((total, tally, cost))
 }

@@ -107,8 +107,9 @@ impl Refcounts {
         &self,
         image: &Image<'_>,
         refs: &R,
-        tally: &mut Tally,
+        log: &mut Log<'_>,
     ) {
+        let mut tally = log.tally();
         // An entry that lies less than a cluster past the end of the file counts as inside
         // of it where something else was found to end there.
         let past_end = image.file.clusters();
@@ -118,6 +119,7 @@ impl Refcounts {
             if entry == 0 {
                 continue;
             }
+            log.absorb_if_full(&mut tally);
             let place = table.entry(index);
             let offset = entry & !RESERVED;
             let mut found = |kind, message: String| {
@@ -141,7 +143,7 @@ impl Refcounts {
                 found(FindingKind::RefcountBlockPastFileEnd, message);
                 continue;
             }
-            image.refer(refs, tally, (offset, image.cluster_size(), 1), || {
+            image.refer(refs, &mut tally, (offset, image.cluster_size(), 1), || {
                 Finding::new(FindingKind::PastFileEnd, "the refcount block").place(place)
             });
             if refs.count(cluster).min(self.max()) != 1 {
@@ -152,6 +154,7 @@ impl Refcounts {
                 );
             }
         }
+        log.absorb(tally);
     }
 }
 

@@ -6,8 +6,9 @@
 
 use super::image::{COPIED, Image, OFFSET_MASK};
 use super::l2::L2Table;
+use crate::check::extent::Budget;
 use crate::check::finding::{Finding, FindingKind, Place, Table};
-use crate::check::log::Tally;
+use crate::check::log::{Log, Tally};
 use crate::error::Result;
 use crate::units::HostOffset;
 
@@ -49,15 +50,17 @@ struct Named {
 }
 
 /// Hands out the L2 tables that `l1_tables` name, a stretch of L1 entries at a time, in the
-/// order of the file. Of each L1 entry `tally` takes what is wrong with it.
+/// order of the file. Of each L1 entry `log` takes what is wrong with it. The reads of L1
+/// tables are taken from `budget`: those of 65536 snapshots may all be the same 32 MiB.
 ///
 /// # Errors
-/// An L1 table can't be read; what `each` says.
+/// An L1 table can't be read; the budget is used up; what `each` says.
 pub(super) fn for_each_window(
     image: &Image<'_>,
     l1_tables: &[L1Table],
-    tally: &mut Tally,
-    mut each: impl FnMut(&[L2Table], &mut Tally) -> Result<()>,
+    budget: &mut Budget,
+    log: &mut Log<'_>,
+    mut each: impl FnMut(&[L2Table], &mut Budget, &mut Log<'_>) -> Result<()>,
 ) -> Result<()> {
     let longest = l1_tables.iter().map(|l1| l1.entries_in_file(image)).max().unwrap_or(0);
     let step = (WINDOW / (l1_tables.len() as u64).max(1)).max(1);
@@ -65,16 +68,19 @@ pub(super) fn for_each_window(
     let mut start = 0;
     while start < longest {
         named.clear();
+        let mut tally = log.tally();
         for (by, l1) in (0u32..).zip(l1_tables) {
             let end = l1.entries_in_file(image).min(start + step);
             let count = usize::try_from(end.saturating_sub(start)).unwrap_or(0);
             if count == 0 {
                 continue;
             }
+            budget.take_read(count as u64 * 8)?;
             let entries = image.read_entries(l1.offset + start * 8, count)?;
             for (index, entry) in (start..).zip(entries) {
                 if entry != 0 {
-                    look_at(image, l1, index, entry, tally);
+                    look_at(image, l1, index, entry, &mut tally);
+                    log.absorb_if_full(&mut tally);
                     let index = u32::try_from(index).unwrap_or(u32::MAX);
                     let copied = entry & COPIED != 0;
                     named.push(Named { offset: entry & OFFSET_MASK, by, index, copied });
@@ -82,7 +88,8 @@ pub(super) fn for_each_window(
             }
         }
         named.sort_unstable();
-        each(&group(&named, l1_tables), tally)?;
+        log.absorb(tally);
+        each(&group(&named, l1_tables), budget, log)?;
         start += step;
     }
     Ok(())
