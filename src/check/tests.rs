@@ -309,3 +309,14 @@ fn bitmaps_that_share_a_huge_table_are_given_up_at_once() {
     assert_eq!(report.counts.of(FindingKind::TooMuchWork), 1, "{report:?}");
     assert!(report.incomplete);
 }
+
+#[test]
+fn a_refcount_table_that_cannot_be_read_is_a_finding() {
+    let mut image = qcow2();
+    image.u64(48, 0x7fff_ffff_c000_0000);
+    image.put(79, &[1]);
+    let (report, findings) = check_with(image, Format::Qcow2, None);
+    let kinds: Vec<_> = findings.iter().map(|finding| finding.kind).collect();
+    assert_eq!(kinds, [FindingKind::MarkedDirty, FindingKind::ReadError]);
+    assert_eq!((report.check_errors(), report.incomplete), (1, true));
+}

@@ -91,8 +91,9 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<u8> {
     let report = match checked {
         Ok(report) => report,
         Err(error) => {
-            // What can't be checked may still be looked into.
-            if dump.is_some() {
+            // What can't be checked may still be looked into, and JSON that has begun has to
+            // end.
+            if dump.is_some() || printer.started {
                 printer.finish(None, dump)?;
             }
             return Err(error.into());

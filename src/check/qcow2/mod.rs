@@ -61,7 +61,7 @@ pub(super) fn check(source: &Source, log: &mut Log<'_>) -> Result<Report> {
     header.refuse_unknown_features(&extensions)?;
     let image = Image::new(source, &header);
     note_header(&header, log);
-    let checker = Checker::new(image, &extensions, log)?;
+    let checker = Checker::new(image, &extensions, log);
     let total = header.virtual_size.get().div_ceil(header.cluster_size());
     let mut numbers = Numbers { total_clusters: total, ..Numbers::default() };
     if let Some(checker) = checker {
@@ -119,12 +119,9 @@ struct Checker<'c> {
 }
 
 impl<'c> Checker<'c> {
-    /// `None` where the file is so large that QEMU does not check it.
-    fn new(
-        image: Image<'c>,
-        extensions: &'c Extensions,
-        log: &mut Log<'_>,
-    ) -> Result<Option<Self>> {
+    /// `None` where the file is so large that QEMU does not check it, or where there are no
+    /// refcounts to compare with.
+    fn new(image: Image<'c>, extensions: &'c Extensions, log: &mut Log<'_>) -> Option<Self> {
         let mut tally = log.tally();
         let snapshots = Snapshots::read(&image, &mut tally);
         log.absorb(tally);
@@ -132,13 +129,21 @@ impl<'c> Checker<'c> {
         if clusters > MAX_CLUSTERS {
             let message = format!("the file has {clusters} clusters, more than {MAX_CLUSTERS}");
             log.push(Finding::new(FindingKind::FileTooLarge, message));
-            return Ok(None);
+            return None;
         }
         let l1 = image.header.l1_table;
         let active =
             L1Table { offset: l1.offset.get(), entries: l1.length.get() / 8, snapshot: None };
-        let refcounts = Refcounts::read(&image)?;
-        Ok(Some(Self { image, extensions, snapshots, refcounts, active, clusters }))
+        let refcounts = match Refcounts::read(&image) {
+            Ok(refcounts) => refcounts,
+            Err(error) => {
+                let offset = image.header.refcount_table.offset;
+                let place = Place::new(Table::RefcountTable, offset);
+                log.push(image.unreadable("the refcount table", place, &error));
+                return None;
+            }
+        };
+        Some(Self { image, extensions, snapshots, refcounts, active, clusters })
     }
 
     fn check(&self, numbers: &mut Numbers, log: &mut Log<'_>) -> Result<()> {
