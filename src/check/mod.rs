@@ -88,8 +88,8 @@ fn gives_up(counts: &Counts) -> bool {
 /// How to check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Most findings of each kind to tell of; all are counted. `None` for all: then those
-    /// of one table at a time are in memory.
+    /// Most findings of each kind to tell of; all are counted. `None` for all: then they
+    /// are told a few thousand at a time, and tables are walked one after the other.
     pub findings_of_a_kind: Option<u64>,
 }
 

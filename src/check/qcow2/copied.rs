@@ -41,11 +41,16 @@ impl Flags<'_> {
         let limit = log.limit();
         for_each_window(self.image, &l1_table, &mut budget, &mut discarded, |l2_tables, _, _| {
             for batch in l2_tables.chunks(super::batch_length(self.image, log)) {
-                let results: Result<Vec<Tally>> = batch
-                    .par_chunks(super::tables_a_worker(self.image))
-                    .map(|tables| self.check_tables(tables, Tally::new(limit)))
-                    .collect();
-                for tally in results? {
+                let results = if log.is_unlimited() {
+                    let tell = &mut |tally: &mut Tally| log.absorb_if_full(tally);
+                    vec![self.check_tables(batch, Tally::new(limit), tell)?]
+                } else {
+                    batch
+                        .par_chunks(super::tables_a_worker(self.image))
+                        .map(|tables| self.check_tables(tables, Tally::new(limit), &mut |_| {}))
+                        .collect::<Result<Vec<Tally>>>()?
+                };
+                for tally in results {
                     log.absorb(tally);
                 }
             }
@@ -83,7 +88,12 @@ impl Flags<'_> {
         Ok(())
     }
 
-    fn check_tables(&self, tables: &[L2Table], mut tally: Tally) -> Result<Tally> {
+    fn check_tables(
+        &self,
+        tables: &[L2Table],
+        mut tally: Tally,
+        tell: &mut dyn FnMut(&mut Tally),
+    ) -> Result<Tally> {
         let mut holes = Holes::default();
         let length = self.image.cluster_size();
         let mut buffer = vec![0; usize::try_from(length).unwrap_or(0)];
@@ -97,12 +107,18 @@ impl Flags<'_> {
                 continue;
             }
             self.image.read(table.offset, &mut buffer)?;
-            self.check_table(table, &buffer, &mut tally);
+            self.check_table(table, &buffer, &mut tally, tell);
         }
         Ok(tally)
     }
 
-    fn check_table(&self, table: &L2Table, bytes: &[u8], tally: &mut Tally) {
+    fn check_table(
+        &self,
+        table: &L2Table,
+        bytes: &[u8],
+        tally: &mut Tally,
+        tell: &mut dyn FnMut(&mut Tally),
+    ) {
         let data_file = self.image.header.has_data_file();
         let step = usize::from(self.image.header.has_extended_l2()) + 1;
         let entries = bytes.as_chunks::<8>().0.iter().step_by(step);
@@ -122,6 +138,7 @@ impl Flags<'_> {
             if (refcount == 1) == copied && (refcount != MORE || !self.nothing_shared) {
                 continue;
             }
+            tell(tally);
             let place = table.place().entry(index);
             let guest = guest_offset(self.image, table.l1_index, index);
             if (refcount == 1) == copied {

@@ -80,12 +80,15 @@ struct Walk<'w, R> {
     table: &'w L2Table,
     refs: &'w R,
     tally: &'w mut Tally,
+    /// May take what the tally keeps.
+    tell: &'w mut dyn FnMut(&mut Tally),
     clusters: Clusters,
     /// Where the next cluster has to be not to count as fragmented; 0 before the first.
     contiguous: u64,
 }
 
-/// Walks a table as check_refcounts_l2() in QEMU's block/qcow2-refcount.c does.
+/// Walks a table as check_refcounts_l2() in QEMU's block/qcow2-refcount.c does. `tell` may
+/// take what the tally keeps before the table is at its end.
 ///
 /// # Errors
 /// It can't be read.
@@ -95,10 +98,11 @@ pub(super) fn walk<R: References>(
     buffer: &mut [u8],
     refs: &R,
     tally: &mut Tally,
+    tell: &mut dyn FnMut(&mut Tally),
 ) -> Result<Clusters> {
     image.read(table.offset, buffer)?;
     let clusters = Clusters::default();
-    let mut walk = Walk { image, table, refs, tally, clusters, contiguous: 0 };
+    let mut walk = Walk { image, table, refs, tally, tell, clusters, contiguous: 0 };
     let entries = buffer.as_chunks::<8>().0;
     if image.header.has_extended_l2() {
         for (index, pair) in (0u64..).zip(entries.as_chunks::<2>().0) {
@@ -163,6 +167,7 @@ impl<R: References> Walk<'_, R> {
 
     /// An entry of any sort.
     fn entry(&mut self, index: u64, entry: u64, bitmap: u64) {
+        (self.tell)(self.tally);
         let decoded = self.image.format.decode(entry);
         if !matches!(decoded, L2Entry::Compressed { .. }) && entry & RESERVED != 0 {
             self.found(FindingKind::L2ReservedBits, index, || {

@@ -321,12 +321,20 @@ impl<'c> Checker<'c> {
             }
             log.absorb(tally);
             for batch in l2_tables.chunks(batch_length(image, log)) {
-                let results: Result<Vec<(Clusters, Tally, u64)>> = batch
-                    .par_chunks(tables_a_worker(image))
-                    .map(|tables| walk_tables(image, tables, refs, Tally::new(limit)))
-                    .collect();
+                let results = if log.is_unlimited() {
+                    // A single table may have hundreds of thousands of findings.
+                    let tell = &mut |tally: &mut Tally| log.absorb_if_full(tally);
+                    vec![walk_tables(image, batch, refs, Tally::new(limit), tell)?]
+                } else {
+                    batch
+                        .par_chunks(tables_a_worker(image))
+                        .map(|tables| {
+                            walk_tables(image, tables, refs, Tally::new(limit), &mut |_| {})
+                        })
+                        .collect::<Result<Vec<(Clusters, Tally, u64)>>>()?
+                };
                 let mut work = 0u64;
-                for (clusters, tally, cost) in results? {
+                for (clusters, tally, cost) in results {
                     total.add(clusters);
                     log.absorb(tally);
                     work = work.saturating_add(cost);
@@ -401,6 +409,7 @@ fn walk_tables<R: References>(
     tables: &[L2Table],
     refs: &R,
     mut tally: Tally,
+    tell: &mut dyn FnMut(&mut Tally),
 ) -> Result<(Clusters, Tally, u64)> {
     let (mut total, mut cost) = (Clusters::default(), 0);
     let mut holes = Holes::default();
@@ -413,7 +422,7 @@ fn walk_tables<R: References>(
             continue; // All entries are 0.
         }
         cost += length;
-        total.add(l2::walk(image, table, &mut buffer, refs, &mut tally)?);
+        total.add(l2::walk(image, table, &mut buffer, refs, &mut tally, tell)?);
     }
     Ok((total, tally, cost))
 }

@@ -19,7 +19,7 @@ const RESERVED: u64 = 0x1ff;
 pub(super) const MORE: u64 = 2;
 /// ... or that its block can't be read.
 pub(super) const UNREADABLE: u64 = 3;
-/// Refcount blocks that a worker takes at a time where findings are limited.
+/// Refcount blocks that a worker takes at a time.
 const BLOCKS_A_WORKER: u64 = 4;
 
 /// The refcount table.
@@ -186,7 +186,16 @@ pub(super) fn compare(
     log: &mut Log<'_>,
 ) -> Compared {
     let blocks = clusters.div_ceil(refcounts.block_entries);
-    let a_worker = if log.is_unlimited() { 1 } else { BLOCKS_A_WORKER };
+    if log.is_unlimited() {
+        // One after the other: a single block may have millions of findings.
+        let mut comparison = Comparison::new(image, refcounts, counters, log.tally());
+        for block in 0..blocks {
+            comparison.block(block, clusters, &mut |tally| log.absorb_if_full(tally));
+        }
+        log.absorb(comparison.tally);
+        return comparison.compared;
+    }
+    let a_worker = BLOCKS_A_WORKER;
     let a_round = a_worker * 4 * rayon::current_num_threads() as u64;
     let limit = log.limit();
     let mut total = Compared::default();
@@ -201,9 +210,7 @@ pub(super) fn compare(
                 let tally = Tally::new(limit);
                 let mut comparison = Comparison::new(image, refcounts, counters, tally);
                 for block in first..(first + a_worker).min(end) {
-                    let first = block * refcounts.block_entries;
-                    let count = refcounts.block_entries.min(clusters - first);
-                    comparison.block(block, first, count);
+                    comparison.block(block, clusters, &mut |_| {});
                 }
                 (comparison.compared, comparison.tally)
             })
@@ -284,17 +291,22 @@ impl<'c> Comparison<'c> {
         Self { image, refcounts, counters, tally, compared: Compared::default(), buffer, run }
     }
 
-    /// The `count` clusters from `first` on, which one refcount block describes.
-    fn block(&mut self, index: u64, first: u64, count: u64) {
+    /// Those of the first `clusters` clusters that one refcount block describes. `tell` may
+    /// take what the tally keeps.
+    fn block(&mut self, index: u64, clusters: u64, tell: &mut impl FnMut(&mut Tally)) {
+        let first = index * self.refcounts.block_entries;
+        let count = self.refcounts.block_entries.min(clusters - first);
         let bytes = (count << self.refcounts.order).div_ceil(8);
         let mut buffer = std::mem::take(&mut self.buffer);
         let block = match self.refcounts.block(self.image, index) {
             Block::None => None,
-            Block::Unreadable(offset) => return self.unreadable(index, first, count, offset),
+            Block::Unreadable(offset) => {
+                return self.unreadable(index, (first, count), offset, tell);
+            }
             Block::At(offset) => {
                 buffer.resize(usize::try_from(bytes).unwrap_or(0), 0);
                 if self.image.read(offset, &mut buffer).is_err() {
-                    return self.unreadable(index, first, count, offset);
+                    return self.unreadable(index, (first, count), offset, tell);
                 }
                 Some(offset)
             }
@@ -314,6 +326,7 @@ impl<'c> Comparison<'c> {
                 }
             };
             self.word(word, clusters, references, refcounts, block);
+            tell(&mut self.tally);
         }
         self.flush();
         self.buffer = buffer;
@@ -398,7 +411,13 @@ impl<'c> Comparison<'c> {
         }
     }
 
-    fn unreadable(&mut self, index: u64, first: u64, count: u64, offset: u64) {
+    fn unreadable(
+        &mut self,
+        index: u64,
+        (first, count): (u64, u64),
+        offset: u64,
+        tell: &mut impl FnMut(&mut Tally),
+    ) {
         let kind = FindingKind::RefcountUnreadable;
         self.tally.add(kind, count, || {
             let place = Place::new(Table::RefcountTable, self.image.header.refcount_table.offset);
@@ -420,6 +439,7 @@ impl<'c> Comparison<'c> {
                 }
             }
             self.counters.set_word(word, u64::MAX);
+            tell(&mut self.tally);
         }
     }
 }
