@@ -37,7 +37,8 @@ const DEFAULT_DIRECTORY: &str = "/var/cache/imgdm";
 pub(super) const SUFFIX: &str = ".scratch";
 
 /// Between the time a kept file is given and the last change of its inode, in seconds:
-/// what giving it its name may take. A later change is somebody else's.
+/// what writing the header and giving it its name may take. A later change is somebody
+/// else's.
 const NAMING_SECONDS: i64 = 60;
 
 /// The coarsest clock that a kernel stamps files with, and that of file systems which
@@ -349,26 +350,34 @@ impl CacheBuilder {
                 "an image was changed while it was read".to_owned(),
             )));
         }
-        self.finish(cache, chain, filled).map_err(|error| {
+        self.finish(cache, chain, filled, SystemTime::now).map_err(|error| {
             let message = "the filled file can't be kept".to_owned();
             Error::new(ErrorKind::CannotCreate(message)).with_source(error)
         })
     }
 
-    fn finish(&self, cache: &Cache, chain: &Chain, filled: &Filled) -> io::Result<()> {
+    fn finish(
+        &self,
+        cache: &Cache,
+        chain: &Chain,
+        filled: &Filled,
+        clock: impl FnOnce() -> SystemTime,
+    ) -> io::Result<()> {
         let sources = chain.layers().iter().flat_map(|layer| layer.files());
         // Of an image without a path of its own it can't be told when it is gone.
         let origins: Vec<_> =
             sources.filter_map(|(_, file)| Origin::of(file.path()).ok()).collect();
-        // What takes long comes before the file is given its time.
+        // What takes long comes before the file is given its time: all of the data is read
+        // once more for the checksums, and written to the disk.
+        let (length, identity) = (cache.scratch_length, cache.identity);
+        let trailer =
+            Trailer::write_lists(&self.writer, length, identity, &filled.zero_runs, &origins)?;
         self.writer.sync_all()?;
         // In whole seconds, of which every file system keeps the even ones.
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let now = clock().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let modified = now.as_secs() & !1;
         let recorded = i64::try_from(modified).unwrap_or(0);
-        let (length, identity) = (cache.scratch_length, cache.identity);
-        Trailer::write(&self.writer, length, identity, recorded, &filled.zero_runs, &origins)?;
-        self.writer.sync_all()?;
+        trailer.write_header(&self.writer, recorded)?;
         self.writer.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(modified))?;
         self.writer.sync_all()?;
         match &self.temporary {

@@ -239,18 +239,19 @@ impl Trailer {
         Ok(true)
     }
 
-    /// Writes a trailer to a file that holds its data and nothing else.
+    /// Writes all of a trailer but its header to a file that holds its data and nothing
+    /// else. Reads all of the data. The file is as if it had no trailer, until
+    /// [`write_header`](Self::write_header).
     ///
     /// # Errors
     /// A read or write failed.
-    pub(super) fn write(
+    pub(super) fn write_lists(
         file: &File,
         scratch_length: u64,
         identity: Digest,
-        modified: i64,
         zero_runs: &[GuestRange],
         origins: &[Origin],
-    ) -> io::Result<()> {
+    ) -> io::Result<Self> {
         let pairs: Vec<_> = zero_runs
             .iter()
             .map(|run| RawPair(U64::new(run.start.get()), U64::new(run.end.get())))
@@ -265,7 +266,7 @@ impl Trailer {
         let mut trailer = Self {
             scratch_length,
             identity,
-            modified,
+            modified: 0,
             zero_runs: pairs.len() as u64,
             chunks: 0,
             origins: places.len() as u64,
@@ -281,8 +282,17 @@ impl Trailer {
         file.write_all_at(pairs.as_bytes(), runs_at)?;
         file.write_all_at(&places, trailer.origins_start())?;
         file.write_all_at(U64::new(trailer.start()).as_bytes(), trailer.footer_start())?;
-        file.write_all_at(&trailer.to_bytes(), start_of(scratch_length))?;
-        file.set_len(trailer.file_length())
+        file.set_len(trailer.file_length())?;
+        Ok(trailer)
+    }
+
+    /// Writes the header, with the time that the file is given next.
+    ///
+    /// # Errors
+    /// The write failed.
+    pub(super) fn write_header(mut self, file: &File, modified: i64) -> io::Result<()> {
+        self.modified = modified;
+        file.write_all_at(&self.to_bytes(), self.start())
     }
 
     fn to_bytes(self) -> Vec<u8> {
@@ -418,7 +428,10 @@ mod tests {
         file.write_all_at(&[7; 100], CHUNK).unwrap();
         file.write_all_at(&[8; 512], LENGTH - 512).unwrap();
         let place = Origin::of(std::path::Path::new("/proc/version")).unwrap();
-        Trailer::write(&file, LENGTH, [5; 32], -3, runs, &[place]).unwrap();
+        let trailer = Trailer::write_lists(&file, LENGTH, [5; 32], runs, &[place]).unwrap();
+        let length = file.metadata().unwrap().len();
+        assert!(Trailer::find(&file, length).unwrap().is_none(), "it has no header yet");
+        trailer.write_header(&file, -3).unwrap();
         let length = file.metadata().unwrap().len();
         (file, length)
     }

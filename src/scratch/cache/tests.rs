@@ -98,6 +98,27 @@ fn a_kept_file_is_used_again() {
 }
 
 #[test]
+fn the_time_is_taken_when_all_data_has_been_read() {
+    let world = World::new();
+    let chain = world.chain();
+    let cache = world.cache_of(&chain);
+    let builder = cache.build().unwrap();
+    let filled = world.filled(&chain, &builder);
+    let length = || builder.file().metadata().unwrap().len();
+    assert_eq!(length(), 40 * CLUSTER);
+    let mut length_then = 0;
+    let clock = || {
+        length_then = length();
+        SystemTime::now()
+    };
+    builder.finish(&cache, &chain, &filled, clock).unwrap();
+    // The checksums of the data were there, however long they took.
+    assert_eq!(length_then, length());
+    assert!(length_then > 40 * CLUSTER);
+    assert!(world.cache().lookup().is_some());
+}
+
+#[test]
 fn a_changed_image_makes_it_stale_and_takes_its_place() {
     let world = World::new();
     world.keep();
