@@ -46,6 +46,9 @@ const NAMING_SECONDS: i64 = 60;
 const CLOCK_TICK: Duration = Duration::from_millis(20);
 const COARSE_TICK: Duration = Duration::from_secs(2);
 
+/// Unit of `st_blocks`, in bytes (stat(3type)), whatever the file system's own.
+const BLOCK: u64 = 512;
+
 /// Attempts to replace a kept file while others do the same.
 const NAMING_ATTEMPTS: usize = 8;
 
@@ -251,9 +254,20 @@ impl Cache {
         Ok(Some(CacheHit { file, filled: Filled { zero_runs, failed: Vec::new() } }))
     }
 
+    /// Bytes that the file of that name takes, and that are free when it is removed.
+    /// Where it is held open, as by a device, they are not: that can't be seen here.
+    fn bytes_of_stale_file(&self) -> u64 {
+        match self.path().symlink_metadata() {
+            Ok(found) if found.is_file() && found.nlink() == 1 => {
+                found.blocks().saturating_mul(BLOCK)
+            }
+            _ => 0,
+        }
+    }
+
     /// Where a new file would lie that takes `bytes` bytes and is `length` long: the
-    /// directory or, where it is yet to be made, the one that it would be made in. Leaves
-    /// nothing behind.
+    /// directory or, where it is yet to be made, the one that it would be made in. A kept
+    /// file that a new one takes the place of counts as free. Leaves nothing behind.
     ///
     /// # Errors
     /// What [`build`](Self::build) and [`CacheBuilder::check_room`] would say.
@@ -264,12 +278,14 @@ impl Cache {
             check_owner(there)?;
         }
         let place = ScratchPlace::in_directory(there);
-        place.check_room(bytes, Trailer::longest_file(length))?;
+        let soon = self.bytes_of_stale_file();
+        place.check_room_with(bytes, Trailer::longest_file(length), soon)?;
         Ok(place)
     }
 
     /// Starts a new file, whatever is there. The directory is made (0700). What earlier
-    /// processes left there, and the files of images that are gone, are removed.
+    /// processes left there, the files of images that are gone, and the file of that name
+    /// where it can't be used, are removed: the new one needs their room.
     ///
     /// # Errors
     /// `CannotCreate`, naming the directory: no file can be made in it, or others can write
@@ -286,6 +302,11 @@ impl Cache {
         made.map_err(failed)?;
         check_owner(&self.directory)?;
         sweep(&self.directory);
+        // Somebody else may have made a good one meanwhile; it stays until ours is whole.
+        if self.lookup().is_none() {
+            // Where it can't be removed, giving the new file its name says why.
+            let _ = std::fs::remove_file(self.path());
+        }
         self.start_file().map_err(failed)
     }
 

@@ -97,7 +97,12 @@ impl ScratchPlace {
     /// `CannotCreate`: no file can be made, too little is free, or the process (by
     /// RLIMIT_FSIZE) or the file system takes no file that long.
     pub fn check_room(&self, bytes: u64, length: u64) -> Result<()> {
-        let free = self.free_bytes();
+        self.check_room_with(bytes, length, 0)
+    }
+
+    /// As [`check_room`](Self::check_room), where `soon` bytes more will be free.
+    pub(super) fn check_room_with(&self, bytes: u64, length: u64, soon: u64) -> Result<()> {
+        let free = self.free_bytes().saturating_add(soon);
         if bytes > free {
             return Err(Error::new(ErrorKind::CannotCreate(format!(
                 "the scratch file takes {bytes} bytes, and {free} are free in this directory{}",
@@ -255,6 +260,8 @@ mod tests {
             let error = place.check_room(u64::MAX, 1).unwrap_err();
             assert!(matches!(error.kind(), ErrorKind::CannotCreate(_)));
             assert!(error.to_string().contains(&u64::MAX.to_string()), "{error}");
+            place.check_room_with(u64::MAX, 1, u64::MAX).unwrap();
+            place.check_room_with(u64::MAX, 1, 1 << 30).unwrap_err();
         }
         // No file system takes a file that long.
         let error = place.check_room(1, 1 << 63).unwrap_err();

@@ -134,6 +134,34 @@ fn a_changed_image_makes_it_stale_and_takes_its_place() {
 }
 
 #[test]
+fn a_stale_file_makes_room_for_the_new_one_and_a_good_one_stays_until_then() {
+    let world = World::new();
+    let (cache, _) = world.keep();
+    drop(cache.build().unwrap());
+    assert!(world.cache().lookup().is_some());
+    assert_eq!(world.names().len(), 1);
+
+    let image = File::options().write(true).open(world.image()).unwrap();
+    image.write_all_at(&[0xee], 0).unwrap();
+    let cache = world.cache();
+    assert!(cache.lookup().is_none());
+    // Two clusters and the trailer.
+    let taken = cache.bytes_of_stale_file();
+    assert!((2 * CLUSTER..1 << 20).contains(&taken), "{taken}");
+    let link = world.dir.path().join("link");
+    std::fs::hard_link(cache.path(), &link).unwrap();
+    assert_eq!(cache.bytes_of_stale_file(), 0, "removing it frees nothing");
+    std::fs::remove_file(link).unwrap();
+
+    let builder = cache.build().unwrap();
+    assert_eq!(world.names(), [""; 0]);
+    assert_eq!(cache.bytes_of_stale_file(), 0);
+    drop(builder);
+    world.keep();
+    assert!(world.cache().lookup().is_some());
+}
+
+#[test]
 fn other_jobs_make_it_stale() {
     let mut world = World::new();
     world.keep();
