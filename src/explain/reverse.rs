@@ -6,7 +6,9 @@ use crate::chain::{Chain, HoleQuery, Layer};
 use crate::damage::{Damage, DamageList, MAX_LISTED};
 use crate::error::{Error, ErrorKind, Result, printable};
 use crate::extent::{Mapping, ZeroCause};
-use crate::format::qcow2::{L2Entry, Qcow2Header, TableLocation, refcount_of, trace_tables};
+use crate::format::qcow2::{
+    L2Entry, Qcow2Header, TableLocation, extension_name, refcount_of, trace_tables,
+};
 use crate::format::trace::{Refcount, TraceStep};
 use crate::metadata::{
     Metadata, Owner, Piece, PieceKind, Problem, Problems, Qcow2Metadata, UsedRange,
@@ -212,14 +214,10 @@ fn describe(piece: &Piece, qcow2: Option<&Qcow2Metadata>) -> String {
     };
     match piece.kind {
         PieceKind::Header => "the header".to_owned(),
-        PieceKind::HeaderExtension(kind) => {
-            let places = qcow2.iter().flat_map(|qcow2| &qcow2.extensions.places);
-            let name = places.filter(|place| place.kind == kind).find_map(|place| place.name());
-            match name {
-                Some(name) => format!("the header extension {name}"),
-                None => format!("a header extension of the unknown type {kind:#010x}"),
-            }
-        }
+        PieceKind::HeaderExtension(kind) => match extension_name(kind) {
+            Some(name) => format!("the header extension {name}"),
+            None => format!("a header extension of the unknown type {kind:#010x}"),
+        },
         PieceKind::BackingFileName => "the backing file's name".to_owned(),
         PieceKind::RefcountTable => "the refcount table".to_owned(),
         PieceKind::RefcountBlock { index } => {

@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 
 use imgdm::error::printable;
+use imgdm::format::qcow2::extension_name;
 use imgdm::metadata::{
     Layout, Metadata, Owner, Piece, PieceKind, Qcow2Metadata, RangeUse, UsedRange, Walk,
 };
@@ -126,15 +127,10 @@ fn describe(metadata: &Metadata, kind: PieceKind) -> String {
             Layout::Cow(cow) => format!("header ({})", cow.header().layout()),
             _ => "header".to_owned(),
         },
-        PieceKind::HeaderExtension(number) => {
-            let place = |qcow2: &Qcow2Metadata| {
-                qcow2.extensions.places.iter().find(|place| place.kind == number)?.name()
-            };
-            match qcow2.and_then(place) {
-                Some(name) => format!("header extension {name}"),
-                None => format!("header extension {number:#010x}"),
-            }
-        }
+        PieceKind::HeaderExtension(kind) => match extension_name(kind) {
+            Some(name) => format!("header extension {name}"),
+            None => format!("header extension {kind:#010x}"),
+        },
         PieceKind::BackingFileName => "backing file name".to_owned(),
         PieceKind::RefcountTable => "refcount table".to_owned(),
         PieceKind::RefcountBlock { index } => format!("refcount block {index}"),

@@ -36,15 +36,21 @@ pub struct ExtensionPlace {
 impl ExtensionPlace {
     /// The specification's name of the type; `None` for one that imgdm does not know.
     pub fn name(&self) -> Option<&'static str> {
-        match self.kind {
-            END => Some("end"),
-            BACKING_FORMAT => Some("backing-format"),
-            FEATURE_NAME_TABLE => Some("feature-name-table"),
-            CRYPTO_HEADER => Some("crypto-header"),
-            DATA_FILE_NAME => Some("data-file-name"),
-            BITMAPS => Some("bitmaps"),
-            _ => None,
-        }
+        extension_name(self.kind)
+    }
+}
+
+/// The specification's name of a header extension's type; `None` for one that imgdm does not
+/// know.
+pub fn extension_name(kind: u32) -> Option<&'static str> {
+    match kind {
+        END => Some("end"),
+        BACKING_FORMAT => Some("backing-format"),
+        FEATURE_NAME_TABLE => Some("feature-name-table"),
+        CRYPTO_HEADER => Some("crypto-header"),
+        DATA_FILE_NAME => Some("data-file-name"),
+        BITMAPS => Some("bitmaps"),
+        _ => None,
     }
 }
 

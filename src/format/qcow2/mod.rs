@@ -27,7 +27,7 @@ use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset};
 
 pub use entry::L2Entry;
 use entry::l2_table_offset;
-pub use extension::{ExtensionPlace, Extensions};
+pub use extension::{ExtensionPlace, Extensions, extension_name};
 pub use header::{Compression, Qcow2Header, TableLocation, incompatible};
 pub(crate) use refcount::refcount_of;
 pub use snapshot::{Snapshot, SnapshotSelector};
