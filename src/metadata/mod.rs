@@ -6,7 +6,9 @@
 //!
 //! [`Metadata::pieces`] gives the pieces, [`Metadata::walk`] what every byte of the file is
 //! used for, and [`Metadata::pieces_at`] what refers to one byte. Memory: 2 bits a cluster
-//! that something refers to, and at most about 64 MiB besides.
+//! that something refers to; parts of clusters, at most 64 MiB (96 while their list grows);
+//! pieces in order, at most 40 MiB; and the names of snapshots and bitmaps, of which the file
+//! can have 64 MiB each.
 
 mod at;
 mod clusters;
