@@ -158,12 +158,20 @@ impl Metadata {
                     _ => PieceKind::Data { owner, guest },
                 };
                 found.add(Piece { kind, ..reference.piece });
+                if found.is_cut_off() {
+                    return;
+                }
             }
         }
     }
 }
 
 impl PiecesAt {
+    /// True where there is no room for more, and there was more: nothing will be added.
+    fn is_cut_off(&self) -> bool {
+        self.truncated && self.pieces.len() >= MAX_REFERENCES
+    }
+
     fn add(&mut self, piece: Piece) {
         if self.pieces.len() < MAX_REFERENCES {
             self.pieces.push(piece);

@@ -156,6 +156,26 @@ fn a_table_that_snapshots_share_is_walked_once_and_its_data_has_all_owners() {
 }
 
 #[test]
+fn owners_without_end_are_not_all_looked_at() {
+    // Each of 2^19 L1 entries names one L2 table of 8192 entries, which all name one cluster:
+    // to add each of these would take minutes.
+    const LARGE: u64 = 64 << 10;
+    const ENTRIES: u32 = 1 << 19;
+    let (l2, data, l1) = (LARGE, 2 * LARGE, 3 * LARGE);
+    let mut image = Builder::new(l1 / CLUSTER);
+    image.u32(20, 16).u64(24, LARGE).u32(36, ENTRIES).u64(40, l1);
+    for entry in 0..LARGE / 8 {
+        image.u64(l2 + entry * 8, data | COPIED);
+    }
+    for _ in 0..ENTRIES {
+        image.bytes.extend((l2 | COPIED).to_be_bytes());
+    }
+    let found = image.metadata().pieces_at(HostPlace::in_image(HostOffset::new(data)));
+    assert!(found.truncated);
+    assert_eq!(found.pieces.len(), 1 << 16);
+}
+
+#[test]
 fn an_l1_table_named_twice_is_not_walked_twice() {
     let mut image = Builder::new(10);
     image.snapshot(6, 0).u64(6 * CLUSTER, Builder::L1);
