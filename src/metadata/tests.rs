@@ -176,6 +176,30 @@ fn owners_without_end_are_not_all_looked_at() {
 }
 
 #[test]
+fn a_snapshot_of_an_impossible_size_hides_neither_its_tables_nor_those_of_others() {
+    let mut image = Builder::new(12);
+    image.snapshot(6, 0);
+    // Three entries of 64 bytes, padding included, each with an L1 table.
+    let table = 6 * CLUSTER;
+    let first = image.bytes[usize::try_from(table).unwrap()..][..64].to_vec();
+    for (number, l1) in [(1, 8), (2, 9)] {
+        let entry = table + number * 64;
+        image.put(entry, &first).u64(entry, l1 * CLUSTER).refcount(l1, 1);
+    }
+    image.u32(60, 3).u64(table + 48, 1 << 63);
+    let metadata = image.metadata();
+    assert_eq!(metadata.qcow2().unwrap().snapshots.len(), 3);
+    let owner = |at: u64| kinds(&metadata, at * CLUSTER);
+    for (at, number) in [(7, 0), (8, 1), (9, 2)] {
+        assert_eq!(owner(at), [PieceKind::L1Table(Owner::Snapshot(number))]);
+    }
+    let walk = metadata.walk();
+    let problems: Vec<_> = walk.problems().iter().map(|p| (p.offset.get(), p.kind)).collect();
+    assert_eq!(problems, [(table, ProblemKind::InvalidField)]);
+    assert!(shown(&walk).iter().all(|&(_, _, used)| used != RangeUse::Unreferenced));
+}
+
+#[test]
 fn an_l1_table_named_twice_is_not_walked_twice() {
     let mut image = Builder::new(10);
     image.snapshot(6, 0).u64(6 * CLUSTER, Builder::L1);

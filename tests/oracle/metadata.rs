@@ -233,6 +233,42 @@ fn leaks_and_what_is_hidden_in_unused_places_are_told() {
 }
 
 #[test]
+fn a_snapshot_of_an_impossible_size_hides_no_other() {
+    let dir = scratch_dir("metadata").unwrap();
+    let dir = dir.path();
+    let mut steps = vec![create("x.qcow2", "qcow2", &[], None, SIZE)];
+    for (name, at) in [("one", 0), ("two", 1 << 20), ("three", 2 << 20)] {
+        steps.push(write("x.qcow2", "qcow2", &[(at, 100_352)]));
+        steps.push(snapshot("x.qcow2", name));
+    }
+    steps.push(write("x.qcow2", "qcow2", &[(0, SIZE)]));
+    make(dir, steps);
+    let map = |name: &str| imgdm(dir, &["map", "-l", name, "--output=json", "x.qcow2"]);
+    let before: Vec<_> =
+        ["two", "three"].map(|name| map(name).unwrap().ok().unwrap().text()).into();
+    let said_before = dump(dir, "x.qcow2", &[]).unwrap();
+
+    let image = Patch::open(&dir.join("x.qcow2")).unwrap();
+    let size = image.u64(patch::SNAPSHOTS_OFFSET).unwrap() + 48;
+    assert_eq!(image.u64(size).unwrap(), SIZE);
+    image.put_u64(size, SIZE | 1 << 63).unwrap();
+    let said = dump(dir, "x.qcow2", &[]).unwrap();
+    for key in ["snapshot-table", "unreferenced", "unused", "slack"] {
+        assert_eq!(said["viscera"][key], said_before["viscera"][key], "{key}");
+    }
+    assert_eq!(said["viscera"]["snapshot-table"]["l1-list"].as_array().unwrap().len(), 3);
+    assert_eq!(said["viscera"]["unreferenced"], json!([]));
+    let problems = &said["viscera"]["problems"];
+    assert!(problems.to_string().contains("snapshot 'one' is past 2^63"), "{problems:#}");
+    for (name, before) in ["two", "three"].into_iter().zip(&before) {
+        assert_eq!(map(name).unwrap().ok().unwrap().text(), *before, "{name}");
+        qemu::img(dir, &["convert", "-l", name, "-O", "raw", "x.qcow2", "x.raw"]).unwrap();
+    }
+    let refused = map("one").unwrap();
+    assert!(refused.stderr.contains("past 2^63"), "{}", refused.describe());
+}
+
+#[test]
 fn a_vm_state_is_where_the_l2_tables_past_the_disk_say() {
     let dir = scratch_dir("metadata").unwrap();
     let dir = dir.path();

@@ -119,6 +119,8 @@ impl Qcow2Image {
                 Some(selector.find(&snapshots)?.clone())
             }
         };
+        let virtual_size =
+            snapshot.as_ref().map_or(Ok(header.virtual_size), Snapshot::checked_virtual_size)?;
         let l1_table = snapshot.as_ref().map_or(Ok(header.l1_table), |s| s.l1_table(&header))?;
         let in_file = match &snapshot {
             None => check_table_in_file(source, l1_table, 40, "the L1 table"),
@@ -132,7 +134,6 @@ impl Qcow2Image {
         if !past_damage && let Some(error) = repeated_l2.first_error_from(0, &kept_l1, l1_table) {
             return Err(error);
         }
-        let virtual_size = snapshot.as_ref().map_or(header.virtual_size, |s| s.virtual_size);
         // An L1 table may have more entries than the disk needs.
         let needed = virtual_size.get().div_ceil(header.l2_coverage());
         let lost = l1_damage.as_ref().filter(|damage| damage.first_entry >= needed);

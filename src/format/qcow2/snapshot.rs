@@ -29,7 +29,8 @@ pub struct Snapshot {
     pub l1_offset: HostOffset,
     /// Entries of the L1 table.
     pub l1_entries: u32,
-    /// Size of the virtual disk when it was taken, in bytes.
+    /// Size of the virtual disk when it was taken, in bytes; checked only when the snapshot
+    /// is used.
     pub virtual_size: ByteLen,
     /// Seconds since 1970 when it was taken.
     pub date_seconds: u32,
@@ -68,6 +69,21 @@ impl Snapshot {
             return bad("lies past 2^63");
         }
         Ok(TableLocation { offset: self.l1_offset, length: ByteLen::new(length) })
+    }
+
+    /// The snapshot's virtual size, checked.
+    ///
+    /// # Errors
+    /// It is 2^63 bytes or more.
+    pub fn checked_virtual_size(&self) -> Result<ByteLen> {
+        if i64::try_from(self.virtual_size.get()).is_err() {
+            return Err(Error::invalid(format!(
+                "the virtual size of snapshot '{}' is past 2^63 bytes",
+                printable(&self.name)
+            ))
+            .at_offset(self.entry_offset.get()));
+        }
+        Ok(self.virtual_size)
     }
 }
 
@@ -160,12 +176,6 @@ pub(crate) fn read_entry(
         vm_state_size: extra_u64(0).unwrap_or_else(|| u64::from(u32_at(32))),
         instruction_count: extra_u64(16).filter(|&count| count != u64::MAX),
     };
-    if i64::try_from(snapshot.virtual_size.get()).is_err() {
-        return Err(Error::invalid(format!(
-            "the virtual size of snapshot '{}' is past 2^63 bytes",
-            printable(&snapshot.name)
-        )));
-    }
     Ok((snapshot, (FIXED_LENGTH + rest.len()) as u64))
 }
 

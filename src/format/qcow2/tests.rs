@@ -508,7 +508,8 @@ fn a_snapshot_has_its_own_size_and_l1_table() {
 #[test]
 fn a_bad_snapshot_table_stops_only_those_who_ask_for_a_snapshot() {
     type Change = fn(&mut Builder);
-    let bad: [(&str, Change); 4] = [
+    let bad: [(&str, Change); 5] = [
+        ("past 2^63", |i| _ = i.u64(4 * CLUSTER + 48, 1 << 63)),
         ("extra data", |i| _ = i.u32(4 * CLUSTER + 36, 1025)),
         ("cluster boundary", |i| _ = i.u64(4 * CLUSTER, 5 * CLUSTER + 8)),
         ("too large", |i| _ = i.u32(4 * CLUSTER + 8, u32::MAX)),

@@ -174,6 +174,10 @@ impl Qcow2Metadata {
             overlaps: false,
         }];
         for (snapshot, number) in self.snapshots.iter().zip(0u32..) {
+            // Whatever its size: what its tables name is in use.
+            if let Err(error) = snapshot.checked_virtual_size() {
+                self.problems.push(Problem::of_error(&error, snapshot.entry_offset));
+            }
             match snapshot.l1_table(&self.header) {
                 Ok(table) => tables.push(L1Table {
                     owner: Owner::Snapshot(number),
