@@ -11,6 +11,8 @@ use imgdm::error::ErrorKind;
 use imgdm::open::{OpenPolicy, open_chain};
 use imgdm::read::{ChainReader, Ciphers, Content};
 use imgdm::units::{GuestOffset, GuestRange};
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
 use zeroize::Zeroizing;
 
 use crate::check::{convert, strings};
@@ -35,10 +37,35 @@ pub(crate) fn unlock(chain: &Chain, keys: &BTreeMap<u32, Vec<u8>>) -> imgdm::Res
     Ok(ciphers)
 }
 
+/// Bytes that are compared at a time.
+const PIECE: u64 = 1 << 20;
+
 /// A raw copy, with zeros past its end.
 struct Copy(File);
 
 impl Copy {
+    /// The first piece from `start` to `end` that is not all zeros. Holes are passed over:
+    /// some copies have TiBs of them.
+    fn first_not_zero(&self, start: u64, end: u64) -> Outcome<Option<u64>> {
+        let mut piece = vec![0; usize::try_from(PIECE).unwrap()];
+        let zeros = piece.clone();
+        let mut at = start;
+        while at < end {
+            match lseek(&self.0, i64::try_from(at).unwrap(), Whence::SeekData) {
+                Ok(data) => at = data.unsigned_abs(),
+                Err(Errno::ENXIO) => break,
+                Err(errno) => return Err(errno.to_string()),
+            }
+            let length = usize::try_from(end.saturating_sub(at).min(PIECE)).unwrap();
+            self.read(at, &mut piece[..length])?;
+            if piece[..length] != zeros[..length] {
+                return Ok(Some(at));
+            }
+            at += PIECE;
+        }
+        Ok(None)
+    }
+
     fn read(&self, start: u64, buffer: &mut [u8]) -> Outcome {
         let mut done = 0;
         while done < buffer.len() {
@@ -72,21 +99,22 @@ pub(crate) fn compare(chain: &Chain, ciphers: &Ciphers, copy: &Path, rng: &mut R
     let swept = chain.for_each_chunk(ciphers, range, |part, content| {
         assert_eq!(part.start.get(), at, "stretches follow on each other");
         at = part.end.get();
-        let mut same = |start: u64, ours: Option<&[u8]>, length: u64| {
-            theirs.resize(usize::try_from(length).unwrap(), 0);
-            let read = copy.read(start, &mut theirs);
-            if let Err(error) = read {
-                wrong.get_or_insert(error);
-            } else if ours.map_or(theirs.iter().any(|&byte| byte != 0), |ours| ours != theirs) {
-                wrong.get_or_insert(format!("the sweep differs in {length} bytes from {start:#x}"));
+        let start = part.start.get();
+        let same = match content {
+            Content::Bytes(bytes) => {
+                theirs.resize(bytes.len(), 0);
+                copy.read(start, &mut theirs).map(|()| (bytes != theirs).then_some(start))
             }
+            Content::Zeros => copy.first_not_zero(start, at),
         };
-        match content {
-            Content::Bytes(bytes) => same(part.start.get(), Some(bytes), part.length().get()),
-            // Of any length.
-            Content::Zeros => (part.start.get()..at)
-                .step_by(1 << 20)
-                .for_each(|start| same(start, None, (at - start).min(1 << 20))),
+        match same {
+            Ok(None) => {}
+            Ok(Some(at)) => {
+                wrong.get_or_insert(format!("the sweep differs from {at:#x} on"));
+            }
+            Err(error) => {
+                wrong.get_or_insert(error);
+            }
         }
         Ok(())
     });
