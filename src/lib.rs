@@ -32,6 +32,7 @@
 //! | [`info`] | what an image says of itself, as `qemu-img info` has it |
 //! | [`diff`] | where two disks differ, by mapping or by bytes |
 //! | [`picture`] | what a picture of the disk shows: bytes of each state in cells, fragmentation |
+//! | [`partition`] | partition tables of the virtual disk |
 //! | [`plan`] | extents to segments, backings and tables; what stands in the way |
 //! | [`scratch`] | what the image's files don't hold as it is: inflated clusters, partial sectors |
 //! | [`table`] | `dmsetup` text, printed and parsed |
@@ -54,6 +55,7 @@ pub mod lock;
 pub mod metadata;
 pub mod open;
 pub mod picture;
+pub mod partition;
 pub mod plan;
 pub mod read;
 pub mod scratch;

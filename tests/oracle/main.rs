@@ -31,6 +31,7 @@ mod metadata;
 mod names;
 mod odd;
 mod one_field;
+mod partitions;
 mod random;
 mod read;
 mod selftest;

@@ -1,0 +1,254 @@
+//! Master boot records with logical partitions, and the tables nested in their partitions
+//! (libblkid's dos.c, minix.c).
+
+use super::{
+    Disk, Entry, PartitionTable, PartitionType, TableKind, bsd, foreign, le16, le32, sector,
+};
+use crate::error::Result;
+
+const TABLE_AT: usize = 446;
+const ENTRY_LENGTH: usize = 16;
+/// Extended boot records without a partition that are followed, as libblkid and the kernel
+/// do: a chain of them may be endless.
+const MAX_EMPTY_RECORDS: u32 = 100;
+
+const GPT: u8 = 0xee;
+const MINIX: u8 = 0x81;
+const MINIX_SUBPARTITIONS: usize = 4;
+const AIX_MAGIC: [u8; 4] = [0xc9, 0xc2, 0xd4, 0xc1];
+
+/// One of the four entries of a boot record.
+#[derive(Clone, Copy)]
+struct Slot {
+    boot: u8,
+    kind: u8,
+    /// First sector; of an extended boot record, from somewhere else than the disk's start.
+    start: u64,
+    length: u64,
+}
+
+impl Slot {
+    fn is_extended(self) -> bool {
+        matches!(self.kind, 0x05 | 0x0f | 0x85)
+    }
+}
+
+fn slots(record: &[u8; 512]) -> [Slot; 4] {
+    std::array::from_fn(|index| {
+        let at = TABLE_AT + index * ENTRY_LENGTH;
+        Slot {
+            boot: record[at],
+            kind: record[at + 4],
+            start: u64::from(le32(record, at + 8)),
+            length: u64::from(le32(record, at + 12)),
+        }
+    })
+}
+
+fn has_magic(record: &[u8; 512]) -> bool {
+    record.ends_with(&[0x55, 0xaa])
+}
+
+/// True for the master boot record in front of a GPT.
+pub(super) fn is_protective(record: &[u8; 512]) -> bool {
+    has_magic(record) && slots(record).iter().any(|slot| slot.kind == GPT)
+}
+
+/// True for the first sector of a FAT, exFAT or NTFS file system, which has the two magic
+/// bytes of a master boot record as well.
+fn is_file_system(record: &[u8; 512]) -> bool {
+    if &record[3..11] == b"NTFS    " || &record[3..11] == b"EXFAT   " {
+        return true;
+    }
+    const NAMES: [(usize, &[u8]); 6] = [
+        (0x36, b"FAT12   "),
+        (0x36, b"FAT16   "),
+        (0x36, b"FAT     "),
+        (0x36, b"MSDOS"),
+        (0x52, b"FAT32   "),
+        (0x52, b"MSWIN"),
+    ];
+    let says_fat = NAMES.iter().any(|(at, magic)| record[*at..].starts_with(magic));
+    let has_jump = matches!(record[0], 0xeb | 0xe9);
+    if !says_fat && !has_jump {
+        return false;
+    }
+    // What a FAT's first sector has to say of itself (libblkid's fat_valid_superblock()).
+    let sector_size = le16(record, 11);
+    let cluster_sectors = record[13];
+    let (reserved, fats, media) = (le16(record, 14), record[16], record[21]);
+    matches!(sector_size, 512 | 1024 | 2048 | 4096)
+        && cluster_sectors.is_power_of_two()
+        && reserved != 0
+        && fats != 0
+        && (media >= 0xf8 || media == 0xf0)
+}
+
+/// Reads a master boot record, the logical partitions and the nested tables.
+pub(super) fn read(disk: &mut dyn Disk) -> Result<Option<PartitionTable>> {
+    let Some(record) = sector(disk, 0)? else { return Ok(None) };
+    let primary = slots(&record);
+    if !has_magic(&record)
+        || record.starts_with(&AIX_MAGIC)
+        || primary.iter().any(|slot| !matches!(slot.boot, 0 | 0x80) || slot.kind == GPT)
+        || is_file_system(&record)
+    {
+        return Ok(None);
+    }
+    let mut table = PartitionTable::new(TableKind::Dos);
+    let id = le32(&record, 440);
+    table.uuid = (id != 0).then(|| format!("{id:08x}"));
+    for (number, slot) in (1u32..).zip(primary) {
+        if slot.length > 0 {
+            push(&mut table, number, slot.start, slot, None);
+        }
+    }
+    let mut next_number = 5;
+    for (number, slot) in (1u32..).zip(primary) {
+        if slot.length > 0 && slot.is_extended() {
+            logical(disk, &mut table, number, slot, &mut next_number)?;
+        }
+    }
+    nested(disk, &mut table, &mut next_number)?;
+    Ok(Some(table))
+}
+
+fn push(
+    table: &mut PartitionTable,
+    number: u32,
+    start: u64,
+    slot: Slot,
+    inside: Option<u32>,
+) -> bool {
+    let pushed = table.push(Entry {
+        number,
+        table: TableKind::Dos,
+        start,
+        length: slot.length,
+        kind: Some(PartitionType::Number(slot.kind.into())),
+        flags: slot.boot.into(),
+    });
+    if !pushed {
+        return false;
+    }
+    let uuid = table.uuid.as_ref().map(|id| format!("{id}-{number:02x}"));
+    if let Some(partition) = table.partitions.last_mut() {
+        partition.uuid = uuid;
+        partition.is_extended = slot.is_extended();
+        partition.inside = inside;
+    }
+    true
+}
+
+/// The logical partitions of an extended one: a chain of boot records, each of which only
+/// leads further on.
+fn logical(
+    disk: &mut dyn Disk,
+    table: &mut PartitionTable,
+    extended: u32,
+    area: Slot,
+    next_number: &mut u32,
+) -> Result<()> {
+    let area_end = area.start + area.length;
+    let (mut here, mut here_length) = (area.start, area.length);
+    let mut empty = 0;
+    if area.start == 0 {
+        return Ok(());
+    }
+    loop {
+        empty += 1;
+        if empty > MAX_EMPTY_RECORDS {
+            return Ok(());
+        }
+        let Some(record) = sector(disk, here)? else { return Ok(()) };
+        if !has_magic(&record) {
+            return Ok(());
+        }
+        let slots = slots(&record);
+        for (index, slot) in slots.into_iter().enumerate() {
+            let start = here + slot.start;
+            let known = table.partitions.iter().any(|known| known.range.start.get() == start * 512);
+            if slot.length == 0
+                || slot.is_extended()
+                // The third and fourth entries are seldom real ones. (The kernel takes the
+                // others wherever they lead, newer versions of libblkid do not.)
+                || (index >= 2
+                    && (slot.start + slot.length > here_length
+                        || start + slot.length > area_end))
+                || known
+            {
+                continue;
+            }
+            if !push(table, *next_number, start, slot, Some(extended)) {
+                return Ok(());
+            }
+            *next_number += 1;
+            empty = 0;
+        }
+        // Links count from the start of the extended partition.
+        let link = slots.into_iter().find(|s| s.length > 0 && s.is_extended() && s.start != 0);
+        let Some(link) = link else { return Ok(()) };
+        let next = area.start + link.start;
+        if next + link.length > area_end || next <= here {
+            return Ok(());
+        }
+        (here, here_length) = (next, link.length);
+    }
+}
+
+/// The tables inside of primary partitions of other systems.
+fn nested(disk: &mut dyn Disk, table: &mut PartitionTable, next_number: &mut u32) -> Result<()> {
+    let outer: Vec<_> = table
+        .partitions
+        .iter()
+        .filter(|partition| !partition.is_extended && partition.inside.is_none())
+        .filter_map(|partition| match partition.kind {
+            Some(PartitionType::Number(kind)) => Some((partition.number, kind, partition.range)),
+            _ => None,
+        })
+        .collect();
+    for (number, kind, range) in outer {
+        let inside = bsd::Outer { range };
+        let found = match kind {
+            0xa5 => bsd::nested(disk, TableKind::FreeBsd, &inside)?,
+            0xa9 => bsd::nested(disk, TableKind::NetBsd, &inside)?,
+            0xa6 => bsd::nested(disk, TableKind::OpenBsd, &inside)?,
+            0x63 => foreign::unixware(disk, &inside)?,
+            0x82 => foreign::solaris(disk, &inside)?,
+            0x81 => minix(disk, &inside)?,
+            _ => Vec::new(),
+        };
+        for mut entry in found {
+            entry.number = *next_number;
+            if !table.push(entry) {
+                return Ok(());
+            }
+            *next_number += 1;
+            if let Some(partition) = table.partitions.last_mut() {
+                partition.inside = Some(number);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Minix subpartitions: a boot record in the partition's own first sector.
+fn minix(disk: &mut dyn Disk, outer: &bsd::Outer) -> Result<Vec<Entry>> {
+    let Some(record) = sector(disk, outer.start_sector())? else { return Ok(Vec::new()) };
+    if !has_magic(&record) {
+        return Ok(Vec::new());
+    }
+    let entries = slots(&record).into_iter().take(MINIX_SUBPARTITIONS);
+    Ok(entries
+        .filter(|slot| slot.kind == MINIX)
+        .map(|slot| Entry {
+            number: 0,
+            table: TableKind::Minix,
+            start: slot.start,
+            length: slot.length,
+            kind: Some(PartitionType::Number(slot.kind.into())),
+            flags: slot.boot.into(),
+        })
+        .filter(|entry| outer.holds(entry))
+        .collect())
+}

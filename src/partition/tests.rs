@@ -1,0 +1,217 @@
+//! Disks in memory, hostile ones above all.
+
+use super::*;
+use crate::error::Error;
+
+/// A disk of which only what was put there is not zero.
+struct Memory {
+    size: u64,
+    bytes: Vec<u8>,
+    /// How many bytes were read.
+    read: u64,
+}
+
+impl Memory {
+    fn new(size: u64) -> Self {
+        Self { size, bytes: vec![0; 64 << 10], read: 0 }
+    }
+
+    fn put(&mut self, at: usize, bytes: &[u8]) -> &mut Self {
+        self.bytes[at..at + bytes.len()].copy_from_slice(bytes);
+        self
+    }
+
+    /// An entry of the boot record in this sector.
+    fn slot(&mut self, sector: usize, index: usize, kind: u8, start: u32, length: u32) {
+        let at = sector * 512 + 446 + index * 16;
+        self.put(at + 4, &[kind]).put(at + 8, &start.to_le_bytes());
+        self.put(at + 12, &length.to_le_bytes()).put(sector * 512 + 510, &[0x55, 0xaa]);
+    }
+
+    fn table(&mut self) -> PartitionTable {
+        read(self).unwrap().expect("there is a table")
+    }
+}
+
+impl Disk for Memory {
+    fn size(&self) -> ByteLen {
+        ByteLen::new(self.size)
+    }
+
+    fn read(&mut self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
+        let end = offset.get() + buffer.len() as u64;
+        assert!(end <= self.size, "a read past the end of the disk");
+        self.read += buffer.len() as u64;
+        for (at, byte) in (offset.get()..).zip(buffer.iter_mut()) {
+            let at = usize::try_from(at).unwrap_or(usize::MAX);
+            *byte = self.bytes.get(at).copied().unwrap_or(0);
+        }
+        Ok(())
+    }
+}
+
+/// A disk of which nothing can be read.
+struct Broken;
+
+impl Disk for Broken {
+    fn size(&self) -> ByteLen {
+        ByteLen::new(1 << 20)
+    }
+
+    fn read(&mut self, offset: GuestOffset, _: &mut [u8]) -> Result<()> {
+        Err(Error::invalid("a broken cluster").at_offset(offset.get()))
+    }
+}
+
+fn sectors(partition: &Partition) -> (u32, u64, u64) {
+    let range = partition.range;
+    (partition.number, range.start.get() / 512, range.length().get() / 512)
+}
+
+#[test]
+fn a_disk_without_a_table_has_none() {
+    for size in [0, 511, 512, 1 << 20] {
+        assert_eq!(read(&mut Memory::new(size)).unwrap(), None);
+    }
+}
+
+#[test]
+fn what_cannot_be_read_is_an_error_and_not_a_disk_without_partitions() {
+    assert!(read(&mut Broken).is_err());
+}
+
+#[test]
+fn out_of_the_disk_and_overlapping_are_listed_with_the_reason() {
+    let mut disk = Memory::new(1 << 20);
+    disk.slot(0, 0, 0x83, 1, 100);
+    disk.slot(0, 1, 0x83, 100, 100);
+    disk.slot(0, 2, 0x83, 500, u32::MAX);
+    disk.slot(0, 3, 0x83, 200, 100);
+    let table = disk.table();
+    let found: Vec<_> = table.partitions.iter().map(|p| (p.number, p.unusable)).collect();
+    assert_eq!(
+        found,
+        [(1, None), (2, Some(Unusable::Overlaps(1))), (3, Some(Unusable::OutOfDisk)), (4, None)]
+    );
+}
+
+#[test]
+fn logical_partitions_do_not_overlap_the_extended_one_that_holds_them() {
+    let mut disk = Memory::new(1 << 20);
+    disk.slot(0, 1, 0x05, 10, 100);
+    disk.slot(10, 0, 0x83, 1, 9);
+    disk.slot(10, 1, 0x05, 20, 50);
+    disk.slot(30, 0, 0x82, 2, 8);
+    let table = disk.table();
+    assert_eq!(
+        table.partitions.iter().map(sectors).collect::<Vec<_>>(),
+        [(2, 10, 100), (5, 11, 9), (6, 32, 8)]
+    );
+    assert!(table.partitions.iter().all(|p| p.unusable.is_none()));
+    assert_eq!(table.partitions[2].inside, Some(2));
+    assert!(table.partitions[0].is_extended);
+}
+
+#[test]
+fn a_chain_of_extended_records_without_end_ends() {
+    // Each leads one sector on, and none has a partition.
+    let mut disk = Memory::new(1 << 30);
+    disk.bytes = vec![0; 4 << 20];
+    disk.slot(0, 0, 0x05, 1, 1 << 20);
+    for sector in 1..8000 {
+        disk.slot(sector, 0, 0x05, u32::try_from(sector).unwrap(), 1);
+    }
+    assert_eq!(disk.table().partitions.len(), 1);
+    assert!(disk.read < 1 << 20, "{}", disk.read);
+    // One that leads back.
+    let mut disk = Memory::new(1 << 20);
+    disk.slot(0, 0, 0x05, 10, 100);
+    disk.slot(10, 0, 0x05, 20, 10);
+    disk.slot(30, 0, 0x05, 20, 10);
+    assert_eq!(disk.table().partitions.len(), 1);
+}
+
+#[test]
+fn thousands_of_logical_partitions_are_bounded() {
+    let mut disk = Memory::new(1 << 30);
+    disk.bytes = vec![0; 4 << 20];
+    disk.slot(0, 0, 0x05, 1, 1 << 20);
+    for sector in 1..8000 {
+        disk.slot(sector, 0, 0x83, 1, 1);
+        disk.slot(sector, 1, 0x05, u32::try_from(sector).unwrap(), 1);
+    }
+    let table = disk.table();
+    assert_eq!(table.partitions.len(), MAX_PARTITIONS);
+    assert_eq!(table.warnings, [TableWarning::TooManyPartitions]);
+}
+
+#[test]
+fn the_first_sector_of_a_file_system_is_no_table() {
+    let mut disk = Memory::new(1 << 20);
+    disk.slot(0, 0, 0x83, 1, 100);
+    assert_eq!(disk.table().kind, TableKind::Dos);
+    for name in [b"NTFS    ", b"EXFAT   "] {
+        disk.put(3, name);
+        assert_eq!(read(&mut disk).unwrap(), None);
+    }
+    disk.put(3, b"mkfs.fat").put(0x36, b"FAT16   ").put(11, &[0, 2, 4, 1, 0, 2]).put(21, &[0xf8]);
+    assert_eq!(read(&mut disk).unwrap(), None);
+}
+
+#[test]
+fn slices_of_solaris_unixware_and_minix_are_found_in_their_partitions() {
+    let mut disk = Memory::new(1 << 20);
+    disk.slot(0, 0, 0x82, 10, 100);
+    let vtoc = 11 * 512;
+    disk.put(vtoc + 12, &0x600d_deeeu32.to_le_bytes()).put(vtoc + 16, &[1]).put(vtoc + 30, &[3]);
+    disk.put(vtoc + 72, &[2, 0, 0, 0, 5, 0, 0, 0, 20]);
+    // Past the end of the partition.
+    disk.put(vtoc + 84, &[2, 0, 0, 0, 50, 0, 0, 0, 100]);
+    disk.slot(0, 1, 0x81, 110, 20);
+    disk.slot(110, 0, 0x81, 112, 5);
+    disk.slot(110, 1, 0x83, 118, 5);
+    let table = disk.table();
+    let found: Vec<_> = table.partitions.iter().map(|p| (p.table, sectors(p), p.inside)).collect();
+    assert_eq!(
+        found,
+        [
+            (TableKind::Dos, (1, 10, 100), None),
+            (TableKind::Dos, (2, 110, 20), None),
+            (TableKind::Solaris, (5, 15, 20), Some(1)),
+            (TableKind::Minix, (6, 112, 5), Some(2)),
+        ]
+    );
+}
+
+#[test]
+fn no_bytes_whatsoever_make_it_panic() {
+    // Magics in their places, and noise around them.
+    let mut state = 0x1234_5678_9abc_def0u64;
+    let mut noise = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        state.to_le_bytes()[7]
+    };
+    let magics: [(usize, &[u8]); 8] = [
+        (510, &[0x55, 0xaa]),
+        (0, &[0x0b, 0xe5, 0xa9, 0x41]),
+        (508, &[0xda, 0xbe]),
+        (0, b"ER\x02\x00"),
+        (512, &[0x57, 0x45, 0x56, 0x82]),
+        (512, b"EFI PART\0\0\x01\0\x5c\0\0\0"),
+        (16384 - 72, &[0x57, 0x29, 3, 0, 1, 0, 0, 0]),
+        (446, &[0, 0, 0, 0, 0x05]),
+    ];
+    for round in 0..2000usize {
+        let mut disk = Memory::new(40 << 10);
+        disk.bytes.iter_mut().for_each(|byte| *byte = if noise() < 60 { noise() } else { 0 });
+        for (index, (at, magic)) in magics.iter().enumerate() {
+            if round >> index & 1 == 1 {
+                disk.put(*at, magic);
+            }
+        }
+        if let Some(table) = read(&mut disk).unwrap() {
+            assert!(table.partitions.len() <= MAX_PARTITIONS);
+        }
+        assert!(disk.read < 4 << 20);
+    }
+}
