@@ -14,6 +14,7 @@
 //! |---|---|
 //! | [`units`] | offsets, lengths and sectors, each its own type |
 //! | [`error`] | the one error: kind, file, offset, cause |
+//! | [`signature`] | what lies on a partition: file systems, swap, RAID, LVM |
 //! | [`source`] | reading files and block devices; holes |
 //! | [`lock`] | QEMU-compatible locks |
 //! | [`holes`] | holes and unwritten extents under a range of a file |
@@ -59,6 +60,7 @@ pub mod partition;
 pub mod plan;
 pub mod read;
 pub mod scratch;
+pub mod signature;
 pub mod source;
 pub mod status;
 pub mod table;

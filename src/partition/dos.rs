@@ -57,9 +57,12 @@ pub(super) fn is_protective(record: &[u8; 512]) -> bool {
 /// True for the first sector of a FAT, exFAT or NTFS file system, which has the two magic
 /// bytes of a master boot record as well.
 fn is_file_system(record: &[u8; 512]) -> bool {
-    if &record[3..11] == b"NTFS    " || &record[3..11] == b"EXFAT   " {
-        return true;
-    }
+    matches!(&record[3..11], b"NTFS    " | b"EXFAT   ") || is_fat(record)
+}
+
+/// True for the first sector of a FAT file system, by what it says of itself (libblkid's
+/// fat_valid_superblock()).
+pub(crate) fn is_fat(record: &[u8; 512]) -> bool {
     const NAMES: [(usize, &[u8]); 6] = [
         (0x36, b"FAT12   "),
         (0x36, b"FAT16   "),
@@ -68,20 +71,34 @@ fn is_file_system(record: &[u8; 512]) -> bool {
         (0x52, b"FAT32   "),
         (0x52, b"MSWIN"),
     ];
-    let says_fat = NAMES.iter().any(|(at, magic)| record[*at..].starts_with(magic));
-    let has_jump = matches!(record[0], 0xeb | 0xe9);
-    if !says_fat && !has_jump {
+    let has_name = NAMES.iter().any(|(at, name)| record[*at..].starts_with(name));
+    // JFS and HPFS put something like a FAT's first sector in front of theirs.
+    let is_like_fat = has_magic(record) && !matches!(&record[54..62], b"JFS     " | b"HPFS    ");
+    if !has_name && !is_like_fat {
         return false;
     }
-    // What a FAT's first sector has to say of itself (libblkid's fat_valid_superblock()).
-    let sector_size = le16(record, 11);
-    let cluster_sectors = record[13];
-    let (reserved, fats, media) = (le16(record, 14), record[16], record[21]);
-    matches!(sector_size, 512 | 1024 | 2048 | 4096)
-        && cluster_sectors.is_power_of_two()
-        && reserved != 0
-        && fats != 0
-        && (media >= 0xf8 || media == 0xf0)
+    let (sector_size, cluster_sectors, reserved) =
+        (u64::from(le16(record, 11)), u64::from(record[13]), u64::from(le16(record, 14)));
+    let (fats, media) = (u64::from(record[16]), record[21]);
+    if !(512..=4096).contains(&sector_size)
+        || !sector_size.is_power_of_two()
+        || !cluster_sectors.is_power_of_two()
+        || reserved == 0
+        || fats == 0
+        || !(media >= 0xf8 || media == 0xf0)
+    {
+        return false;
+    }
+    let either = |short: u16, long: u32| if short == 0 { long } else { short.into() };
+    let sectors = u64::from(either(le16(record, 19), le32(record, 32)));
+    let short_fat = le16(record, 22);
+    let fat_length = u64::from(either(short_fat, le32(record, 36)));
+    let directory = (u64::from(le16(record, 17)) * 32).div_ceil(sector_size);
+    let Some(data) = sectors.checked_sub(reserved + fat_length * fats + directory) else {
+        return false;
+    };
+    let most = if short_fat == 0 && fat_length > 0 { 0x0fff_fff6 } else { 0xfff4 };
+    data / cluster_sectors <= most
 }
 
 /// Reads a master boot record, the logical partitions and the nested tables.

@@ -16,6 +16,8 @@ use std::fmt;
 use crate::error::Result;
 use crate::units::{ByteLen, GuestOffset, GuestRange, SECTOR_SIZE};
 
+pub(crate) use dos::is_fat;
+
 /// Most partitions of a disk that are listed: those of a GPT of the usual size, and the
 /// logical ones that the kernel would show.
 pub const MAX_PARTITIONS: usize = 256;
@@ -317,22 +319,22 @@ fn read_at(disk: &mut dyn Disk, offset: u64, buffer: &mut [u8]) -> Result<bool> 
 }
 
 /// The little-endian 16 bits at `at`; the caller keeps it inside.
-fn le16(bytes: &[u8], at: usize) -> u16 {
+pub(crate) fn le16(bytes: &[u8], at: usize) -> u16 {
     u16::from_le_bytes(crate::format::bytes_at(bytes, at))
 }
 
-fn le32(bytes: &[u8], at: usize) -> u32 {
+pub(crate) fn le32(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(crate::format::bytes_at(bytes, at))
 }
 
-fn le64(bytes: &[u8], at: usize) -> u64 {
+pub(crate) fn le64(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(crate::format::bytes_at(bytes, at))
 }
 
-fn be16(bytes: &[u8], at: usize) -> u16 {
+pub(crate) fn be16(bytes: &[u8], at: usize) -> u16 {
     u16::from_be_bytes(crate::format::bytes_at(bytes, at))
 }
 
-fn be32(bytes: &[u8], at: usize) -> u32 {
+pub(crate) fn be32(bytes: &[u8], at: usize) -> u32 {
     u32::from_be_bytes(crate::format::bytes_at(bytes, at))
 }

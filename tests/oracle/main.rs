@@ -37,6 +37,7 @@ mod read;
 mod selftest;
 mod show;
 mod snapshots;
+mod signatures;
 mod table;
 mod unopenable;
 mod viscera;

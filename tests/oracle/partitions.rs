@@ -16,7 +16,7 @@ use crate::common::rng::Rng;
 const MIB: u64 = 1 << 20;
 const DISK_BYTES: u64 = 64 * MIB;
 
-struct FileDisk(File);
+pub(crate) struct FileDisk(pub(crate) File);
 
 impl Disk for FileDisk {
     fn size(&self) -> ByteLen {

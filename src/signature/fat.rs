@@ -1,0 +1,134 @@
+//! FAT and exFAT.
+
+use super::{Area, Signature, text, utf16_le};
+use crate::error::Result;
+use crate::partition::{le16, le32};
+
+const ENTRY_LENGTH: usize = 32;
+/// Clusters of a root directory that are looked through for the label.
+const MAX_CLUSTERS: u32 = 100;
+/// Entries of a root directory that are looked through: 64 KiB of each cluster.
+const MAX_ENTRIES: u64 = 2048;
+
+/// FAT12, FAT16 and FAT32.
+pub(super) fn vfat(area: &mut Area<'_>) -> Result<Option<Signature>> {
+    let Some(boot) = area.read::<512>(0)? else { return Ok(None) };
+    if !crate::partition::is_fat(&boot) {
+        return Ok(None);
+    }
+    let sector_size = u64::from(le16(&boot, 11));
+    let cluster_size = u64::from(boot[13]) * sector_size;
+    let reserved = u64::from(le16(&boot, 14));
+    let short_length = u64::from(le16(&boot, 22));
+    let is_32 = short_length == 0;
+    let fat_length = if is_32 { u64::from(le32(&boot, 36)) } else { short_length };
+    let data_start = (reserved + fat_length * u64::from(boot[16])) * sector_size;
+    let (label, serial) = if is_32 {
+        (root_label_32(area, &boot, data_start, cluster_size)?, Some(67))
+    } else {
+        let entries = u64::from(le16(&boot, 17));
+        let has_serial = matches!(boot[38], 0x28 | 0x29);
+        (label_in(area, data_start, entries)?, has_serial.then_some(39))
+    };
+    let mut found = Signature::filesystem("vfat").with_label(label.unwrap_or_default());
+    if let Some(at) = serial {
+        found = found.with_serial(serial_of(&boot[at..at + 4]));
+    }
+    Ok(Some(found))
+}
+
+/// A serial number of four bytes.
+fn serial_of(bytes: &[u8]) -> String {
+    let number = le32(bytes, 0);
+    format!("{:04X}-{:04X}", number >> 16, number & 0xffff)
+}
+
+/// The label in the root directory of FAT32, which is a chain of clusters.
+fn root_label_32(
+    area: &mut Area<'_>,
+    boot: &[u8; 512],
+    data_start: u64,
+    cluster_size: u64,
+) -> Result<Option<String>> {
+    let fat_start = u64::from(le16(boot, 14)) * u64::from(le16(boot, 11));
+    let mut cluster = le32(boot, 44);
+    for _ in 0..MAX_CLUSTERS {
+        let Some(index) = cluster.checked_sub(2) else { break };
+        let at = data_start + u64::from(index) * cluster_size;
+        if let Some(label) = label_in(area, at, cluster_size / ENTRY_LENGTH as u64)? {
+            return Ok(Some(label));
+        }
+        let Some(next) = area.read::<4>(fat_start + u64::from(cluster) * 4)? else { break };
+        cluster = le32(&next, 0) & 0x0fff_ffff;
+    }
+    Ok(None)
+}
+
+/// The volume's name in a directory of so many entries.
+fn label_in(area: &mut Area<'_>, at: u64, entries: u64) -> Result<Option<String>> {
+    const FREE: u8 = 0xe5;
+    const VOLUME: u8 = 0x08;
+    const DIRECTORY: u8 = 0x10;
+    const LONG_NAME: u8 = 0x0f;
+    for index in 0..entries.min(MAX_ENTRIES) {
+        let Some(entry) = area.read::<ENTRY_LENGTH>(at + index * ENTRY_LENGTH as u64)? else {
+            break;
+        };
+        let attributes = entry[11];
+        if entry[0] == 0 {
+            break;
+        }
+        let has_cluster = le16(&entry, 20) != 0 || le16(&entry, 26) != 0;
+        if entry[0] == FREE || has_cluster || attributes & 0x3f == LONG_NAME {
+            continue;
+        }
+        if attributes & (VOLUME | DIRECTORY) == VOLUME {
+            let mut name = [0; 11];
+            name.copy_from_slice(&entry[..11]);
+            if name[0] == 0x05 {
+                name[0] = FREE;
+            }
+            return Ok(Some(text(&name)));
+        }
+    }
+    Ok(None)
+}
+
+pub(super) fn exfat(area: &mut Area<'_>) -> Result<Option<Signature>> {
+    let Some(boot) = area.read::<512>(0)? else { return Ok(None) };
+    let (sector_shift, cluster_shift) = (u32::from(boot[108]), u32::from(boot[109]));
+    if &boot[3..11] != b"EXFAT   "
+        || !boot.ends_with(&[0x55, 0xaa])
+        || boot[11..64].iter().any(|&byte| byte != 0)
+        || !(9..=12).contains(&sector_shift)
+        || cluster_shift > 25 - sector_shift
+    {
+        return Ok(None);
+    }
+    let found = Signature::filesystem("exfat").with_serial(serial_of(&boot[100..104]));
+    let fat_start = u64::from(le32(&boot, 80)) << sector_shift;
+    let heap_start = u64::from(le32(&boot, 88)) << sector_shift;
+    let cluster_size = 1u64 << (sector_shift + cluster_shift);
+    let mut cluster = le32(&boot, 96);
+    for _ in 0..MAX_CLUSTERS {
+        let Some(index) = cluster.checked_sub(2) else { break };
+        let at = heap_start.saturating_add(u64::from(index).saturating_mul(cluster_size));
+        for entry in 0..(cluster_size / ENTRY_LENGTH as u64).min(MAX_ENTRIES) {
+            let place = at.saturating_add(entry * ENTRY_LENGTH as u64);
+            let Some(entry) = area.read::<ENTRY_LENGTH>(place)? else { return Ok(Some(found)) };
+            match entry[0] {
+                0 => return Ok(Some(found)),
+                0x83 => {
+                    let length = (usize::from(entry[1]) * 2).min(22);
+                    return Ok(Some(found.with_label(utf16_le(&entry[2..2 + length]))));
+                }
+                _ => {}
+            }
+        }
+        let Some(next) = area.read::<4>(fat_start.saturating_add(u64::from(cluster) * 4))? else {
+            break;
+        };
+        cluster = le32(&next, 0);
+    }
+    Ok(Some(found))
+}

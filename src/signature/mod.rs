@@ -1,0 +1,185 @@
+//! What lies on a partition or a bare disk: file systems, swap, members of LVM, RAID and
+//! the like, by their superblocks.
+//!
+//! Type, label and UUID are those that libblkid gives (util-linux:
+//! libblkid/src/superblocks), for the kinds of [`probe`]. Superblocks are a stranger's:
+//! every read is bounded, and what contradicts itself is passed over.
+
+mod containers;
+mod fat;
+mod linux;
+mod others;
+#[cfg(test)]
+mod tests;
+
+use std::fmt::Write as _;
+
+use crate::error::Result;
+use crate::partition::Disk;
+use crate::units::{ByteLen, GuestOffset, GuestRange};
+
+/// What something is for (libblkid's `USAGE`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Usage {
+    /// A file system.
+    Filesystem,
+    /// A member of a RAID or of a volume group.
+    Raid,
+    /// Encrypted.
+    Crypto,
+    /// Swap space, an external journal.
+    Other,
+}
+
+impl Usage {
+    /// libblkid's word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Filesystem => "filesystem",
+            Self::Raid => "raid",
+            Self::Crypto => "crypto",
+            Self::Other => "other",
+        }
+    }
+}
+
+/// What was found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Signature {
+    /// libblkid's `TYPE`, like `ext4`.
+    pub kind: &'static str,
+    /// What it is for.
+    pub usage: Usage,
+    /// Its label, of a stranger's choosing.
+    pub label: Option<String>,
+    /// Its UUID or serial number, as libblkid writes it.
+    pub uuid: Option<String>,
+}
+
+impl Signature {
+    fn new(kind: &'static str, usage: Usage) -> Self {
+        Self { kind, usage, label: None, uuid: None }
+    }
+
+    fn filesystem(kind: &'static str) -> Self {
+        Self::new(kind, Usage::Filesystem)
+    }
+
+    fn with_label(mut self, label: String) -> Self {
+        self.label = Some(label).filter(|label| !label.is_empty());
+        self
+    }
+
+    fn with_uuid(mut self, bytes: &[u8; 16]) -> Self {
+        // libblkid says nothing of an empty one.
+        self.uuid = (*bytes != [0; 16]).then(|| uuid(bytes));
+        self
+    }
+
+    fn with_serial(mut self, serial: String) -> Self {
+        self.uuid = Some(serial);
+        self
+    }
+}
+
+/// Finds what lies in `range` of a disk; `None` for nothing that is known. Where several
+/// could be meant, containers (RAID, LVM, encryption) go before file systems.
+///
+/// # Errors
+/// What reading the disk says.
+pub fn probe(disk: &mut dyn Disk, range: GuestRange) -> Result<Option<Signature>> {
+    type Prober = fn(&mut Area<'_>) -> Result<Option<Signature>>;
+    const PROBERS: [Prober; 20] = [
+        containers::linux_raid,
+        containers::lvm2,
+        containers::luks,
+        containers::bitlocker,
+        fat::vfat,
+        containers::swap,
+        linux::xfs,
+        linux::ext,
+        linux::reiserfs,
+        linux::jfs,
+        others::iso9660,
+        others::hfs,
+        others::ntfs,
+        linux::squashfs,
+        linux::btrfs,
+        linux::nilfs2,
+        fat::exfat,
+        linux::f2fs,
+        others::apfs,
+        linux::erofs,
+    ];
+    let mut area = Area { disk, range };
+    for prober in PROBERS {
+        if let Some(found) = prober(&mut area)? {
+            return Ok(Some(found));
+        }
+    }
+    Ok(None)
+}
+
+/// The part of a disk that is looked at.
+struct Area<'d> {
+    disk: &'d mut dyn Disk,
+    range: GuestRange,
+}
+
+impl Area<'_> {
+    /// Bytes of it.
+    fn size(&self) -> u64 {
+        self.range.length().get()
+    }
+
+    /// The `N` bytes from `offset` on; `None` where it ends before.
+    fn read<const N: usize>(&mut self, offset: u64) -> Result<Option<[u8; N]>> {
+        let mut bytes = [0; N];
+        Ok(self.fill(offset, &mut bytes)?.then_some(bytes))
+    }
+
+    /// Fills `buffer` from `offset` on; false where the area ends before.
+    fn fill(&mut self, offset: u64, buffer: &mut [u8]) -> Result<bool> {
+        let inside = offset.checked_add(buffer.len() as u64).is_some_and(|end| end <= self.size());
+        if inside {
+            let at: GuestOffset = self.range.start.saturating_add(ByteLen::new(offset));
+            self.disk.read(at, buffer)?;
+        }
+        Ok(inside)
+    }
+}
+
+/// A UUID in the usual notation.
+fn uuid(bytes: &[u8; 16]) -> String {
+    let mut text = String::with_capacity(36);
+    for (index, byte) in bytes.iter().enumerate() {
+        if [4, 6, 8, 10].contains(&index) {
+            text.push('-');
+        }
+        // Writing to a string does not fail.
+        let _ = write!(text, "{byte:02x}");
+    }
+    text
+}
+
+/// Text up to a NUL, without the space at its ends that libblkid cuts off.
+fn text(bytes: &[u8]) -> String {
+    let text = bytes.split(|&byte| byte == 0).next().unwrap_or_default();
+    String::from_utf8_lossy(text).trim_end().to_owned()
+}
+
+/// UTF-16 up to a NUL.
+fn utf16(units: impl Iterator<Item = u16>) -> String {
+    let text: String = char::decode_utf16(units.take_while(|&unit| unit != 0))
+        .map(|c| c.unwrap_or(char::REPLACEMENT_CHARACTER))
+        .collect();
+    text.trim_end().to_owned()
+}
+
+fn utf16_le(bytes: &[u8]) -> String {
+    utf16(bytes.as_chunks::<2>().0.iter().map(|&unit| u16::from_le_bytes(unit)))
+}
+
+fn utf16_be(bytes: &[u8]) -> String {
+    utf16(bytes.as_chunks::<2>().0.iter().map(|&unit| u16::from_be_bytes(unit)))
+}

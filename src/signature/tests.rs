@@ -1,0 +1,136 @@
+//! Superblocks put by hand where no tool makes them, and noise.
+
+use super::*;
+
+struct Memory(Vec<u8>);
+
+impl Disk for Memory {
+    fn size(&self) -> ByteLen {
+        ByteLen::new(self.0.len() as u64)
+    }
+
+    fn read(&mut self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
+        let at = usize::try_from(offset.get()).unwrap();
+        buffer.copy_from_slice(&self.0[at..at + buffer.len()]);
+        Ok(())
+    }
+}
+
+fn disk(bytes: usize, pieces: &[(usize, &[u8])]) -> Memory {
+    let mut disk = Memory(vec![0; bytes]);
+    for (at, piece) in pieces {
+        disk.0[*at..*at + piece.len()].copy_from_slice(piece);
+    }
+    disk
+}
+
+fn whole(disk: &Memory) -> GuestRange {
+    GuestRange::new(GuestOffset::ZERO, GuestOffset::new(disk.size().get()))
+}
+
+fn found(mut disk: Memory) -> Signature {
+    let range = whole(&disk);
+    probe(&mut disk, range).unwrap().expect("something is found")
+}
+
+#[test]
+fn a_physical_volume_of_lvm_is_known_by_its_label_in_any_of_four_sectors() {
+    for sector in 0..4u8 {
+        let at = usize::from(sector) * 512;
+        let id = b"abcdefghijklmnopqrstuvwxyz012345";
+        let found = found(disk(
+            1 << 20,
+            &[(at, b"LABELONE"), (at + 8, &[sector]), (at + 24, b"LVM2 001"), (at + 32, id)],
+        ));
+        assert_eq!((found.kind, found.usage), ("LVM2_member", Usage::Raid));
+        assert_eq!(found.uuid.as_deref(), Some("abcdef-ghij-klmn-opqr-stuv-wxyz-012345"));
+    }
+}
+
+#[test]
+fn members_of_a_raid_are_known_wherever_their_version_has_the_superblock() {
+    let size = 1 << 20;
+    for place in [0, 4096, size - 8192] {
+        let sectors = u64::try_from(place / 512).unwrap();
+        let found = found(disk(
+            size,
+            &[
+                (place, &[0xfc, 0x4e, 0x2b, 0xa9, 1]),
+                (place + 16, &[7; 16]),
+                (place + 32, b"host:0"),
+                (place + 144, &sectors.to_le_bytes()),
+            ],
+        ));
+        assert_eq!((found.kind, found.label.as_deref()), ("linux_raid_member", Some("host:0")));
+        assert_eq!(found.uuid.as_deref(), Some("07070707-0707-0707-0707-070707070707"));
+    }
+}
+
+#[test]
+fn the_label_of_hfs_plus_is_read_from_its_catalogue() {
+    let name: Vec<u8> = "Disk".encode_utf16().flat_map(u16::to_be_bytes).collect();
+    let found = found(disk(
+        1 << 20,
+        &[
+            (1024, b"H+"),
+            (1024 + 40, &4096u32.to_be_bytes()),
+            (1024 + 104, &[1, 2, 3, 4, 5, 6, 7, 8]),
+            // The catalogue: blocks 8 to 15. Its header node, then the leaf, node 1.
+            (1024 + 288, &[0, 0, 0, 8, 0, 0, 0, 8]),
+            (8 * 4096 + 24, &[0, 0, 0, 1]),
+            (8 * 4096 + 32, &4096u16.to_be_bytes()),
+            (9 * 4096 + 8, &[0xff, 0, 0, 1]),
+            (9 * 4096 + 16, &[0, 0, 0, 1, 0, 4]),
+            (9 * 4096 + 22, &name),
+        ],
+    ));
+    assert_eq!((found.kind, found.label.as_deref()), ("hfsplus", Some("Disk")));
+    assert!(found.uuid.is_some());
+}
+
+#[test]
+fn only_the_range_is_looked_at() {
+    let mut disk = disk(1 << 20, &[(512 * 100 + 1024 + 56, &[0x53, 0xef])]);
+    let range = |start, end| GuestRange::new(GuestOffset::new(start), GuestOffset::new(end));
+    let ext = probe(&mut disk, range(512 * 100, 1 << 20)).unwrap();
+    assert_eq!(ext.map(|found| found.kind), Some("ext2"));
+    assert_eq!(probe(&mut disk, range(512 * 100, 512 * 102)).unwrap(), None);
+    assert_eq!(probe(&mut disk, range(512 * 99, 1 << 20)).unwrap(), None);
+}
+
+#[test]
+fn no_bytes_whatsoever_make_it_panic() {
+    let magics: [(usize, &[u8]); 16] = [
+        (0, b"XFSB\0\0\x10\0"),
+        (3, b"NTFS    \0\x02\x08"),
+        (3, b"EXFAT   "),
+        (0, b"\xebX\x90mkfs.fat\0\x02\x04\x01\0\x02"),
+        (0, b"hsqs"),
+        (0, b"LUKS\xba\xbe\0\x02"),
+        (510, &[0x55, 0xaa]),
+        (1024, b"H+"),
+        (1024, b"BD"),
+        (1024, &[0x10, 0x20, 0xf5, 0xf2]),
+        (1024, &[0xe2, 0xe1, 0xf5, 0xe0]),
+        (1030, &[0x34, 0x34]),
+        (32769, b"CD001"),
+        (4086, b"SWAPSPACE2"),
+        (32768, b"JFS1"),
+        (65536 + 0x40, b"_BHRfS_M"),
+    ];
+    let mut state = 7u64;
+    let mut noise = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        state.to_le_bytes()[7]
+    };
+    for round in 0..600usize {
+        let mut disk = Memory(vec![0; if round % 3 == 0 { 70 << 10 } else { 3000 }]);
+        disk.0.iter_mut().for_each(|byte| *byte = if noise() < 90 { noise() } else { 0 });
+        let (at, magic) = magics[round % magics.len()];
+        if let Some(place) = disk.0.get_mut(at..at + magic.len()) {
+            place.copy_from_slice(magic);
+        }
+        let range = whole(&disk);
+        probe(&mut disk, range).unwrap();
+    }
+}
