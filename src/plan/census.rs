@@ -50,22 +50,20 @@ impl Tally {
             scratch_bytes: 0,
             noted: Noted::default(),
         };
-        let Tally { first, between, few, many, longest_zero, used, scratch_bytes, .. } = &mut tally;
         let emit = |piece: &Piece| {
-            if first.is_none() {
-                *first = Some(*piece);
+            // Nearly all pieces of an image of many: so short that it is inlined.
+            if tally.many
+                && let Some(used) = facts.only_linear(piece).and_then(|at| tally.used.get_mut(at))
+            {
+                *used = true;
+                tally.between.linear += 1;
             } else {
-                if few.len() < FEW_IN_WINDOW {
-                    few.push(*piece);
-                } else {
-                    *many = true;
-                }
-                for_each_segment(facts, piece, |segment| {
-                    count(facts, &segment, between, longest_zero, used);
-                });
+                tally.take(facts, piece);
             }
         };
-        let (last, noted) = cut(facts, stream, extents, emit, |job| *scratch_bytes += job.length);
+        let mut scratch_bytes = 0;
+        let (last, noted) = cut(facts, stream, extents, emit, |job| scratch_bytes += job.length);
+        tally.scratch_bytes = scratch_bytes;
         if tally.first.is_none() {
             tally.first = last;
         } else {
@@ -73,6 +71,24 @@ impl Tally {
         }
         tally.noted = noted;
         tally
+    }
+
+    /// Takes the next piece that can grow no more, within the window.
+    #[inline(never)]
+    fn take(&mut self, facts: &Facts, piece: &Piece) {
+        if self.first.is_none() {
+            self.first = Some(*piece);
+            return;
+        }
+        if self.few.len() < FEW_IN_WINDOW {
+            self.few.push(*piece);
+        } else {
+            self.many = true;
+        }
+        let Self { between, longest_zero, used, .. } = self;
+        for_each_segment(facts, piece, |segment| {
+            count(facts, &segment, between, longest_zero, used);
+        });
     }
 }
 

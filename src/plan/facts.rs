@@ -103,6 +103,17 @@ impl Facts {
         zeros < self.options.zero_threshold.get()
     }
 
+    /// The index of the backing of a piece that is one linear segment, as nearly all are.
+    #[inline(always)]
+    pub(super) fn only_linear(&self, piece: &Piece) -> Option<usize> {
+        match piece.kind {
+            PieceKind::Linear { backing, .. } if backing != self.scratch_backing => {
+                Some(backing.0 as usize)
+            }
+            _ => None,
+        }
+    }
+
     /// Calls `each` with the segments of a piece that can grow no more, in a table whose
     /// sector 0 lies at `origin` of the virtual disk. It is one segment, but where
     /// inflating found something in the piece.
