@@ -5,6 +5,7 @@ use super::{
     Disk, Entry, PartitionTable, PartitionType, TableKind, bsd, foreign, le16, le32, sector,
 };
 use crate::error::Result;
+use crate::signature;
 
 const TABLE_AT: usize = 446;
 const ENTRY_LENGTH: usize = 16;
@@ -54,12 +55,6 @@ pub(super) fn is_protective(record: &[u8; 512]) -> bool {
     has_magic(record) && slots(record).iter().any(|slot| slot.kind == GPT)
 }
 
-/// True for the first sector of a FAT, exFAT or NTFS file system, which has the two magic
-/// bytes of a master boot record as well.
-fn is_file_system(record: &[u8; 512]) -> bool {
-    matches!(&record[3..11], b"NTFS    " | b"EXFAT   ") || is_fat(record)
-}
-
 /// True for the first sector of a FAT file system, by what it says of itself (libblkid's
 /// fat_valid_superblock()).
 pub(crate) fn is_fat(record: &[u8; 512]) -> bool {
@@ -101,6 +96,16 @@ pub(crate) fn is_fat(record: &[u8; 512]) -> bool {
     data / cluster_sectors <= most
 }
 
+/// True where the two magic bytes are not a table's: the first sector of a FAT, exFAT or
+/// NTFS file system ends in them as well, and a physical volume of LVM may have a boot
+/// loader in front that leaves the table empty.
+fn is_something_else(disk: &mut dyn Disk, record: &[u8; 512]) -> Result<bool> {
+    let is_empty = slots(record).iter().all(|slot| slot.length == 0);
+    Ok(is_fat(record)
+        || signature::is_exfat_or_ntfs(disk)?
+        || (is_empty && signature::is_physical_volume(disk)?))
+}
+
 /// Reads a master boot record, the logical partitions and the nested tables.
 pub(super) fn read(disk: &mut dyn Disk) -> Result<Option<PartitionTable>> {
     let Some(record) = sector(disk, 0)? else { return Ok(None) };
@@ -108,7 +113,7 @@ pub(super) fn read(disk: &mut dyn Disk) -> Result<Option<PartitionTable>> {
     if !has_magic(&record)
         || record.starts_with(&AIX_MAGIC)
         || primary.iter().any(|slot| !matches!(slot.boot, 0 | 0x80) || slot.kind == GPT)
-        || is_file_system(&record)
+        || is_something_else(disk, &record)?
     {
         return Ok(None);
     }

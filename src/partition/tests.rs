@@ -146,16 +146,66 @@ fn thousands_of_logical_partitions_are_bounded() {
 }
 
 #[test]
-fn the_first_sector_of_a_file_system_is_no_table() {
+fn the_first_sector_of_a_fat_is_no_table() {
     let mut disk = Memory::new(1 << 20);
     disk.slot(0, 0, 0x83, 1, 100);
+    // 512-byte sectors, 4 of them a cluster, one reserved, two FATs of 2, 16 entries of the
+    // root directory.
+    disk.put(11, &[0, 2, 4, 1, 0, 2, 16, 0]).put(21, &[0xf8, 2, 0]);
+    // Too short for what lies before its clusters, so that it is none.
     assert_eq!(disk.table().kind, TableKind::Dos);
-    for name in [b"NTFS    ", b"EXFAT   "] {
-        disk.put(3, name);
-        assert_eq!(read(&mut disk).unwrap(), None);
-    }
-    disk.put(3, b"mkfs.fat").put(0x36, b"FAT16   ").put(11, &[0, 2, 4, 1, 0, 2]).put(21, &[0xf8]);
+    disk.put(19, &[0, 8]);
     assert_eq!(read(&mut disk).unwrap(), None);
+    disk.put(3, b"mkfs.fat").put(0x36, b"FAT16   ");
+    assert_eq!(read(&mut disk).unwrap(), None);
+    // Nor is another system's that looks like one.
+    disk.put(0x36, b"HPFS    ");
+    assert_eq!(disk.table().kind, TableKind::Dos);
+}
+
+#[test]
+fn the_first_sector_of_an_ntfs_is_no_table_but_what_only_has_its_name_is() {
+    let mut disk = Memory::new(1 << 20);
+    disk.slot(0, 0, 0x83, 1, 100);
+    disk.put(3, b"NTFS    ");
+    assert_eq!(disk.table().kind, TableKind::Dos);
+    // Clusters of 8 sectors, 200 of them, records of 1024 bytes from the fourth cluster on.
+    disk.put(11, &[0, 2, 8]).put(40, &1600u64.to_le_bytes());
+    disk.put(48, &4u64.to_le_bytes()).put(56, &100u64.to_le_bytes()).put(64, &[0xf6]);
+    disk.put(4 * 4096, b"FILE").put(4 * 4096 + 3 * 1024, b"FILE");
+    assert_eq!(read(&mut disk).unwrap(), None);
+    // Fields of FAT that NTFS leaves empty.
+    disk.put(16, &[2]);
+    assert_eq!(disk.table().kind, TableKind::Dos);
+}
+
+#[test]
+fn the_first_sector_of_an_exfat_is_no_table_but_what_only_has_its_name_is() {
+    let mut disk = Memory::new(1 << 20);
+    disk.slot(0, 0, 0x83, 1, 100);
+    disk.put(0, b"\xeb\x76\x90EXFAT   ");
+    for (at, number) in [(80, 24u32), (84, 8), (88, 64), (92, 200), (96, 4)] {
+        disk.put(at, &number.to_le_bytes());
+    }
+    disk.put(108, &[9, 3, 1]);
+    assert_eq!(disk.table().kind, TableKind::Dos);
+    let mut sum = 0u32;
+    for at in (0..11 * 512).filter(|at| ![106, 107, 112].contains(at)) {
+        sum = sum.rotate_right(1).wrapping_add(disk.bytes[at].into());
+    }
+    disk.put(11 * 512, &sum.to_le_bytes().repeat(128));
+    assert_eq!(read(&mut disk).unwrap(), None);
+}
+
+#[test]
+fn a_physical_volume_with_an_empty_boot_record_has_no_table() {
+    let mut disk = Memory::new(1 << 20);
+    disk.slot(0, 0, 0, 0, 0);
+    assert_eq!(disk.table().kind, TableKind::Dos);
+    disk.put(512, b"LABELONE\x01\0\0\0\0\0\0\0").put(512 + 24, b"LVM2 001");
+    assert_eq!(read(&mut disk).unwrap(), None);
+    disk.slot(0, 0, 0x83, 1, 100);
+    assert_eq!(disk.table().kind, TableKind::Dos);
 }
 
 #[test]

@@ -99,9 +99,12 @@ pub(super) fn exfat(area: &mut Area<'_>) -> Result<Option<Signature>> {
     let (sector_shift, cluster_shift) = (u32::from(boot[108]), u32::from(boot[109]));
     if &boot[3..11] != b"EXFAT   "
         || !boot.ends_with(&[0x55, 0xaa])
+        || !boot.starts_with(&[0xeb, 0x76, 0x90])
         || boot[11..64].iter().any(|&byte| byte != 0)
         || !(9..=12).contains(&sector_shift)
         || cluster_shift > 25 - sector_shift
+        || !exfat_parts_fit(&boot)
+        || !exfat_checksum_is_right(area, 1 << sector_shift)?
     {
         return Ok(None);
     }
@@ -131,4 +134,30 @@ pub(super) fn exfat(area: &mut Area<'_>) -> Result<Option<Signature>> {
         cluster = le32(&next, 0);
     }
     Ok(Some(found))
+}
+
+/// True where the file allocation tables lie before the clusters, and the root directory in
+/// one of these.
+fn exfat_parts_fit(boot: &[u8; 512]) -> bool {
+    let field = |at| u64::from(le32(boot, at));
+    let (fat_start, fat_length, heap_start) = (field(80), field(84), field(88));
+    let fats = u64::from(boot[110]);
+    (1..=2).contains(&fats)
+        && fat_start >= 24
+        && (fat_start + fat_length * fats..=1 << 31).contains(&heap_start)
+        && (2..=field(92) + 1).contains(&field(96))
+}
+
+/// True where the twelfth sector repeats the checksum of the eleven before it.
+fn exfat_checksum_is_right(area: &mut Area<'_>, sector_size: usize) -> Result<bool> {
+    // These change while the file system is mounted.
+    const NOT_SUMMED: [usize; 3] = [106, 107, 112];
+    let mut sectors = vec![0; sector_size * 12];
+    if !area.fill(0, &mut sectors)? {
+        return Ok(false);
+    }
+    let (summed, sums) = sectors.split_at(sector_size * 11);
+    let bytes = summed.iter().enumerate().filter(|(at, _)| !NOT_SUMMED.contains(at));
+    let sum = bytes.fold(0u32, |sum, (_, &byte)| sum.rotate_right(1).wrapping_add(byte.into()));
+    Ok(sums.as_chunks::<4>().0.iter().all(|&word| u32::from_le_bytes(word) == sum))
 }

@@ -88,7 +88,6 @@ impl Signature {
 /// # Errors
 /// What reading the disk says.
 pub fn probe(disk: &mut dyn Disk, range: GuestRange) -> Result<Option<Signature>> {
-    type Prober = fn(&mut Area<'_>) -> Result<Option<Signature>>;
     const PROBERS: [Prober; 20] = [
         containers::linux_raid,
         containers::lvm2,
@@ -111,13 +110,35 @@ pub fn probe(disk: &mut dyn Disk, range: GuestRange) -> Result<Option<Signature>
         others::apfs,
         linux::erofs,
     ];
-    let mut area = Area { disk, range };
-    for prober in PROBERS {
-        if let Some(found) = prober(&mut area)? {
+    first_of(&PROBERS, &mut Area { disk, range })
+}
+
+type Prober = fn(&mut Area<'_>) -> Result<Option<Signature>>;
+
+/// What the first prober that knows it says.
+fn first_of(probers: &[Prober], area: &mut Area<'_>) -> Result<Option<Signature>> {
+    for prober in probers {
+        if let Some(found) = prober(area)? {
             return Ok(Some(found));
         }
     }
     Ok(None)
+}
+
+/// True for a disk that is an exFAT or NTFS file system from its first sector on.
+pub(crate) fn is_exfat_or_ntfs(disk: &mut dyn Disk) -> Result<bool> {
+    whole_disk_is(&[fat::exfat, others::ntfs], disk)
+}
+
+/// True for a disk that is a physical volume of LVM from its first sector on.
+pub(crate) fn is_physical_volume(disk: &mut dyn Disk) -> Result<bool> {
+    whole_disk_is(&[containers::lvm2], disk)
+}
+
+fn whole_disk_is(probers: &[Prober], disk: &mut dyn Disk) -> Result<bool> {
+    let end = GuestOffset::new(disk.size().get());
+    let mut area = Area { disk, range: GuestRange::new(GuestOffset::ZERO, end) };
+    Ok(first_of(probers, &mut area)?.is_some())
 }
 
 /// The part of a disk that is looked at.

@@ -89,7 +89,14 @@ pub(super) fn ntfs(area: &mut Area<'_>) -> Result<Option<Signature>> {
         shift @ 0xe1..=0xf7 => 1 << (256 - u32::from(shift)),
         _ => return Ok(None),
     };
-    if cluster_size > MAX_CLUSTER {
+    // Fields that only FAT has must be zero, and the table of files and its copy inside.
+    let is_foreign = [14..21, 22..24, 32..36].into_iter().any(|r| boot[r].iter().any(|&b| b != 0));
+    let clusters = le64(&boot, 40) / sectors_per_cluster;
+    if cluster_size > MAX_CLUSTER
+        || is_foreign
+        || le64(&boot, 48) > clusters
+        || le64(&boot, 56) > clusters
+    {
         return Ok(None);
     }
     let table = le64(&boot, 48).saturating_mul(cluster_size);

@@ -234,6 +234,38 @@ fn the_backup_of_a_gpt_is_read_where_the_primary_is_damaged() {
 }
 
 #[test]
+fn boot_sectors_of_file_systems_are_no_tables_where_libblkid_says_so() {
+    let dir = scratch_dir("partitions-none").unwrap();
+    let image = dir.path().join("disk");
+    for (mkfs, broken) in [
+        (&["mkfs.vfat", "-F", "16"][..], (16, 0)),
+        (&["mkfs.vfat", "-F", "32"], (21, 0x55)),
+        (&["mkntfs", "-q", "-F", "-Q"], (16, 1)),
+        (&["mkntfs", "-q", "-F", "-Q"], (64, 0)),
+        (&["mkfs.exfat"], (3, b'X')),
+    ] {
+        File::create(&image).and_then(|file| file.set_len(DISK_BYTES)).unwrap();
+        run(Command::new(mkfs[0]).args(&mkfs[1..]).arg(&image)).and_then(|ran| ran.ok()).unwrap();
+        let file = OpenOptions::new().read(true).write(true).open(&image).unwrap();
+        let mut code = [0; 64];
+        if mkfs[0] != "mkfs.exfat" {
+            // What would be partitions is code.
+            let slot = [0, 0, 0, 0, 0x83, 0, 0, 0, 0, 8, 0, 0, 0, 8, 0, 0];
+            code[..16].copy_from_slice(&slot);
+            file.write_all_at(&code, 446).unwrap();
+        }
+        assert_eq!(ours(&image), []);
+        assert_eq!(partx(&image).unwrap(), []);
+        // Something that only resembles it may have a table.
+        code[..16].copy_from_slice(&[0, 0, 0, 0, 0x83, 0, 0, 0, 0, 8, 0, 0, 0, 8, 0, 0]);
+        file.write_all_at(&code, 446).unwrap();
+        let (at, byte) = broken;
+        file.write_all_at(&[byte], at).unwrap();
+        assert_eq!(assert_same(&image, &|| format!("{mkfs:?}, broken at {at}")).unwrap(), 1);
+    }
+}
+
+#[test]
 fn a_gpt_of_sectors_of_4096_bytes_is_found_though_the_image_has_no_sector_size() {
     // sfdisk takes the sector size of a file from an option only since 2.40, so the table is
     // moved by hand: of sectors of 512 bytes to those of 4096.
