@@ -29,6 +29,7 @@
 //! | [`explain`] | where one byte of the disk comes from, and who uses a byte of a file |
 //! | [`inflate`] | inflating a compressed cluster |
 //! | [`read`] | reading the disk through its chain: at any offset, or a range on all cores |
+//! | [`hash`] | sha256 and BLAKE3 of the disk, or of a file |
 //! | [`metadata`] | where every piece of metadata lies, and what nothing refers to |
 //! | [`info`] | what an image says of itself, as `qemu-img info` has it |
 //! | [`diff`] | where two disks differ, by mapping or by bytes |
@@ -49,6 +50,7 @@ pub mod error;
 pub mod explain;
 pub mod extent;
 pub mod format;
+pub mod hash;
 pub mod holes;
 pub mod inflate;
 pub mod info;

@@ -1,9 +1,7 @@
 //! `imgdm diff`: where two snapshots, or an overlay and its base, differ.
 
 use std::ffi::{OsStr, OsString};
-#[cfg(feature = "device")]
-use std::io::IsTerminal;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::path::Path;
 
 use anyhow::Context;
@@ -18,6 +16,7 @@ use imgdm::{Error, ErrorKind, Result};
 use super::Globals;
 use super::open::{OpenArgs, is_undeclared, print_warnings};
 use super::output::{OutputFormat, show_path, stdout};
+use super::progress::Progress;
 use super::unlock::{UnlockArgs, Unlocked};
 
 /// List the ranges in which two snapshots, or an overlay and its base, differ
@@ -192,9 +191,11 @@ fn print(
     let mut out = stdout()?;
     printer.start(&mut out)?;
     let size = comparison.whole().end.get();
-    let progress = Progress::start(args.content, size, globals);
+    // Where stdout is a terminal too, the rows themselves show that it goes on.
+    let shown = args.content && !std::io::stdout().is_terminal();
+    let progress = Progress::start(shown, size, "comparing", globals);
     let tick = |done: GuestOffset| {
-        progress.set(done);
+        progress.set(done.get());
         unlocked.interrupt.check()
     };
     let each = |difference: &Difference| {
@@ -213,46 +214,6 @@ fn print(
     }
     out.flush()?;
     Ok(outcome?)
-}
-
-/// How far the contents are compared, on a terminal.
-struct Progress {
-    #[cfg(feature = "device")]
-    bar: Option<indicatif::ProgressBar>,
-}
-
-#[cfg(feature = "device")]
-impl Progress {
-    fn start(content: bool, size: u64, globals: Globals) -> Self {
-        // Where stdout is one too, the rows themselves show that it goes on.
-        let shown = content && !std::io::stdout().is_terminal();
-        Self { bar: shown.then(|| globals.progress(size, "comparing")) }
-    }
-
-    fn set(&self, done: GuestOffset) {
-        if let Some(bar) = &self.bar {
-            bar.set_position(done.get());
-        }
-    }
-
-    fn finish(self) {
-        if let Some(bar) = self.bar {
-            bar.finish_and_clear();
-        }
-    }
-}
-
-/// A build without the feature `device` shows none.
-#[cfg(not(feature = "device"))]
-#[allow(clippy::unused_self)]
-impl Progress {
-    fn start(_: bool, _: u64, _: Globals) -> Self {
-        Self {}
-    }
-
-    fn set(&self, _: GuestOffset) {}
-
-    fn finish(self) {}
 }
 
 /// A form of output.

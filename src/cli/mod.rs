@@ -12,6 +12,7 @@ mod explain;
 mod facts;
 #[cfg(feature = "device")]
 mod fill;
+mod hash;
 mod info;
 #[cfg(feature = "device")]
 mod key;
@@ -22,13 +23,13 @@ mod metadata;
 mod open;
 mod output;
 mod plan;
+mod progress;
 mod save;
 mod scratch;
 mod show;
 #[cfg(feature = "device")]
 mod signal;
 mod snapshots;
-#[cfg(feature = "device")]
 mod stamps;
 mod table;
 mod unlock;
@@ -71,6 +72,7 @@ enum Command {
     Check(check::Args),
     Diff(diff::Args),
     Show(show::Args),
+    Hash(hash::Args),
     #[cfg(feature = "device")]
     Attach(attach::Args),
     #[cfg(feature = "device")]
@@ -159,6 +161,7 @@ pub(crate) fn run() -> ExitCode {
         },
         Command::Diff(args) => diff::run(&args, globals),
         Command::Show(args) => show::run(&args, globals),
+        Command::Hash(args) => hash::run(&args, globals),
         #[cfg(feature = "device")]
         Command::Attach(args) => attach::run(&args, globals),
         #[cfg(feature = "device")]

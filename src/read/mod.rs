@@ -21,6 +21,7 @@ pub(crate) use in_order::in_order;
 pub use reader::ChainReader;
 pub(crate) use reader::joined;
 pub use sweep::Content;
+pub(crate) use sweep::Swept;
 
 use crate::chain::{Chain, HoleQuery};
 use crate::error::Result;

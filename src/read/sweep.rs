@@ -1,6 +1,6 @@
 //! Reading a whole range: on all cores, handed out in guest order.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::reader::{ExtentReader, bytes_of, in_sectors, joined};
 use super::{Ciphers, HOLES, in_order};
@@ -41,35 +41,75 @@ impl Chain {
         range: GuestRange,
         mut each: impl FnMut(GuestRange, Content<'_>) -> Result<()> + Send,
     ) -> Result<()> {
+        self.sweep(ciphers, range, |swept| {
+            swept.chunks().try_for_each(|(range, content)| each(range, content))
+        })
+    }
+
+    /// As [`for_each_chunk`](Self::for_each_chunk), but what was read is `take`'s to keep for
+    /// as long as it likes; its memory is used again once it is dropped.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn sweep(
+        &self,
+        ciphers: &Ciphers,
+        range: GuestRange,
+        take: impl FnMut(Swept) -> Result<()> + Send,
+    ) -> Result<()> {
         let units = Units::new(self, range.intersection(self.whole()));
-        // Buffers to be written over.
-        let spare: Mutex<Vec<Vec<u8>>> = Mutex::default();
-        let lock_spare = || spare.lock().unwrap_or_else(PoisonError::into_inner);
+        let spare = SpareBuffers::default();
         in_order(
             units,
             || ExtentReader::new(self, ciphers),
             |reader, unit: Result<Unit>| {
                 let unit = unit?;
-                let mut buffer = lock_spare().pop().unwrap_or_default();
+                let mut buffer = spare.lock().pop().unwrap_or_default();
                 unit.read(reader, &mut buffer)?;
-                Ok((unit, buffer))
+                Ok(Swept { stretches: unit.stretches, buffer, spare: spare.clone() })
             },
-            |(unit, buffer)| {
-                let mut rest = buffer.as_slice();
-                for stretch in &unit.stretches {
-                    let content = if stretch.zeros {
-                        Content::Zeros
-                    } else {
-                        let bytes;
-                        (bytes, rest) = rest.split_at(bytes_of(stretch.range).min(rest.len()));
-                        Content::Bytes(bytes)
-                    };
-                    each(stretch.range, content)?;
-                }
-                lock_spare().push(buffer);
-                Ok(())
-            },
+            take,
         )
+    }
+}
+
+/// Buffers to be written over.
+#[derive(Clone, Debug, Default)]
+struct SpareBuffers(Arc<Mutex<Vec<Vec<u8>>>>);
+
+impl SpareBuffers {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Vec<u8>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A few stretches of the disk, read.
+#[derive(Debug)]
+pub(crate) struct Swept {
+    stretches: Vec<Stretch>,
+    /// The bytes of those that are not zeros, one after the other.
+    buffer: Vec<u8>,
+    spare: SpareBuffers,
+}
+
+impl Swept {
+    /// The stretches in guest order, without gap.
+    pub(crate) fn chunks(&self) -> impl Iterator<Item = (GuestRange, Content<'_>)> {
+        let mut rest = self.buffer.as_slice();
+        self.stretches.iter().map(move |stretch| {
+            if stretch.zeros {
+                return (stretch.range, Content::Zeros);
+            }
+            let bytes;
+            (bytes, rest) = rest.split_at(bytes_of(stretch.range).min(rest.len()));
+            (stretch.range, Content::Bytes(bytes))
+        })
+    }
+}
+
+impl Drop for Swept {
+    fn drop(&mut self) {
+        self.spare.lock().push(std::mem::take(&mut self.buffer));
     }
 }
 

@@ -303,7 +303,7 @@ macro_rules! for_every_reader {
     };
 }
 
-for_every_reader! { map plan table show attach explain }
+for_every_reader! { map plan table show attach explain hash }
 
 #[test]
 fn what_only_other_bytes_suffer_from_is_no_damage_of_this_one() {
@@ -660,7 +660,7 @@ fn damage_ends_with_65_also_where_stderr_takes_nothing() {
 #[test]
 fn a_full_disk_is_an_error() {
     let directory = chain();
-    for name in ["info", "map", "plan", "table", "diff", "show"] {
+    for name in ["info", "map", "plan", "table", "diff", "show", "hash"] {
         let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
         let output = command(directory.path(), &[name, "top.qcow2"]).stdout(full).output().unwrap();
         assert_eq!(output.status.code(), Some(1), "{output:?}");

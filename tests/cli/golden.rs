@@ -100,6 +100,12 @@ fn show_json() {
 }
 
 #[test]
+fn hash() {
+    check(&["hash", "top.qcow2"], "hash.txt");
+    check(&["hash", "--output=json", "top.qcow2"], "hash.json.txt");
+}
+
+#[test]
 fn explain() {
     check(&["explain", "top.qcow2", "0x10064"], "explain-data.txt");
     check(&["explain", "top.qcow2", "640s"], "explain-backing.txt");

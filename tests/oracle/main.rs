@@ -22,6 +22,7 @@ mod device;
 mod diff;
 mod explain;
 mod far;
+mod hash;
 mod imgdm;
 mod inflate;
 mod info;
