@@ -29,6 +29,9 @@ pub enum ErrorKind {
     /// The image holds no such snapshot.
     #[error("{0}")]
     SnapshotNotFound(String),
+    /// The disk has no such partition, or no partition table.
+    #[error("{0}")]
+    PartitionNotFound(String),
     /// Somebody else writes to the file, or holds the device open.
     #[error("{0}")]
     InUse(String),

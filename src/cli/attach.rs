@@ -1,31 +1,14 @@
 //! `imgdm attach`: an image becomes /dev/mapper/NAME.
 
-use std::collections::BTreeSet;
 use std::io::Write;
 
 use anyhow::Context;
-use clap::ValueEnum;
-use imgdm::device::attach::{
-    Attachment, DirectIo, LayerFiles, Options, Request, attach, find_attached,
-};
+use imgdm::device::Interrupt;
+use imgdm::device::attach::{Above, Attachment};
 use imgdm::device::detach::{detach, find};
-use imgdm::device::keys::Keys;
 use imgdm::device::linux::LinuxKernel;
-use imgdm::device::udev;
-use imgdm::device::{DeviceNumber, Interrupt, Kernel};
-use imgdm::format::Format;
-use imgdm::lock::Sharing;
-use imgdm::open::open_chain;
-use imgdm::plan::{Plan, TableSource};
-use imgdm::source::Source;
 
-use super::fill::Prepared;
-use super::key::{KeyArgs, KeySources, encrypted_layers};
-use super::open::{FiemapArgs, OpenArgs, ZeroArgs, print_warnings};
-use super::output::show_path;
-use super::scratch::{ContentArgs, PlaceArgs};
-use super::stamps::Stamps;
-use super::table::device_name;
+use super::build::{BuildArgs, Wanted};
 use super::{Globals, signal};
 
 /// Attach an image as the read-only block device /dev/mapper/NAME
@@ -35,173 +18,26 @@ use super::{Globals, signal};
 )]
 pub(crate) struct Args {
     #[command(flatten)]
-    open: OpenArgs,
-
-    /// Name of the device; without it, made of the image's name
-    #[arg(long, value_name = "NAME")]
-    name: Option<String>,
-
-    /// Read the files around the page cache
-    #[arg(long, value_enum, default_value_t, value_name = "MODE")]
-    direct_io: DirectIoChoice,
-
-    #[command(flatten)]
-    zero: ZeroArgs,
-
-    #[command(flatten)]
-    content: ContentArgs,
-
-    #[command(flatten)]
-    places: PlaceArgs,
-
-    #[command(flatten)]
-    keys: KeyArgs,
-
-    /// Map a block device without a loop device between. Gives up the locks once this
-    /// command ends, and the loop's guard against writes from devices stacked on top
-    #[arg(long)]
-    direct_block: bool,
+    build: BuildArgs,
 
     /// Where the image is attached already but marked for removal at its last close, make
     /// it stay
     #[arg(long)]
     keep: bool,
-
-    #[command(flatten)]
-    fiemap: FiemapArgs,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-enum DirectIoChoice {
-    /// Whichever serves best
-    #[default]
-    Auto,
-    /// Around it; an error where the file system can't
-    On,
-    /// Through it
-    Off,
-}
-
-impl Args {
-    fn options(&self) -> Options {
-        Options {
-            direct_io: match self.direct_io {
-                DirectIoChoice::Auto => DirectIo::Auto,
-                DirectIoChoice::On => DirectIo::On,
-                DirectIoChoice::Off => DirectIo::Off,
-            },
-            direct_block: self.direct_block,
-            publish: false,
-            zero: self.zero.mode(),
-            no_fiemap: self.fiemap.no_fiemap,
-            on_error: self.content.on_error(),
-        }
-    }
-}
-
-/// A host that has mounted a block device takes no QEMU locks, so nothing refuses it.
-fn warn_of_holders(kernel: &LinuxKernel, file: &Source, globals: Globals) {
-    let Some(id) = file.id().filter(|_| file.is_block_device()) else { return };
-    let holders = kernel.holders(DeviceNumber::from_dev(id.device));
-    if !holders.is_empty() {
-        globals.warn(format_args!(
-            "{}: the block device is in use ({}): if that writes to it, what is read here is torn",
-            show_path(file.path()),
-            holders.join(", ")
-        ));
-    }
 }
 
 pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     signal::keep_from_workers()?;
-    let key_sources = KeySources::new(&args.keys)?;
-    let mut policy = args.open.policy();
-    args.fiemap.apply(&mut policy);
-    let opened = open_chain(&args.open.image, &policy)?;
-    print_warnings(&opened.warnings, globals);
-    let chain = &opened.chain;
-    let name = device_name(chain, args.name.as_deref())?;
-    let stamps = match policy.sharing {
-        Sharing::Readers => Some(Stamps::of(chain)?),
-        Sharing::Writers => None,
-    };
-    let options = args.content.options(args.zero);
-    let plan = Plan::new(chain, options)?;
-    plan.check_attachable().map_err(|error| error.at_path(&args.open.image))?;
-    key_sources.check_all_used(&encrypted_layers(chain))?;
-    for damage in plan.damage() {
-        globals.warn(damage);
-    }
-    for file in plan.unheld_files() {
-        globals.warn(format_args!(
-            "{}: a file under 512 bytes can't be held: nothing keeps it from being changed",
-            show_path(file.path())
-        ));
-    }
-    let has_raw = chain.layers().iter().any(|layer| layer.image.format() == Format::Raw);
-    if has_raw && udev::looks_into_loops() {
-        globals.warn(
-            "udev will look into the loop devices of raw layers and may show or activate what the guest has on them: install udev/59-imgdm.rules in /etc/udev/rules.d",
-        );
-    }
-    let layers: Vec<_> = chain
-        .layers()
-        .iter()
-        .map(|layer| LayerFiles::of(layer, layer.image.format().name()))
-        .collect();
-    let snapshot = chain.layers()[0].image.snapshot();
     let kernel = LinuxKernel::new();
-    for (_, file) in chain.layers().iter().flat_map(|layer| layer.files()) {
-        warn_of_holders(&kernel, file, globals);
-    }
-    let interrupt = signal::catch()?;
-    let keys = Keys::default();
-    let request = |tables, scratch| Request {
-        name: &name,
-        layers: &layers,
-        snapshot: snapshot.map(|s| (s.id.as_str(), s.name.as_str())),
-        tables,
-        scratch,
-        keys: &keys,
-        options: args.options(),
-        keep: args.keep,
-        interrupt,
-    };
-    // What takes long, or asks for keys, is not done for nothing.
-    let prepared = Prepared::of(chain, &plan, args.content, &args.places, globals)?;
-    if (prepared.takes_long() || !plan.crypts().is_empty())
-        && let Some(there) = find_attached(&kernel, &request(&plan, None))?
-    {
-        return print_device(&kernel, &there);
-    }
-    // Before the scratch file: that may take minutes, which a wrong key would waste.
-    let wanted: BTreeSet<u32> = plan.crypts().iter().map(|crypt| crypt.layer).collect();
-    for depth in wanted {
-        let layer = &chain.layers()[depth as usize];
-        let Some(header) = layer.image.crypt_header()? else { continue };
-        let key = key_sources.unlock(Some(&name), depth, &header, &layer.source, &interrupt)?;
-        let description = request(&plan, None).uuid()?.key_description(depth);
-        keys.insert(depth, kernel.store_key(&description, &key)?);
-    }
-    drop(key_sources);
-    let (content, places) = (args.content, &args.places);
-    let written = prepared.write(chain, &plan, content, places, &interrupt, globals)?;
-    let found = written.as_ref().map(|written| written.filled.found()).unwrap_or_default();
-    let planned_anew = match found.as_slice() {
-        [] => None,
-        found => Some(Plan::with_found(chain, options, found)?),
-    };
-    // That may have taken minutes, and the tables are made from what was read before.
-    if let Some(stamps) = stamps {
-        stamps.check(chain)?;
-    }
-    let scratch = written.as_ref().map(|written| &written.file);
-    let attachment = attach(&kernel, &request(planned_anew.as_ref().unwrap_or(&plan), scratch))?;
-    print_device(&kernel, &attachment)
+    let above = Above::default();
+    let wanted = Wanted { above: &above, keep: args.keep };
+    let pending = args.build.build(&kernel, wanted, globals)?;
+    let attachment = pending.commit(&signal::catch()?)?;
+    print_devices(&kernel, &attachment)
 }
 
 /// Prints the path of the device, which is what whoever calls waits for.
-fn print_device(kernel: &LinuxKernel, attachment: &Attachment) -> anyhow::Result<()> {
+fn print_devices(kernel: &LinuxKernel, attachment: &Attachment) -> anyhow::Result<()> {
     let printed = writeln!(std::io::stdout(), "{}", attachment.path.display());
     let Err(error) = printed else { return Ok(()) };
     if error.kind() != std::io::ErrorKind::BrokenPipe && !attachment.already_attached {

@@ -24,9 +24,10 @@ pub(crate) fn exit_code(error: &anyhow::Error) -> u8 {
     let Some(error) = error.chain().find_map(ours) else { return FAILED };
     match error.kind() {
         ErrorKind::InvalidImage(_) | ErrorKind::Unsupported(_) => IMAGE_INVALID,
-        ErrorKind::NotFound(_) | ErrorKind::SnapshotNotFound(_) | ErrorKind::NotAttached(_) => {
-            NOT_FOUND
-        }
+        ErrorKind::NotFound(_)
+        | ErrorKind::SnapshotNotFound(_)
+        | ErrorKind::PartitionNotFound(_)
+        | ErrorKind::NotAttached(_) => NOT_FOUND,
         ErrorKind::PermissionDenied(_) => PERMISSION,
         ErrorKind::InUse(_) => IN_USE,
         ErrorKind::NotRepresentable(_) => NOT_REPRESENTABLE,
@@ -78,6 +79,7 @@ mod tests {
         let code = |kind| exit_code(&anyhow::Error::new(Error::new(kind)).context("while testing"));
         assert_eq!(code(ErrorKind::InvalidImage(String::new())), 65);
         assert_eq!(code(ErrorKind::NotFound(String::new())), 66);
+        assert_eq!(code(ErrorKind::PartitionNotFound(String::new())), 66);
         assert_eq!(code(ErrorKind::KernelLacks(String::new())), 69);
         assert_eq!(code(ErrorKind::WrongKey(String::new())), 67);
         assert_eq!(code(ErrorKind::InUse(String::new())), 75);

@@ -2,6 +2,8 @@
 
 #[cfg(feature = "device")]
 mod attach;
+#[cfg(feature = "device")]
+mod build;
 mod check;
 mod damage;
 #[cfg(feature = "device")]

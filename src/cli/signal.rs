@@ -27,9 +27,13 @@ pub(crate) fn leave_to_main_thread() {
 static SIGNAL: OnceLock<Arc<AtomicUsize>> = OnceLock::new();
 
 /// From now on the signals no longer end the process at once, but set the flag that
-/// this gives back. The handler itself sets it: a signal that came before a step is seen
-/// by that step, which a thread that passes signals on could not promise.
+/// this gives back, every time the same one. The handler itself sets it: a signal that came
+/// before a step is seen by that step, which a thread that passes signals on could not
+/// promise.
 pub(crate) fn catch() -> anyhow::Result<Interrupt<'static>> {
+    if let Some(caught) = SIGNAL.get() {
+        return Ok(Interrupt::new(caught));
+    }
     let caught = SIGNAL.get_or_init(Arc::default);
     for signal in [SIGINT, SIGTERM, SIGHUP] {
         flag::register_usize(signal, Arc::clone(caught), usize::try_from(signal)?)?;

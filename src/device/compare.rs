@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::attach::{Request, index_of, table_ids};
 use super::live::LiveTarget;
-use super::name::{DmUuid, LoopRole, UUID_PREFIX};
+use super::name::{DeviceRole, DmUuid, LoopRole, UUID_PREFIX};
 use super::{DeviceId, DeviceInfo, DeviceNumber, Kernel, LiveLine};
 use crate::error::{Error, ErrorKind, Result, printable};
 use crate::plan::{Backing, BackingId, CryptId, Segment, SegmentTarget};
@@ -168,9 +168,26 @@ impl<K: Kernel> Comparison<'_, K> {
     }
 }
 
+/// What the device of this UUID is on an attachment, in words, and that one's top device;
+/// none where it does not stand on any.
+pub(super) fn part_of<K: Kernel>(kernel: &K, uuid: &str) -> Option<(String, DeviceInfo)> {
+    let uuid: DmUuid = uuid.parse().ok()?;
+    let what = match uuid.role {
+        DeviceRole::Partition(number) => format!("partition {number}"),
+        DeviceRole::LogicalVolume(_) => "a logical volume".to_owned(),
+        DeviceRole::Top | DeviceRole::Inner(_) => return None,
+    };
+    let top = uuid.with_role(DeviceRole::Top).to_string();
+    let attachment = kernel.device(DeviceId::Uuid(&top)).ok().flatten()?;
+    Some((what, attachment))
+}
+
 /// Whose a device is, in words.
 pub(super) fn describe<K: Kernel>(kernel: &K, device: &DeviceInfo) -> String {
     let uuid = &device.uuid;
+    if let Some((what, attachment)) = part_of(kernel, uuid) {
+        return format!("{what} of '{}'", printable(&attachment.name));
+    }
     if uuid.starts_with(UUID_PREFIX) {
         let attached = super::list::list(kernel).unwrap_or_default();
         let image = attached.iter().find(|attached| attached.number == device.number);

@@ -7,9 +7,10 @@
 use std::path::Path;
 use std::time::Duration;
 
-use super::attach::{sweep, with_holders};
+use super::attach::sweep;
 use super::compare::describe;
 use super::list::{Attached, attached, list};
+use super::stacked::with_holders;
 use super::{
     DeviceId, DeviceInfo, DeviceNumber, Interrupt, Kernel, LoopHandle, PATIENCE, loop_node,
 };

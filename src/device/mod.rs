@@ -5,9 +5,11 @@
 //! of it is right. All of them speak to the machine through [`Kernel`]:
 //! the running one, or [`fake`], which records and can fail at any step.
 
+mod above;
 pub mod attach;
 mod compare;
 pub mod detach;
+mod disk;
 pub mod fake;
 pub mod fault;
 pub mod fiemap;
@@ -18,6 +20,7 @@ mod live;
 pub mod locate;
 pub mod name;
 mod options;
+mod stacked;
 pub mod sys;
 pub mod verify;
 
@@ -32,6 +35,7 @@ mod nodes;
 #[cfg(feature = "device")]
 pub mod udev;
 
+pub use disk::DeviceDisk;
 use std::ffi::OsStr;
 use std::fmt;
 use std::fs::File;

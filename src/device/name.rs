@@ -4,9 +4,12 @@
 //!
 //! ```text
 //! IMGDM-1-<role>-<identity>-<snapshot>-<depth>-<options>
+//! partN-IMGDM-1-top-<identity>-<snapshot>-<depth>-<options>
 //! ```
 //!
-//! `role` is `top` or `innerN`; `identity` 40 hex digits: 32 of a hash over the files
+//! `role` is `top`, `innerN` or, for a logical volume on the disk, `lv` and 8 hex digits of
+//! a hash of its names. A partition has, as kpartx would have it, the top device's UUID with
+//! `partN-` before it; its name is kpartx's too. `identity` 40 hex digits: 32 of a hash over the files
 //! (device, inode, role, format) in order and 8 of a hash of the name, so that one
 //! image can be attached under several names; `snapshot` 16 hex digits, zeros for the
 //! active layer; `depth` the number of layers; `options` 8 hex digits of bits.
@@ -38,8 +41,12 @@ const UUID_VERSION: &str = "IMGDM-1-";
 const IDENTITY_DIGITS: usize = 40;
 const SNAPSHOT_DIGITS: usize = 16;
 const OPTION_DIGITS: usize = 8;
+const VOLUME_DIGITS: usize = 8;
+/// What the UUID of a partition starts with, before its number (kpartx).
+const PARTITION: &str = "part";
 
-// The longest UUID, with kpartx's longest prefix before it, and the longest inner name.
+// The longest UUID, with kpartx's longest prefix before it, and the longest names that are
+// not checked when they are made.
 const LONGEST_U32: usize = 10;
 const LONGEST_UUID: usize = UUID_VERSION.len()
     + "inner".len()
@@ -52,12 +59,17 @@ const LONGEST_UUID: usize = UUID_VERSION.len()
     + LONGEST_U32
     + 1
     + OPTION_DIGITS;
-const _: () = assert!("part4294967295-".len() + LONGEST_UUID < DM_UUID_MAX);
+const _: () = assert!(PARTITION.len() + LONGEST_U32 + 1 + LONGEST_UUID < DM_UUID_MAX);
+const _: () = assert!("lv".len() + VOLUME_DIGITS <= "inner".len() + LONGEST_U32);
 const _: () = assert!(NAME_MAX + "-inner".len() + LONGEST_U32 <= DM_NAME_MAX);
+const _: () = assert!(NAME_MAX + "p".len() + LONGEST_U32 <= DM_NAME_MAX);
 
 /// The name of a device in /dev/mapper.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DmName(String);
+
+/// Those bytes, in words.
+const PLAIN: &str = "0-9A-Za-z#+-.:=@_";
 
 /// Bytes that udev leaves as they are.
 fn is_plain(byte: u8) -> bool {
@@ -79,7 +91,7 @@ fn name_fault(name: &str) -> Option<String> {
         return Some(format!("is {} bytes long, more than {NAME_MAX}", name.len()));
     }
     let wrong = name.bytes().find(|&byte| !is_plain(byte))?;
-    Some(format!("has the byte {wrong:#04x} in it, and only 0-9A-Za-z#+-.:=@_ are allowed"))
+    Some(format!("has the byte {wrong:#04x} in it, and only {PLAIN} are allowed"))
 }
 
 impl DmName {
@@ -128,6 +140,35 @@ impl DmName {
         Self(format!("{}-inner{index}", self.0))
     }
 
+    /// The name of partition `number`, as kpartx and the kernel make it: with a `p` between
+    /// where the name ends in a digit.
+    pub fn partition(&self, number: u32) -> Self {
+        let between = if self.0.ends_with(|last: char| last.is_ascii_digit()) { "p" } else { "" };
+        Self(format!("{}{between}{number}", self.0))
+    }
+
+    /// The name of the logical volume `volume` on the disk: `NAME-VOLUME`.
+    ///
+    /// # Errors
+    /// The volume's name, which is a stranger's, has bytes in it that udev would change, or
+    /// is too long.
+    pub fn logical_volume(&self, volume: &str) -> Result<Self> {
+        let name = format!("{}-{volume}", self.0);
+        let fault = if volume.is_empty() {
+            "is empty".to_owned()
+        } else if let Some(wrong) = volume.bytes().find(|&byte| !is_plain(byte)) {
+            format!("has the byte {wrong:#04x} in it, and only {PLAIN} are allowed in device names")
+        } else if name.len() > DM_NAME_MAX {
+            format!("is too long: the device name would have more than {DM_NAME_MAX} bytes")
+        } else {
+            return Ok(Self(name));
+        };
+        Err(Error::new(ErrorKind::CannotCreate(format!(
+            "the name of the logical volume '{}' {fault}",
+            volume.escape_debug()
+        ))))
+    }
+
     /// The name.
     pub fn as_str(&self) -> &str {
         &self.0
@@ -147,6 +188,55 @@ pub enum DeviceRole {
     Top,
     /// One below it, by its number.
     Inner(u32),
+    /// A partition on it, by its number.
+    Partition(u32),
+    /// A logical volume of the guest's LVM on it, by [`volume_hash`].
+    LogicalVolume(u32),
+}
+
+impl DeviceRole {
+    /// True for one that lies on the top device, and has to go before it can.
+    pub fn is_above(self) -> bool {
+        matches!(self, Self::Partition(_) | Self::LogicalVolume(_))
+    }
+}
+
+impl fmt::Display for DeviceRole {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Top => f.write_str("top"),
+            Self::Inner(index) => write!(f, "inner{index}"),
+            Self::Partition(number) => write!(f, "{PARTITION}{number}"),
+            Self::LogicalVolume(hash) => write!(f, "lv{hash:0VOLUME_DIGITS$x}"),
+        }
+    }
+}
+
+/// True for the UUID of any device of ours, also one of a later version, and for that of a
+/// partition of one.
+pub fn is_ours(uuid: &str) -> bool {
+    match split_partition(uuid) {
+        Some((_, of)) => of.starts_with(UUID_PREFIX),
+        None => uuid.starts_with(UUID_PREFIX),
+    }
+}
+
+/// The number in a partition's UUID, and the UUID of what it is a partition of.
+fn split_partition(uuid: &str) -> Option<(u32, &str)> {
+    let (number, of) = uuid.strip_prefix(PARTITION)?.split_once('-')?;
+    Some((number.parse().ok()?, of))
+}
+
+/// The hash of a logical volume's names by which its role tells it from others of the same
+/// disk.
+pub fn volume_hash(group: &str, volume: &str) -> u32 {
+    let mut hash = Sha256::new();
+    hash.update(b"imgdm logical volume\0");
+    hash.update((group.len() as u64).to_le_bytes());
+    hash.update(group);
+    hash.update(volume);
+    let hash: [u8; 32] = hash.finalize().into();
+    u32::from_be_bytes([hash[0], hash[1], hash[2], hash[3]])
 }
 
 /// A file that an attachment reads, as far as its identity goes.
@@ -261,10 +351,11 @@ impl DmUuid {
 
 impl fmt::Display for DmUuid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(UUID_VERSION)?;
         match self.role {
-            DeviceRole::Top => f.write_str("top")?,
-            DeviceRole::Inner(index) => write!(f, "inner{index}")?,
+            DeviceRole::Partition(_) => {
+                write!(f, "{}-{UUID_VERSION}{}", self.role, DeviceRole::Top)?
+            }
+            role => write!(f, "{UUID_VERSION}{role}")?,
         }
         write!(f, "-{}-{}-{}-{:08x}", self.identity, self.snapshot, self.depth, self.options)
     }
@@ -275,10 +366,18 @@ impl FromStr for DmUuid {
 
     fn from_str(text: &str) -> Result<Self> {
         let parse = || {
-            let mut parts = text.strip_prefix(UUID_VERSION)?.split('-');
-            let role = match parts.next()? {
-                "top" => DeviceRole::Top,
-                role => DeviceRole::Inner(role.strip_prefix("inner")?.parse().ok()?),
+            let (partition, rest) = match split_partition(text) {
+                Some((number, rest)) => (Some(number), rest),
+                None => (None, text),
+            };
+            let mut parts = rest.strip_prefix(UUID_VERSION)?.split('-');
+            let role = match (parts.next()?, partition) {
+                ("top", None) => DeviceRole::Top,
+                ("top", Some(number)) => DeviceRole::Partition(number),
+                (role, _) => match role.strip_prefix("lv") {
+                    Some(hash) => DeviceRole::LogicalVolume(u32::from_str_radix(hash, 16).ok()?),
+                    None => DeviceRole::Inner(role.strip_prefix("inner")?.parse().ok()?),
+                },
             };
             let mut digits = |length: usize| {
                 let part = parts.next()?;
@@ -430,6 +529,30 @@ mod tests {
         assert_ne!(snapshot_hash(Some(("1", "2a"))), snapshot_hash(Some(("12", "a"))));
     }
 
+    #[test]
+    fn devices_on_top_are_named_as_kpartx_names_them() {
+        let name = |name: &str| DmName::new(name).unwrap();
+        assert_eq!(name("disk").partition(1).as_str(), "disk1");
+        assert_eq!(name("disk2").partition(10).as_str(), "disk2p10");
+        assert_eq!(name("disk").logical_volume("root").unwrap().as_str(), "disk-root");
+        for volume in ["", "a b", "a/b", "\u{e9}", &"x".repeat(123)] {
+            assert!(name("disk").logical_volume(volume).is_err(), "{volume}");
+        }
+        assert!(name("disk").logical_volume(&"x".repeat(122)).is_ok());
+        assert_ne!(volume_hash("a", "bc"), volume_hash("ab", "c"));
+
+        let top = DmUuid::for_top(&name("disk"), &[], None, 0);
+        let partition = top.with_role(DeviceRole::Partition(12));
+        assert_eq!(partition.to_string(), format!("part12-{top}"));
+        assert!(partition.same_attachment(&top));
+        for spelling in [format!("part012-{top}"), format!("part1-{partition}")] {
+            assert!(spelling.parse::<DmUuid>().is_err(), "{spelling}");
+        }
+        let inner = top.with_role(DeviceRole::Inner(0));
+        assert!(format!("part1-{inner}").parse::<DmUuid>().is_err());
+        assert!(is_ours("part3-IMGDM-2-of-a-later-version") && !is_ours("part3-LVM-x"));
+    }
+
     proptest! {
         #[test]
         fn any_path_gives_a_good_name_or_none(path: String, snapshot: Option<String>) {
@@ -440,7 +563,7 @@ mod tests {
 
         #[test]
         fn uuids_read_back_and_fit(
-            inner: Option<u32>, layer: u32, device: u64, inode: u64, options: u32,
+            kind in 0..4, index: u32, layer: u32, device: u64, inode: u64, options: u32,
             name in "[a-z]{1,100}", snapshot: Option<(String, String)>, format: String,
         ) {
             let file = FileIdentity {
@@ -448,14 +571,19 @@ mod tests {
             };
             let snapshot = snapshot.as_ref().map(|(id, name)| (id.as_str(), name.as_str()));
             let name = DmName::new(&name).unwrap();
-            let role = inner.map_or(DeviceRole::Top, DeviceRole::Inner);
+            let role = match kind {
+                0 => DeviceRole::Top,
+                1 => DeviceRole::Inner(index),
+                2 => DeviceRole::Partition(index),
+                _ => DeviceRole::LogicalVolume(index),
+            };
             let uuid = DmUuid::for_top(&name, &[file], snapshot, options).with_role(role);
             let text = uuid.to_string();
-            prop_assert!(text.len() <= LONGEST_UUID, "{}", text);
+            prop_assert!(text.len() < DM_UUID_MAX, "{}", text);
+            prop_assert!(is_ours(&text) && !is_ours(&text[1..]));
             prop_assert_eq!(text.parse::<DmUuid>().unwrap(), uuid);
-            if let Some(index) = inner {
-                prop_assert!(name.inner(index).as_str().len() <= DM_NAME_MAX);
-            }
+            prop_assert!(name.inner(index).as_str().len() <= DM_NAME_MAX);
+            prop_assert!(name.partition(index).as_str().len() <= DM_NAME_MAX);
         }
 
         #[test]

@@ -1,5 +1,6 @@
 //! The options that change what is attached, and the bits of a UUID that record them.
 
+use super::UdevRules;
 use crate::error::{Error, ErrorKind, Result};
 use crate::plan::ZeroMode;
 use crate::scratch::OnError;
@@ -61,6 +62,11 @@ impl Options {
             | number(&DIRECT_IOS, &self.direct_io) << DIRECT_IO
             | u32::from(self.direct_block) << DIRECT_BLOCK
             | u32::from(self.publish) << PUBLISH
+    }
+
+    /// What udev is to do with the devices that the user gets.
+    pub(super) fn rules(&self) -> UdevRules {
+        if self.publish { UdevRules::Publish } else { UdevRules::HideContent }
     }
 
     /// The options that a UUID carries.

@@ -1,4 +1,5 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
@@ -6,7 +7,12 @@ use super::*;
 use crate::device::detach::{detach, detach_all, find};
 use crate::device::fake::FakeKernel;
 use crate::device::list::list;
-use crate::plan::{PlannedTable, Segment, TableRole};
+use crate::device::name::LoopRole;
+use crate::plan::{Backing, BackingId, PlannedTable, Segment, SegmentTarget, TableRole};
+use crate::table::{TableLine, Target};
+use crate::units::Sectors;
+
+mod above;
 
 /// A plan over a qcow2 overlay with a data file and a raw base: an inner device that
 /// holds the first stretch, and a top one over it, the loops and zeros.
@@ -76,10 +82,19 @@ struct Fixture {
 
 impl Fixture {
     fn new() -> Self {
+        Self::with_first_sector(&[1; 512])
+    }
+
+    /// What the disk starts with.
+    fn with_first_sector(sector: &[u8; 512]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let sources = ["a.qcow2", "a.data", "base.raw"].map(|name| {
             let path = directory.path().join(name);
-            std::fs::write(&path, [1; 8192]).unwrap();
+            let mut bytes = [1; 8192];
+            if name == "a.data" {
+                bytes[..512].copy_from_slice(sector);
+            }
+            std::fs::write(&path, bytes).unwrap();
             Source::open(&path).unwrap()
         });
         let name = DmName::new("disk").unwrap();
@@ -99,7 +114,23 @@ impl Fixture {
         kernel: &FakeKernel,
         change: impl FnOnce(&mut Request<'_>),
     ) -> Result<Attachment, AttachError> {
-        let (layers, keys) = (self.layers(), Keys::default());
+        self.with_request(change, |request| attach(kernel, request))
+    }
+
+    fn build_with<'k>(
+        &self,
+        kernel: &'k FakeKernel,
+        change: impl FnOnce(&mut Request<'_>),
+    ) -> Result<Pending<'k, FakeKernel>, AttachError> {
+        self.with_request(change, |request| build(kernel, request))
+    }
+
+    fn with_request<T>(
+        &self,
+        change: impl FnOnce(&mut Request<'_>),
+        work: impl FnOnce(&Request<'_>) -> T,
+    ) -> T {
+        let (layers, keys, above) = (self.layers(), Keys::default(), Above::default());
         let mut request = Request {
             name: &self.name,
             layers: &layers,
@@ -108,11 +139,12 @@ impl Fixture {
             scratch: None,
             keys: &keys,
             options: Options::default(),
+            above: &above,
             keep: false,
             interrupt: Interrupt::never(),
         };
         change(&mut request);
-        attach(kernel, &request)
+        work(&request)
     }
 
     fn attach(&self, kernel: &FakeKernel) -> Result<Attachment, AttachError> {

@@ -9,7 +9,7 @@ use flate2::write::DeflateEncoder;
 
 use super::*;
 use crate::crypt::{CryptHeader, Passphrase};
-use crate::device::attach::{LayerFiles, Request, attach};
+use crate::device::attach::{Above, LayerFiles, Request, attach};
 use crate::device::detach::find;
 use crate::device::fake::{FakeDevice, FakeKernel, FakeLoop};
 use crate::device::keys::Keys;
@@ -98,6 +98,7 @@ impl World {
             .collect();
         let snapshot = chain.layers()[0].image.snapshot();
         let name = DmName::new("disk").unwrap();
+        let above = Above::default();
         let request = Request {
             name: &name,
             layers: &layers,
@@ -106,6 +107,7 @@ impl World {
             scratch: self.scratch.as_ref(),
             keys: &self.keys,
             options: how.options,
+            above: &above,
             keep: false,
             interrupt: Interrupt::never(),
         };

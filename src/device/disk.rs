@@ -1,0 +1,53 @@
+//! An attached device as a disk to look at.
+
+use std::sync::Arc;
+
+use super::{DeviceNumber, DeviceReader, Kernel};
+use crate::error::{Error, ErrorKind, Result};
+use crate::partition::Disk;
+use crate::units::{ByteLen, GuestOffset, SECTOR_SIZE};
+
+/// A device that is read as the kernel serves it: decrypted, with all layers.
+pub struct DeviceDisk {
+    reader: Arc<dyn DeviceReader>,
+    size: ByteLen,
+}
+
+impl DeviceDisk {
+    /// Opens the device of these numbers.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn open<K: Kernel>(kernel: &K, number: DeviceNumber) -> Result<Self> {
+        let (size, _) = kernel.block_device(number)?;
+        let size = size.to_bytes().unwrap_or(u64::MAX / SECTOR_SIZE * SECTOR_SIZE);
+        Ok(Self { reader: kernel.reader(number)?, size: ByteLen::new(size) })
+    }
+}
+
+impl Disk for DeviceDisk {
+    fn size(&self) -> ByteLen {
+        self.size
+    }
+
+    fn read(&mut self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
+        let failed = |error| Error::io("cannot read the device", error).at_offset(offset.get());
+        let outside = || {
+            let what = format!("{} bytes from there are past the end of the device", buffer.len());
+            Error::new(ErrorKind::Io(what)).at_offset(offset.get())
+        };
+        // The sectors around what is asked for: the device is read by whole ones.
+        let start = offset.get() / SECTOR_SIZE * SECTOR_SIZE;
+        let end = offset.get().checked_add(buffer.len() as u64).ok_or_else(outside)?;
+        let end = end.checked_next_multiple_of(SECTOR_SIZE).filter(|&end| end <= self.size.get());
+        let end = end.ok_or_else(outside)?;
+        if (start, end) == (offset.get(), offset.get() + buffer.len() as u64) {
+            return self.reader.read_at(start, buffer).map_err(failed);
+        }
+        let mut sectors = vec![0; usize::try_from(end - start).map_err(|_| outside())?];
+        self.reader.read_at(start, &mut sectors).map_err(failed)?;
+        let skipped = usize::try_from(offset.get() - start).map_err(|_| outside())?;
+        buffer.copy_from_slice(&sectors[skipped..skipped + buffer.len()]);
+        Ok(())
+    }
+}
