@@ -35,6 +35,7 @@
 //! | [`diff`] | where two disks differ, by mapping or by bytes |
 //! | [`picture`] | what a picture of the disk shows: bytes of each state in cells, fragmentation |
 //! | [`partition`] | partition tables of the virtual disk |
+//! | [`lvm`] | LVM on the virtual disk: volume groups, and what logical volumes are made of |
 //! | [`plan`] | extents to segments, backings and tables; what stands in the way |
 //! | [`scratch`] | what the image's files don't hold as it is: inflated clusters, partial sectors |
 //! | [`table`] | `dmsetup` text, printed and parsed |
@@ -55,6 +56,7 @@ pub mod holes;
 pub mod inflate;
 pub mod info;
 pub mod lock;
+pub mod lvm;
 pub mod metadata;
 pub mod open;
 pub mod partition;

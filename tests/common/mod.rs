@@ -5,6 +5,7 @@
 
 pub(crate) mod chain_work;
 pub(crate) mod images;
+pub(crate) mod lvm;
 pub(crate) mod patch;
 pub(crate) mod process;
 pub(crate) mod qemu;

@@ -27,6 +27,7 @@ mod imgdm;
 mod inflate;
 mod info;
 mod luks;
+mod lvm;
 mod map;
 mod metadata;
 mod names;
