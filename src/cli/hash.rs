@@ -6,11 +6,10 @@ use std::io::Write;
 use clap::ValueEnum;
 use imgdm::hash::{Algorithm, Digests};
 use imgdm::lock::Sharing;
-use imgdm::open::{OpenPolicy, OpenedChain, open_chain};
 use imgdm::units::ByteLen;
 
 use super::Globals;
-use super::open::{OpenArgs, is_undeclared, print_warnings};
+use super::open::OpenArgs;
 use super::output::{JsonPath, OutputFormat, print_json, show_path, stdout};
 use super::progress::Progress;
 use super::stamps::Stamps;
@@ -78,14 +77,8 @@ impl Args {
 
 pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     let unlocker = args.keys.unlocker()?;
-    // As for a map: nothing is given to a guest or a kernel here.
-    let policy = OpenPolicy { probe_backing: true, ..args.open.policy() };
-    let OpenedChain { chain, mut warnings } = open_chain(&args.open.image, &policy)?;
-    if args.open.probe_backing {
-        warnings.retain(|warning| !is_undeclared(warning));
-    }
-    print_warnings(&warnings, globals);
-    let stamps = match policy.sharing {
+    let chain = args.open.open_to_read(globals)?;
+    let stamps = match args.open.policy().sharing {
         Sharing::Readers => Some(Stamps::of(&chain)?),
         Sharing::Writers => None,
     };

@@ -24,6 +24,7 @@ mod map;
 mod metadata;
 mod open;
 mod output;
+mod partitions;
 mod plan;
 mod progress;
 mod save;
@@ -67,6 +68,7 @@ pub(crate) struct Cli {
 enum Command {
     Info(info::Args),
     Snapshots(snapshots::Args),
+    Partitions(partitions::Args),
     Map(map::Args),
     Plan(plan::Args),
     Table(table::Args),
@@ -153,6 +155,7 @@ pub(crate) fn run() -> ExitCode {
     let outcome = match cli.command {
         Command::Info(args) => info::run(&args, globals),
         Command::Snapshots(args) => snapshots::run(&args, globals),
+        Command::Partitions(args) => partitions::run(&args, globals),
         Command::Map(args) => map::run(&args, globals),
         Command::Plan(args) => plan::run(&args, globals),
         Command::Table(args) => table::run(&args, globals),

@@ -4,11 +4,12 @@ use std::path::PathBuf;
 
 use clap::ValueEnum;
 use imgdm::Result;
+use imgdm::chain::Chain;
 use imgdm::format::Format;
 use imgdm::format::qcow2::SnapshotSelector;
 use imgdm::info::InfoOptions;
 use imgdm::lock::Sharing;
-use imgdm::open::{OpenPolicy, Warning, WarningKind};
+use imgdm::open::{OpenPolicy, OpenedChain, Warning, WarningKind, open_chain};
 use imgdm::plan::ZeroMode;
 
 use super::Globals;
@@ -74,6 +75,18 @@ impl OpenArgs {
     /// The policy that these arguments ask for.
     pub(crate) fn policy(&self) -> OpenPolicy {
         self.policy_for(self.snapshots.snapshot.as_ref())
+    }
+
+    /// Opens an image whose bytes are read here and go no further, and prints the warnings.
+    pub(crate) fn open_to_read(&self, globals: Globals) -> Result<Chain> {
+        // As for a map: nothing is given to a guest or a kernel, so a warning is enough.
+        let policy = OpenPolicy { probe_backing: true, ..self.policy() };
+        let OpenedChain { chain, mut warnings } = open_chain(&self.image, &policy)?;
+        if self.probe_backing {
+            warnings.retain(|warning| !is_undeclared(warning));
+        }
+        print_warnings(&warnings, globals);
+        Ok(chain)
     }
 }
 

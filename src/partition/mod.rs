@@ -10,6 +10,7 @@ mod foreign;
 mod gpt;
 #[cfg(test)]
 mod tests;
+mod type_name;
 
 use std::fmt;
 

@@ -403,6 +403,13 @@ fn info_tells_of_damage_that_it_goes_past() {
 
 // An image by itself is compared with nothing: its tables are read only where it has a
 // backing file.
+contract! { partitions:
+    missing_file no_argument unknown_option unknown_format help not_an_image_file garbage
+    no_permission no_such_snapshot missing_backing_file remote_backing_file
+    unknown_backing_format cycle unknown_feature corrupt_bit table_out_of_the_file absurd_size
+    absurd_cow_size an_image_of_another_format names_that_move_the_cursor;
+}
+
 contract! { diff:
     missing_file no_argument unknown_option unknown_format help not_an_image_file garbage
     no_permission no_such_snapshot missing_backing_file remote_backing_file

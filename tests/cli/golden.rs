@@ -5,13 +5,17 @@ use std::path::Path;
 
 use snapbox::data::DataFormat;
 use snapbox::{Assert, Data, Redactions};
+use tempfile::TempDir;
 
 use crate::images::{chain, command, imgdm};
 
 /// Compares stdout of a command on the chain with a file; `[DIR]` stands for its
 /// directory.
 fn check(arguments: &[&str], golden: &str) {
-    let directory = chain();
+    check_in(&chain(), arguments, golden);
+}
+
+fn check_in(directory: &TempDir, arguments: &[&str], golden: &str) {
     let output = command(directory.path(), arguments).env("LC_ALL", "C.UTF-8").output().unwrap();
     assert!(output.status.success(), "{output:?}");
     assert!(output.stderr.is_empty(), "{output:?}");
@@ -106,6 +110,16 @@ fn hash() {
 }
 
 #[test]
+fn partitions() {
+    let directory = chain();
+    std::fs::write(directory.path().join("disk.raw"), crate::partitions::disk()).unwrap();
+    let human = ["--quiet", "partitions", "disk.raw"];
+    check_in(&directory, &human, "partitions.txt");
+    let json = ["--quiet", "partitions", "--output=json", "disk.raw"];
+    check_in(&directory, &json, "partitions.json.txt");
+}
+
+#[test]
 fn explain() {
     check(&["explain", "top.qcow2", "0x10064"], "explain-data.txt");
     check(&["explain", "top.qcow2", "640s"], "explain-backing.txt");
@@ -128,7 +142,10 @@ fn help_of_each_command() {
     let help = String::from_utf8(help.stdout).unwrap();
     let (_, commands) = help.split_once("Commands:\n").unwrap();
     let (commands, _) = commands.split_once("\n\n").unwrap();
-    let names = commands.lines().filter_map(|line| line.split_whitespace().next());
+    // What a long line goes on with stands further to the right.
+    let names = commands.lines().filter_map(|line| {
+        line.strip_prefix("  ").filter(|rest| !rest.starts_with(' '))?.split_whitespace().next()
+    });
     let mut count = 0;
     for command in names.filter(|&name| name != "help") {
         check(&[command, "--help"], &format!("help-{command}.txt"));

@@ -6,5 +6,9 @@ mod contract;
 mod explain;
 mod golden;
 mod images;
+#[allow(dead_code)]
+#[path = "../common/lvm.rs"]
+mod lvm;
+mod partitions;
 mod pipes;
 mod show;

@@ -26,6 +26,7 @@ mod hash;
 mod imgdm;
 mod inflate;
 mod info;
+mod listed;
 mod luks;
 mod lvm;
 mod map;

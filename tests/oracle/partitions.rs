@@ -14,7 +14,7 @@ use crate::common::process::{Outcome, run};
 use crate::common::rng::Rng;
 
 const MIB: u64 = 1 << 20;
-const DISK_BYTES: u64 = 64 * MIB;
+pub(crate) const DISK_BYTES: u64 = 64 * MIB;
 
 pub(crate) struct FileDisk(pub(crate) File);
 
@@ -31,7 +31,7 @@ impl Disk for FileDisk {
 
 /// A partition as both tell it: number, first sector, sectors, type, UUID, name, flags and
 /// the table's kind.
-type Row = (u32, u64, u64, String, String, String, u64, String);
+pub(crate) type Row = (u32, u64, u64, String, String, String, u64, String);
 
 fn ours(image: &Path) -> Vec<Row> {
     let mut disk = FileDisk(File::open(image).unwrap());
@@ -53,7 +53,7 @@ fn ours(image: &Path) -> Vec<Row> {
     partitions.map(row).collect()
 }
 
-fn partx(image: &Path) -> Outcome<Vec<Row>> {
+pub(crate) fn partx(image: &Path) -> Outcome<Vec<Row>> {
     let columns = "NR,START,SECTORS,TYPE,UUID,NAME,FLAGS,SCHEME";
     let ran = run(Command::new("partx").args(["--pairs", "-o", columns]).arg(image))?;
     if ran.stderr.contains("failed to read partition table") {
@@ -91,7 +91,7 @@ fn partx(image: &Path) -> Outcome<Vec<Row>> {
 }
 
 /// Writes a table as sfdisk's script describes it.
-fn sfdisk(image: &Path, script: &str) -> Outcome {
+pub(crate) fn sfdisk(image: &Path, script: &str) -> Outcome {
     File::create(image).and_then(|file| file.set_len(DISK_BYTES)).map_err(|e| e.to_string())?;
     let mut child = Command::new("sfdisk")
         .args(["--quiet", "--no-reread", "--no-tell-kernel", "--force"])

@@ -13,7 +13,7 @@ use crate::common::process::{Outcome, run};
 use crate::partitions::FileDisk;
 
 /// Type, label, UUID, usage.
-type Facts = (String, String, String, String);
+pub(crate) type Facts = (String, String, String, String);
 
 fn ours(image: &Path) -> Option<Facts> {
     let mut disk = FileDisk(File::open(image).unwrap());
@@ -25,8 +25,19 @@ fn ours(image: &Path) -> Option<Facts> {
 }
 
 fn blkid(image: &Path) -> Outcome<Facts> {
-    let ran = run(Command::new("blkid").args(["--probe", "-o", "export"]).arg(image))?.ok()?;
-    let text = ran.text();
+    blkid_of_part(image, None)
+}
+
+/// What blkid finds in a part of an image, of which start and length are given.
+pub(crate) fn blkid_of_part(image: &Path, part: Option<(u64, u64)>) -> Outcome<Facts> {
+    let mut command = Command::new("blkid");
+    command.args(["--probe", "-o", "export"]);
+    if let Some((start, length)) = part {
+        command.args(["--offset", &start.to_string(), "--size", &length.to_string()]);
+    }
+    let ran = run(command.arg(image))?;
+    // It ends with 2 where it finds nothing.
+    let text = if ran.code() == Some(2) { String::new() } else { ran.ok()?.text() };
     let value = |name: &str| {
         let line = text.lines().find_map(|line| line.strip_prefix(&format!("{name}=")));
         // blkid escapes what a shell would take apart.
