@@ -53,6 +53,9 @@ pub enum ErrorKind {
     /// An encrypted layer's key is missing, or is not the right one.
     #[error("{0}")]
     WrongKey(String),
+    /// A line of imgdmtab is wrong.
+    #[error("{0}")]
+    InvalidTab(String),
     /// SIGINT or SIGTERM asked the work to stop; all of it was undone.
     #[error("interrupted by signal {0}")]
     Interrupted(i32),

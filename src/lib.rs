@@ -36,6 +36,7 @@
 //! | [`picture`] | what a picture of the disk shows: bytes of each state in cells, fragmentation |
 //! | [`partition`] | partition tables of the virtual disk |
 //! | [`lvm`] | LVM on the virtual disk: volume groups, and what logical volumes are made of |
+//! | [`imgdmtab`] | `/etc/imgdmtab`: what is attached at boot |
 //! | [`plan`] | extents to segments, backings and tables; what stands in the way |
 //! | [`scratch`] | what the image's files don't hold as it is: inflated clusters, partial sectors |
 //! | [`table`] | `dmsetup` text, printed and parsed |
@@ -53,6 +54,7 @@ pub mod extent;
 pub mod format;
 pub mod hash;
 pub mod holes;
+pub mod imgdmtab;
 pub mod inflate;
 pub mod info;
 pub mod lock;

@@ -15,6 +15,7 @@ const CANNOT_CREATE: u8 = 73;
 const IN_USE: u8 = 75;
 const NOT_REPRESENTABLE: u8 = 76;
 const PERMISSION: u8 = 77;
+const INVALID_TAB: u8 = 78;
 
 /// The exit status for an error; 0 for a broken pipe, which is no error of ours.
 pub(crate) fn exit_code(error: &anyhow::Error) -> u8 {
@@ -35,6 +36,7 @@ pub(crate) fn exit_code(error: &anyhow::Error) -> u8 {
         ErrorKind::CannotCreate(_) => CANNOT_CREATE,
         ErrorKind::KernelLacks(_) => KERNEL_LACKS,
         ErrorKind::WrongKey(_) => WRONG_KEY,
+        ErrorKind::InvalidTab(_) => INVALID_TAB,
         _ => FAILED,
     }
 }
@@ -84,6 +86,7 @@ mod tests {
         assert_eq!(code(ErrorKind::WrongKey(String::new())), 67);
         assert_eq!(code(ErrorKind::InUse(String::new())), 75);
         assert_eq!(code(ErrorKind::PermissionDenied(String::new())), 77);
+        assert_eq!(code(ErrorKind::InvalidTab(String::new())), 78);
         assert_eq!(code(ErrorKind::Io(String::new())), 1);
     }
 
