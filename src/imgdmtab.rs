@@ -168,6 +168,9 @@ pub enum TabErrorKind {
         /// What is wrong.
         why: String,
     },
+    /// What `attach` says to the options.
+    #[error("{0}")]
+    Attach(String),
     /// More bytes than are read of any table.
     #[error("the file is longer than {MAX_LEN} bytes")]
     TooLong,

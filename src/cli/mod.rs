@@ -3,6 +3,8 @@
 #[cfg(feature = "device")]
 mod attach;
 #[cfg(feature = "device")]
+mod attach_tab;
+#[cfg(feature = "device")]
 mod build;
 mod check;
 mod damage;
@@ -34,6 +36,8 @@ mod show;
 mod signal;
 mod snapshots;
 mod stamps;
+#[cfg(feature = "device")]
+mod tab;
 mod table;
 mod unlock;
 #[cfg(feature = "device")]
@@ -53,7 +57,7 @@ use exit::exit_code;
     name = "imgdm",
     version,
     max_term_width = 100,
-    after_help = "Examples:\n  imgdm attach disk.qcow2        gives /dev/mapper/disk\n  imgdm plan disk.qcow2          says whether that will work, and what it takes\n  imgdm detach disk\n\nExit status: 0 done, 1 failed, 64 usage, 65 image invalid, 66 not found,\n67 wrong or missing key,\n69 the kernel lacks something, 73 cannot create, 75 in use,\n76 not representable, 77 permission."
+    after_help = "Examples:\n  imgdm attach disk.qcow2        gives /dev/mapper/disk\n  imgdm plan disk.qcow2          says whether that will work, and what it takes\n  imgdm detach disk\n\nExit status: 0 done, 1 failed, 64 usage, 65 image invalid, 66 not found,\n67 wrong or missing key,\n69 the kernel lacks something, 73 cannot create, 75 in use,\n76 not representable, 77 permission, 78 wrong line of imgdmtab."
 )]
 pub(crate) struct Cli {
     /// Print no warnings and no progress
@@ -79,6 +83,8 @@ enum Command {
     Hash(hash::Args),
     #[cfg(feature = "device")]
     Attach(attach::Args),
+    #[cfg(feature = "device")]
+    AttachTab(attach_tab::Args),
     #[cfg(feature = "device")]
     Detach(detach::Args),
     #[cfg(feature = "device")]
@@ -169,6 +175,8 @@ pub(crate) fn run() -> ExitCode {
         Command::Hash(args) => hash::run(&args, globals),
         #[cfg(feature = "device")]
         Command::Attach(args) => attach::run(&args, globals),
+        #[cfg(feature = "device")]
+        Command::AttachTab(args) => attach_tab::run(&args, globals),
         #[cfg(feature = "device")]
         Command::Detach(args) => detach::run(&args, globals),
         #[cfg(feature = "device")]

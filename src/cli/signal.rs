@@ -13,7 +13,11 @@ use imgdm::device::Interrupt;
 /// worker, one that came before a step might be noted after it. To be called before
 /// there are workers.
 pub(crate) fn keep_from_workers() -> anyhow::Result<()> {
-    rayon::ThreadPoolBuilder::new().start_handler(|_| leave_to_main_thread()).build_global()?;
+    static DONE: OnceLock<()> = OnceLock::new();
+    if DONE.get().is_none() {
+        rayon::ThreadPoolBuilder::new().start_handler(|_| leave_to_main_thread()).build_global()?;
+        let _ = DONE.set(());
+    }
     Ok(())
 }
 
