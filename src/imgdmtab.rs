@@ -280,12 +280,13 @@ fn entry(line: usize, name: String, fields: &[&[u8]]) -> Result<Entry, TabErrorK
         [_, image] => (*image, None, None),
         [_, image, key] => (*image, Some(*key), None),
         [_, image, key, options] => (*image, Some(*key), Some(*options)),
-        [_, _, _, _, fifth, ..] => return Err(TabErrorKind::TooManyFields(shown(&unescape(fifth)))),
+        [_, _, _, _, fifth, ..] => {
+            return Err(TabErrorKind::TooManyFields(shown(&unescape(fifth))));
+        }
         _ => return Err(TabErrorKind::NoImage(printable(&name))),
     };
     let image = absolute("the image", unescape(image))?.into();
-    let mut entry =
-        Entry { line, name, image, options: Vec::new(), boot: BootOptions::default() };
+    let mut entry = Entry { line, name, image, options: Vec::new(), boot: BootOptions::default() };
     if let Some(key) = key.map(unescape).filter(|key| key != "-" && key != "none") {
         let value = Some(absolute("the key file", key)?);
         entry.options.push(AttachOption { name: "key-file", value });
@@ -533,7 +534,8 @@ mod tests {
     fn a_name_belongs_to_the_first_line_that_has_it() {
         let tab = Tab::parse(b"a /a - bad\na /b\nb /c\n");
         assert_eq!(tab.entries.len(), 1);
-        let errors: Vec<_> = tab.errors.iter().map(|e| (e.name.as_deref(), e.to_string())).collect();
+        let errors: Vec<_> =
+            tab.errors.iter().map(|e| (e.name.as_deref(), e.to_string())).collect();
         assert_eq!(errors[0].0, Some("a"));
         assert_eq!(errors[1], (None, "line 2: the name 'a' is taken by line 1".to_owned()));
     }

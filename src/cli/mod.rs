@@ -16,6 +16,8 @@ mod explain;
 mod facts;
 #[cfg(feature = "device")]
 mod fill;
+#[cfg(feature = "device")]
+mod generator;
 mod hash;
 mod info;
 #[cfg(feature = "device")]
@@ -44,6 +46,8 @@ mod unlock;
 mod verify;
 
 use std::io::{self, Write};
+#[cfg(feature = "device")]
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -145,6 +149,15 @@ impl Globals {
 
 /// Runs the command line and turns its outcome into an exit status.
 pub(crate) fn run() -> ExitCode {
+    #[cfg(feature = "device")]
+    {
+        let words: Vec<_> = std::env::args_os().collect();
+        if let [name, arguments @ ..] = words.as_slice()
+            && Path::new(name).file_name() == Some(generator::NAME.as_ref())
+        {
+            return generator::run(arguments);
+        }
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {

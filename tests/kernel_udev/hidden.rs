@@ -62,7 +62,7 @@ impl Pair {
 }
 
 /// Fails where udev has looked into any device of the attachment, or has given it a
-/// link but the one in /dev/mapper.
+/// link but that in /dev/mapper and that by its name.
 #[track_caller]
 pub(crate) fn assert_hidden(device: &Device) {
     for (at, node) in tree(device).iter().enumerate() {
@@ -73,7 +73,11 @@ pub(crate) fn assert_hidden(device: &Device) {
         }
         let claims: Vec<_> = node.claims().into_iter().collect();
         let name = fs::read_to_string(format!("/sys/class/block/{}/dm/name", node.kernel_name));
-        let allowed: Vec<_> = name.iter().map(|name| format!("mapper/{}", name.trim())).collect();
+        let mut allowed: Vec<_> =
+            name.iter().map(|name| format!("mapper/{}", name.trim())).collect();
+        if at == 0 {
+            allowed.insert(0, format!("disk/by-imgdm/{}", device.name));
+        }
         assert_eq!(claims, allowed, "links of {} of '{}'", node.kernel_name, device.name);
         let ready = node.property("SYSTEMD_READY");
         assert_eq!(ready.as_deref() == Some("0"), at > 0, "{}: {ready:?}", node.kernel_name);

@@ -127,11 +127,11 @@ pub(crate) fn tree(device: &Device) -> Vec<Node> {
 }
 
 /// The links under /dev/disk, each with its target; without those by sequence number,
-/// which every loop device has.
+/// which every loop device has, and our own.
 pub(crate) fn disk_links() -> BTreeMap<PathBuf, PathBuf> {
     let mut links = BTreeMap::new();
     for directory in fs::read_dir("/dev/disk").into_iter().flatten().flatten() {
-        if directory.file_name() == "by-diskseq" {
+        if directory.file_name() == "by-diskseq" || directory.file_name() == "by-imgdm" {
             continue;
         }
         for link in fs::read_dir(directory.path()).into_iter().flatten().flatten() {
@@ -139,6 +139,13 @@ pub(crate) fn disk_links() -> BTreeMap<PathBuf, PathBuf> {
         }
     }
     links
+}
+
+/// The links in /dev/disk/by-imgdm, each with its target.
+pub(crate) fn by_imgdm() -> BTreeMap<String, PathBuf> {
+    let links = fs::read_dir("/dev/disk/by-imgdm").into_iter().flatten().flatten();
+    let target = |link: &fs::DirEntry| fs::read_link(link.path()).unwrap_or_default();
+    links.map(|link| (link.file_name().to_string_lossy().into_owned(), target(&link))).collect()
 }
 
 /// What is in /dev/mapper beside the control node.
