@@ -12,3 +12,4 @@ mod lvm;
 mod partitions;
 mod pipes;
 mod show;
+mod tab;

@@ -42,5 +42,6 @@ mod show;
 mod signatures;
 mod snapshots;
 mod table;
+mod units;
 mod unopenable;
 mod viscera;
