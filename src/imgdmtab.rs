@@ -103,6 +103,7 @@ pub const ATTACH_OPTIONS: &[(&str, Takes)] = &[
     ("scratch-dir", Takes::Path),
     ("cache-dir", Takes::Path),
     ("key-file", Takes::Paths),
+    ("publish", Takes::Nothing),
 ];
 
 /// What is wrong with a line.

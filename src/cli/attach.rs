@@ -24,13 +24,18 @@ pub(crate) struct Args {
     /// it stay
     #[arg(long)]
     keep: bool,
+
+    /// Let the host look into the disk as into its own: links in /dev/disk/by-uuid and others,
+    /// volume groups activated
+    #[arg(long)]
+    publish: bool,
 }
 
 pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     signal::keep_from_workers()?;
     let kernel = LinuxKernel::new();
     let above = Above::default();
-    let wanted = Wanted { above: &above, keep: args.keep };
+    let wanted = Wanted { above: &above, publish: args.publish, keep: args.keep };
     let pending = args.build.build(&kernel, wanted, globals)?;
     let attachment = pending.commit(&signal::catch()?)?;
     print_devices(&kernel, &attachment)

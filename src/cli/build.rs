@@ -77,12 +77,14 @@ enum DirectIoChoice {
 pub(crate) struct Wanted<'a> {
     /// What is to stand on the device.
     pub(crate) above: &'a Above,
+    /// Let blkid, LVM and others look into the devices.
+    pub(crate) publish: bool,
     /// Where it is attached already and marked for removal, take the mark away.
     pub(crate) keep: bool,
 }
 
 impl BuildArgs {
-    fn options(&self) -> Options {
+    fn options(&self, publish: bool) -> Options {
         Options {
             direct_io: match self.direct_io {
                 DirectIoChoice::Auto => DirectIo::Auto,
@@ -90,7 +92,7 @@ impl BuildArgs {
                 DirectIoChoice::Off => DirectIo::Off,
             },
             direct_block: self.direct_block,
-            publish: false,
+            publish,
             zero: self.zero.mode(),
             no_fiemap: self.fiemap.no_fiemap,
             on_error: self.content.on_error(),
@@ -180,7 +182,7 @@ fn build_all<'k>(
         tables,
         scratch,
         keys: &keys,
-        options: args.options(),
+        options: args.options(wanted.publish),
         above: wanted.above,
         keep: wanted.keep,
         interrupt,

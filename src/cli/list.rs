@@ -34,6 +34,7 @@ struct JsonAttached {
     loops: Vec<JsonLoop>,
     open_count: u32,
     deferred_remove: bool,
+    published: bool,
 }
 
 #[derive(serde::Serialize)]
@@ -108,6 +109,7 @@ fn json(attached: &Attached) -> JsonAttached {
         loops: loops.collect(),
         open_count: attached.open_count,
         deferred_remove: attached.deferred_remove,
+        published: attached.is_published(),
     }
 }
 
@@ -134,6 +136,9 @@ fn print_human(all: &[Attached]) -> anyhow::Result<()> {
         };
         if let Some(snapshot) = &attached.snapshot {
             image.push_str(&format!(", snapshot {}", printable(snapshot)));
+        }
+        if attached.is_published() {
+            image.push_str(" (published)");
         }
         if attached.deferred_remove {
             image.push_str(" (goes at its last close)");

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::name::{DeviceRole, DmUuid, LoopRole};
+use super::options::Options;
 use super::{DeviceId, DeviceInfo, DeviceNumber, Kernel, LoopInfo, LoopPath};
 use crate::error::Result;
 use crate::status::FileRole;
@@ -50,6 +51,11 @@ pub struct Attached {
 }
 
 impl Attached {
+    /// Whether the host may look into the device; false too where a later imgdm made it.
+    pub fn is_published(&self) -> bool {
+        Options::from_bits(self.uuid.options).is_ok_and(|options| options.publish)
+    }
+
     /// The loop device over the active layer's image file.
     pub fn active_loop(&self) -> Option<&AttachedLoop> {
         self.loops.iter().find(|each| {
