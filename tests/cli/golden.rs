@@ -146,9 +146,6 @@ fn help_of_each_command() {
     let names = commands.lines().filter_map(|line| {
         line.strip_prefix("  ").filter(|rest| !rest.starts_with(' '))?.split_whitespace().next()
     });
-    // Not the lines that go on with a text.
-    let lines = commands.lines().filter(|line| !line.starts_with("   "));
-    let names = lines.filter_map(|line| line.split_whitespace().next());
     let mut count = 0;
     for command in names.filter(|&name| name != "help") {
         check(&[command, "--help"], &format!("help-{command}.txt"));
