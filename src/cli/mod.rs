@@ -7,6 +7,7 @@ mod attach_tab;
 #[cfg(feature = "device")]
 mod build;
 mod check;
+mod completions;
 mod damage;
 #[cfg(feature = "device")]
 mod detach;
@@ -24,6 +25,7 @@ mod info;
 mod key;
 #[cfg(feature = "device")]
 mod list;
+mod manuals;
 mod map;
 mod metadata;
 mod open;
@@ -50,7 +52,7 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use exit::exit_code;
 
@@ -95,6 +97,10 @@ enum Command {
     List(list::Args),
     #[cfg(feature = "device")]
     Verify(verify::Args),
+    #[command(hide = true)]
+    Completions(completions::Args),
+    #[command(hide = true)]
+    Manuals(manuals::Args),
 }
 
 /// What the library notes on the way and no caller is told, like a udev that is late.
@@ -147,6 +153,20 @@ impl Globals {
     }
 }
 
+/// The commands that are for people: manuals and completions are made of them.
+fn visible_commands() -> clap::Command {
+    let root = Cli::command();
+    let shown = root.get_subcommands().filter(|command| !command.is_hide_set()).cloned();
+    clap::Command::new("imgdm")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about(root.get_about().cloned().unwrap_or_default())
+        .after_help(root.get_after_help().cloned().unwrap_or_default())
+        .disable_help_subcommand(true)
+        .subcommand_required(true)
+        .args(root.get_arguments().cloned())
+        .subcommands(shown)
+}
+
 /// Runs the command line and turns its outcome into an exit status.
 pub(crate) fn run() -> ExitCode {
     #[cfg(feature = "device")]
@@ -196,6 +216,8 @@ pub(crate) fn run() -> ExitCode {
         Command::List(args) => list::run(&args, globals),
         #[cfg(feature = "device")]
         Command::Verify(args) => verify::run(&args, globals),
+        Command::Completions(args) => completions::run(&args),
+        Command::Manuals(args) => manuals::run(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

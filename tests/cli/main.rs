@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)] // Helpers of tests: a panic is a failure.
 
 mod check;
+mod completions;
 mod contract;
 mod explain;
 mod golden;
@@ -11,5 +12,7 @@ mod images;
 mod lvm;
 mod partitions;
 mod pipes;
+#[path = "../common/shell.rs"]
+mod shell;
 mod show;
 mod tab;

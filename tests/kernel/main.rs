@@ -4,6 +4,7 @@
 
 mod again;
 mod cache;
+mod completions;
 mod compressed;
 mod content;
 mod cow;
@@ -19,4 +20,6 @@ mod odd;
 mod progress;
 mod readonly;
 mod refused;
+#[path = "../common/shell.rs"]
+mod shell;
 mod verify;
