@@ -1,25 +1,64 @@
 # The two commands are `make demo` and `make test`; each sees to what it needs.
 
 CARGO ?= cargo
+STRIP ?= strip
 IMAGE ?=
 # By the environment: a path may hold quotes.
 export IMAGE
 
-.PHONY: all build demo test lint test-host test-kernel bench clean help
+TARGET_DIR = $(or $(CARGO_TARGET_DIR),target)
+# What `make build` leaves for `make install`, with the pages and completions that the
+# program writes itself.
+export BUILT = $(TARGET_DIR)/package
+# The C library is linked in; musl's, where rustup has that target.
+STATIC_TARGET = $(shell uname -m)-unknown-linux-$(or $(STATIC_LIBC),gnu)
+
+.PHONY: all build static install uninstall deb rpm demo test lint test-host test-kernel test-packages bench clean help
 
 all: build
 
 help:
-	@echo 'make build        the release binary, target/release/imgdm'
+	@echo 'make build        the release binary, target/release/imgdm, and what goes with it'
+	@echo 'make install      all of it, below PREFIX (/usr/local); DESTDIR and more: scripts/install --help'
+	@echo 'make uninstall    takes exactly that away, with the same variables'
+	@echo 'make static       a binary that needs no library, for initrds and rescue disks'
+	@echo 'make deb          a Debian package, in target/debian'
+	@echo 'make rpm          an RPM package, in target/rpm'
 	@echo 'make demo         attach an example chain and compare it with qemu-img (IMAGE=path: your own)'
 	@echo 'make test         everything: lint, unit, CLI, oracle and property tests, kernel tier'
 	@echo 'make test-host    the tests that need no device-mapper'
 	@echo 'make test-kernel  the tests on a real kernel, in a User-Mode Linux guest'
+	@echo 'make test-packages  install, static binary and packages'
 	@echo 'make bench        speed, as ratios to qemu-img and to the plain reads'
 
 build:
 	@scripts/setup build
 	$(CARGO) build --release --locked
+	@scripts/package-files $(TARGET_DIR)/release/imgdm
+
+# Built once; as root, `make install` after `make build` needs no Rust.
+$(BUILT)/imgdm:
+	$(MAKE) build
+
+install: | $(BUILT)/imgdm
+	@scripts/install install
+
+uninstall: | $(BUILT)/imgdm
+	@scripts/install uninstall
+
+static:
+	@scripts/setup build
+	RUSTFLAGS='-C target-feature=+crt-static' $(CARGO) build --profile static --locked --target $(STATIC_TARGET)
+	mkdir -p $(TARGET_DIR)/static
+	cp $(TARGET_DIR)/$(STATIC_TARGET)/static/imgdm $(TARGET_DIR)/static/imgdm
+
+deb: | $(BUILT)/imgdm
+	@scripts/setup deb
+	packaging/deb
+
+rpm: | $(BUILT)/imgdm
+	@scripts/setup rpm
+	packaging/rpm
 
 demo:
 	@scripts/setup demo
@@ -30,6 +69,7 @@ test:
 	$(MAKE) lint
 	$(MAKE) test-host
 	$(MAKE) test-kernel
+	$(MAKE) test-packages
 
 # --all-targets passes over the kernel tiers, which cargo test does not run by itself.
 lint:
@@ -46,6 +86,9 @@ test-host:
 test-kernel:
 	tests/kernel/run
 	tests/kernel_udev/run
+
+test-packages:
+	tests/packages/run
 
 bench:
 	@scripts/setup test
