@@ -66,7 +66,8 @@ fn wanted(arg: &Arg) -> Wanted {
         return Wanted::Words(words);
     }
     let called = arg.get_value_names().and_then(|names| names.first()).map_or("", |name| name);
-    if arg.is_positional() && called.split('|').any(|name| name == "NAME") {
+    // Attached, or by path: NAME|PATH, IMAGE|NAME. A lone NAME is another table's.
+    if arg.is_positional() && called.contains('|') && called.split('|').any(|name| name == "NAME") {
         return Wanted::Attached;
     }
     match arg.get_value_hint() {
