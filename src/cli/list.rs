@@ -2,12 +2,14 @@
 
 use std::io::Write;
 
+use imgdm::device::attach::AttachedAbove;
 use imgdm::device::linux::LinuxKernel;
 use imgdm::device::list::{Attached, list};
-use imgdm::device::name::LoopRole;
+use imgdm::device::name::{DeviceRole, LoopRole};
 use imgdm::device::{LoopPath, PathState, loop_node};
 use imgdm::error::printable;
 use imgdm::status::FileRole;
+use imgdm::units::Sectors;
 
 use super::Globals;
 use super::output::{JsonPath, OutputFormat, print_json, show_path, stdout};
@@ -32,9 +34,23 @@ struct JsonAttached {
     snapshot: Option<String>,
     depth: u32,
     loops: Vec<JsonLoop>,
+    partitions: Vec<JsonPartition>,
     open_count: u32,
     deferred_remove: bool,
     published: bool,
+}
+
+/// A partition that has a device.
+#[derive(serde::Serialize)]
+struct JsonPartition {
+    number: u32,
+    name: String,
+    device: String,
+    uuid: String,
+    /// Bytes.
+    size: u64,
+    open_count: u32,
+    deferred_remove: bool,
 }
 
 #[derive(serde::Serialize)]
@@ -75,8 +91,21 @@ fn state_name(state: PathState) -> &'static str {
     }
 }
 
-fn bytes(attached: &Attached) -> u64 {
-    attached.size.to_bytes().unwrap_or(u64::MAX)
+fn bytes(size: Sectors) -> u64 {
+    size.to_bytes().unwrap_or(u64::MAX)
+}
+
+fn partition(above: &AttachedAbove) -> Option<JsonPartition> {
+    let DeviceRole::Partition(number) = above.role else { return None };
+    Some(JsonPartition {
+        number,
+        name: above.info.name.clone(),
+        device: above.path.display().to_string(),
+        uuid: above.info.uuid.clone(),
+        size: bytes(above.size),
+        open_count: above.info.open_count,
+        deferred_remove: above.info.deferred_remove,
+    })
 }
 
 fn json(attached: &Attached) -> JsonAttached {
@@ -102,11 +131,12 @@ fn json(attached: &Attached) -> JsonAttached {
         name: attached.name.clone(),
         device: attached.path.display().to_string(),
         uuid: attached.uuid.to_string(),
-        size: bytes(attached),
+        size: bytes(attached.size),
         image: attached.image.as_ref().map(json_loop_path),
         snapshot: attached.snapshot.clone(),
         depth: attached.depth,
         loops: loops.collect(),
+        partitions: attached.above.iter().filter_map(partition).collect(),
         open_count: attached.open_count,
         deferred_remove: attached.deferred_remove,
         published: attached.is_published(),
@@ -147,11 +177,21 @@ fn print_human(all: &[Attached]) -> anyhow::Result<()> {
             out,
             "{:<20} {:>15} {:>5} {:>5} {:>5}  {image}",
             printable(&attached.name),
-            bytes(attached),
+            bytes(attached.size),
             attached.depth,
             attached.loops.len(),
             attached.open_count
         )?;
+        for above in &attached.above {
+            let what = match above.role {
+                DeviceRole::Partition(number) => format!("partition {number}"),
+                _ => "logical volume".to_owned(),
+            };
+            let note = if above.info.deferred_remove { " (goes at its last close)" } else { "" };
+            let name = format!("  {}", printable(&above.info.name));
+            let (size, open) = (bytes(above.size), above.info.open_count);
+            writeln!(out, "{name:<20} {size:>15} {:>5} {:>5} {open:>5}  {what}{note}", "", "")?;
+        }
     }
     out.flush()?;
     Ok(())

@@ -4,12 +4,14 @@
 //! here is to say beforehand who is in the way, and to wait until loop devices have let
 //! go of their files and with them of the locks.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
 use super::attach::sweep;
-use super::compare::describe;
+use super::compare::{describe, part_of};
 use super::list::{Attached, attached, list};
+use super::name::DeviceRole;
 use super::stacked::with_holders;
 use super::{
     DeviceId, DeviceInfo, DeviceNumber, Interrupt, Kernel, LoopHandle, PATIENCE, loop_node,
@@ -26,8 +28,8 @@ const BUSY_PATIENCE: Duration = Duration::from_millis(1500);
 /// path, if anything.
 ///
 /// # Errors
-/// [`ErrorKind::NotAttached`]; or an image that is attached several times, with their
-/// names.
+/// [`ErrorKind::NotAttached`]; or [`ErrorKind::Usage`]: an image that is attached several
+/// times, or a device that stands on an attachment, each with the names to use.
 pub fn find<K: Kernel>(kernel: &K, argument: &Path, id: Option<FileId>) -> Result<Attached> {
     let mut all = list(kernel)?;
     let text = argument.to_string_lossy();
@@ -40,8 +42,26 @@ pub fn find<K: Kernel>(kernel: &K, argument: &Path, id: Option<FileId>) -> Resul
     {
         return Ok(all.swap_remove(at));
     }
+    let device = match name {
+        Some(name) => kernel.device(DeviceId::Name(name))?,
+        None => match id.filter(|id| id.inode == 0) {
+            Some(id) => kernel.device(DeviceId::Number(DeviceNumber::from_dev(id.device)))?,
+            None => None,
+        },
+    };
+    let stands_on = device.as_ref().and_then(|device| {
+        let (what, attachment) = part_of(kernel, &device.uuid)?;
+        Some(Error::new(ErrorKind::Usage(format!(
+            "'{}' is {what} of '{attached}', with which it comes and goes: name '{attached}'",
+            printable(&device.name),
+            attached = printable(&attachment.name)
+        ))))
+    });
     if !text.contains('/') {
-        let message = match kernel.device(DeviceId::Name(&text))? {
+        if let Some(error) = stands_on {
+            return Err(error);
+        }
+        let message = match device {
             Some(other) if other.has_live_table || !other.uuid.starts_with("IMGDM-") => {
                 format!("'{}' is {}, not an attachment", printable(&text), describe(kernel, &other))
             }
@@ -64,8 +84,10 @@ pub fn find<K: Kernel>(kernel: &K, argument: &Path, id: Option<FileId>) -> Resul
     };
     all.retain(|attached| is_device(attached) || is_image(attached));
     match all.len() {
-        0 => Err(Error::new(ErrorKind::NotAttached("this image is not attached".to_owned()))
-            .at_path(argument)),
+        0 => Err(stands_on.unwrap_or_else(|| {
+            Error::new(ErrorKind::NotAttached("this image is not attached".to_owned()))
+                .at_path(argument)
+        })),
         1 => Ok(all.swap_remove(0)),
         _ => {
             let names: Vec<_> = all.iter().map(|attached| printable(&attached.name)).collect();
@@ -95,18 +117,20 @@ pub fn detach<K: Kernel>(
     let Some(device) = kernel.device(DeviceId::Uuid(&uuid))? else {
         return Ok(()); // Somebody was faster.
     };
-    let target = attached(kernel, device, target.uuid.clone())?;
-    let partitions = partitions(kernel, &target)?;
+    let target = attached(kernel, device, target.uuid.clone(), &kernel.devices()?)?;
     if !kernel.wait(if deferred { Duration::ZERO } else { BUSY_PATIENCE }, &mut || {
-        is_free(kernel, &target, &partitions)
+        is_free(kernel, &target)
     }) {
         if !deferred {
-            return Err(busy(kernel, &target, &partitions));
+            return Err(busy(kernel, &target));
         }
-        for partition in &partitions {
-            kernel.defer_removal(&partition.uuid)?;
+        for above in top_first(&target) {
+            kernel.defer_removal(&above.uuid)?;
         }
         kernel.defer_removal(&uuid)?;
+        for above in top_first(&target) {
+            kernel.unpublish(&above.name, above.number);
+        }
         kernel.unpublish(&target.name, target.number);
         return Ok(());
     }
@@ -117,12 +141,11 @@ pub fn detach<K: Kernel>(
     for each in &target.loops {
         loops.push((each, kernel.open_loop(each.number).ok()));
     }
-    for partition in &partitions {
-        kernel.remove(&partition.uuid)?;
-    }
-    if !kernel.remove(&uuid)? && kernel.device(DeviceId::Uuid(&uuid))?.is_some() {
-        drop(loops);
-        return Err(busy(kernel, &target, &partitions));
+    for uuid in top_first(&target).map(|above| &above.uuid).chain([&uuid]) {
+        if !kernel.remove(uuid)? && kernel.device(DeviceId::Uuid(uuid))?.is_some() {
+            drop(loops);
+            return Err(busy(kernel, &target));
+        }
     }
     let mut left = Vec::new();
     let devices = std::iter::once((target.number, uuid.as_str(), target.name.as_str()))
@@ -148,8 +171,8 @@ pub fn detach<K: Kernel>(
             left.push(with_holders(what, &kernel.holders(each.number)));
         }
     }
-    for partition in &partitions {
-        kernel.unpublish(&partition.name, partition.number);
+    for above in top_first(&target) {
+        kernel.unpublish(&above.name, above.number);
     }
     for inner in &target.inner {
         kernel.unpublish(&inner.name, inner.number);
@@ -199,41 +222,48 @@ pub fn detach_all<K: Kernel>(
     }
 }
 
-/// kpartx's partitions of the device, which lie on it.
-fn partitions<K: Kernel>(kernel: &K, target: &Attached) -> Result<Vec<DeviceInfo>> {
-    let suffix = format!("-{}", target.uuid);
-    let mut found = Vec::new();
-    for number in kernel.dependents(target.number)? {
-        if let Some(device) = kernel.device(DeviceId::Number(number))?
-            && device.uuid.starts_with("part")
-            && device.uuid.ends_with(&suffix)
-        {
-            found.push(device);
+/// What stands on the attachment, in an order in which it can be removed: a logical volume
+/// may lie on a partition.
+fn top_first(target: &Attached) -> impl Iterator<Item = &DeviceInfo> {
+    target.above.iter().rev().map(|above| &above.info)
+}
+
+/// True where nobody has the device open but what stands on it, nor that.
+fn is_free<K: Kernel>(kernel: &K, target: &Attached) -> bool {
+    let mut own: BTreeMap<DeviceNumber, u32> = BTreeMap::new();
+    for above in &target.above {
+        let below = kernel.dependencies(DeviceId::Number(above.info.number));
+        for number in below.unwrap_or_default() {
+            *own.entry(number).or_default() += 1;
         }
     }
-    Ok(found)
-}
-
-/// True where nobody has the device open but its own partitions, nor those.
-fn is_free<K: Kernel>(kernel: &K, target: &Attached, partitions: &[DeviceInfo]) -> bool {
-    let open = |number| match kernel.device(DeviceId::Number(number)) {
-        Ok(Some(device)) => device.open_count,
-        _ => 0,
+    let is_free = |number| {
+        let open = match kernel.device(DeviceId::Number(number)) {
+            Ok(Some(device)) => device.open_count,
+            _ => 0,
+        };
+        open <= own.get(&number).copied().unwrap_or(0)
     };
-    let own = u32::try_from(partitions.len()).unwrap_or(u32::MAX);
-    open(target.number) <= own && partitions.iter().all(|partition| open(partition.number) == 0)
+    is_free(target.number) && target.above.iter().all(|above| is_free(above.info.number))
 }
 
-fn busy<K: Kernel>(kernel: &K, target: &Attached, partitions: &[DeviceInfo]) -> Error {
-    let own: Vec<_> =
-        partitions.iter().map(|p| format!("the device '{}'", printable(&p.name))).collect();
+fn busy<K: Kernel>(kernel: &K, target: &Attached) -> Error {
+    let own: Vec<_> = target
+        .above
+        .iter()
+        .map(|above| format!("the device '{}'", printable(&above.info.name)))
+        .collect();
     let mut holders = kernel.holders(target.number);
     holders.retain(|holder| !own.contains(holder));
-    for partition in partitions {
-        let of = printable(&partition.name);
-        holders.extend(
-            kernel.holders(partition.number).into_iter().map(|h| format!("{h} (partition '{of}')")),
-        );
+    for above in &target.above {
+        let what = match above.role {
+            DeviceRole::LogicalVolume(_) => "logical volume",
+            _ => "partition",
+        };
+        let of = printable(&above.info.name);
+        let mut its = kernel.holders(above.info.number);
+        its.retain(|holder| !own.contains(holder));
+        holders.extend(its.into_iter().map(|holder| format!("{holder} ({what} '{of}')")));
     }
     if holders.is_empty() {
         holders.push("somebody who can't be seen from here".to_owned());

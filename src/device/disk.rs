@@ -51,3 +51,39 @@ impl Disk for DeviceDisk {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    /// Each byte is the low byte of its sector's number.
+    struct Numbered;
+
+    impl DeviceReader for Numbered {
+        fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+            assert!(offset.is_multiple_of(512) && buffer.len().is_multiple_of(512));
+            for (at, byte) in (offset..).zip(buffer) {
+                *byte = (at / 512).to_le_bytes()[0];
+            }
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn any_bytes_are_read_by_whole_sectors_and_none_past_the_end() {
+        let mut disk = DeviceDisk { reader: Arc::new(Numbered), size: ByteLen::new(4 * 512) };
+        for (offset, length) in [(0, 512), (511, 2), (1, 100), (600, 1448), (2047, 1), (2048, 0)] {
+            let mut buffer = vec![0xee; length];
+            disk.read(GuestOffset::new(offset), &mut buffer).unwrap();
+            let wanted: Vec<u8> =
+                (offset..).take(length).map(|at| (at / 512).to_le_bytes()[0]).collect();
+            assert_eq!(buffer, wanted, "{offset}+{length}");
+        }
+        for (offset, length) in [(2047, 2), (2048, 1), (u64::MAX, 1), (u64::MAX - 4, 2)] {
+            let read = disk.read(GuestOffset::new(offset), &mut vec![0; length]);
+            assert!(read.is_err(), "{offset}+{length}");
+        }
+    }
+}

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::above::AttachedAbove;
 use super::name::{DeviceRole, DmUuid, LoopRole};
 use super::options::Options;
 use super::{DeviceId, DeviceInfo, DeviceNumber, Kernel, LoopInfo, LoopPath};
@@ -44,7 +45,9 @@ pub struct Attached {
     pub inner: Vec<DeviceInfo>,
     /// Block devices that it lies on without a loop device.
     pub block_devices: Vec<DeviceNumber>,
-    /// How many have it open, partitions included.
+    /// What stands on it: partitions, ours or kpartx's, by number.
+    pub above: Vec<AttachedAbove>,
+    /// How many have it open, what stands on it included.
     pub open_count: u32,
     /// It goes at its last close.
     pub deferred_remove: bool,
@@ -69,22 +72,37 @@ impl Attached {
 /// # Errors
 /// What the system says.
 pub fn list<K: Kernel>(kernel: &K) -> Result<Vec<Attached>> {
+    let all = kernel.devices()?;
     let mut found = Vec::new();
-    for device in kernel.devices()? {
+    for device in &all {
         let Ok(uuid) = device.uuid.parse::<DmUuid>() else { continue };
         if uuid.role == DeviceRole::Top && device.has_live_table {
-            found.push(attached(kernel, device, uuid)?);
+            found.push(attached(kernel, device.clone(), uuid, &all)?);
         }
     }
     found.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(found)
 }
 
-/// What hangs below one top device.
+/// The devices among `all` that stand on the attachment with this UUID.
+fn above<K: Kernel>(kernel: &K, top: &DmUuid, all: &[DeviceInfo]) -> Vec<AttachedAbove> {
+    let mut found = Vec::new();
+    for device in all {
+        let Ok(uuid) = device.uuid.parse::<DmUuid>() else { continue };
+        if uuid.role.is_above() && device.has_live_table && uuid.same_attachment(top) {
+            found.push(AttachedAbove::of(kernel, uuid.role, device.clone()));
+        }
+    }
+    found.sort_by_key(|above| above.role);
+    found
+}
+
+/// What hangs below one top device, and which of `all` devices stand on it.
 pub(super) fn attached<K: Kernel>(
     kernel: &K,
     device: DeviceInfo,
     uuid: DmUuid,
+    all: &[DeviceInfo],
 ) -> Result<Attached> {
     let mut loops: Vec<AttachedLoop> = Vec::new();
     let mut inner: Vec<DeviceInfo> = Vec::new();
@@ -133,6 +151,7 @@ pub(super) fn attached<K: Kernel>(
         loops,
         inner,
         block_devices,
+        above: above(kernel, &uuid, all),
         open_count: device.open_count,
         deferred_remove: device.deferred_remove,
         uuid,

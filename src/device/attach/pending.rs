@@ -229,8 +229,10 @@ impl<'k, K: Kernel> Pending<'k, K> {
         let kernel = self.stack.kernel;
         let mut above = Vec::new();
         for given in &self.above {
-            let info = kernel.device(DeviceId::Number(given.number))?;
-            above.extend(info.map(|info| AttachedAbove::of(kernel, given.uuid.role, info)));
+            let Some(mut info) = kernel.device(DeviceId::Number(given.number))? else { continue };
+            // But for ourselves.
+            info.open_count = info.open_count.saturating_sub(1);
+            above.push(AttachedAbove::of(kernel, given.uuid.role, info));
         }
         let path = self.paths.first().cloned().unwrap_or_default();
         let (name, uuid) = (self.name.clone(), self.top.uuid.clone());

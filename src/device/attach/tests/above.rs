@@ -330,3 +330,41 @@ fn what_is_not_committed_can_be_taken_back_with_a_cause() {
     assert_eq!(error.to_string(), "no file system");
     assert!(is_empty(&kernel));
 }
+
+#[test]
+fn detaching_takes_partitions_first_and_names_who_is_on_one() {
+    let (kernel, fixture) = (FakeKernel::new(), fixture());
+    let attached = attach_above(&fixture, &kernel, &all()).unwrap();
+    let target = find(&kernel, "disk".as_ref(), None).unwrap();
+    assert_eq!(target.above, attached.above);
+    let node = kernel.open(attached.above[0].info.number).unwrap();
+    let before = devices(&kernel);
+    let error = detach(&kernel, &target, false, &Interrupt::never()).unwrap_err();
+    assert_eq!(error.to_string(), "'disk' is in use by process 0 (partition 'disk1')");
+    assert_eq!(devices(&kernel), before);
+    drop(node);
+    let changed = calls(&kernel, || detach(&kernel, &target, false, &Interrupt::never()).unwrap());
+    assert_eq!(changed, ["lock", "remove disk2", "remove disk1", "remove disk"]);
+    assert!(is_empty(&kernel));
+
+    attach_above(&fixture, &kernel, &all()).unwrap();
+    let all_of_it = detach_all(&kernel, false, &Interrupt::never()).unwrap();
+    assert!(matches!(&all_of_it[..], [(name, Ok(()))] if name == "disk"), "{all_of_it:?}");
+    assert!(is_empty(&kernel));
+}
+
+#[test]
+fn a_partition_is_no_attachment_of_its_own() {
+    let (kernel, fixture) = (FakeKernel::new(), fixture());
+    let attached = attach_above(&fixture, &kernel, &all()).unwrap();
+    let number = attached.above[0].info.number;
+    let id = crate::source::FileId { device: number.to_dev(), inode: 0 };
+    for (argument, id) in
+        [("disk1", None), ("/dev/mapper/disk1", Some(id)), ("/dev/dm-2", Some(id))]
+    {
+        let error = find(&kernel, argument.as_ref(), id).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::Usage(_)), "{error}");
+        assert!(error.to_string().contains("'disk1' is partition 1 of 'disk'"), "{error}");
+    }
+    assert_eq!(list(&kernel).unwrap().len(), 1);
+}
