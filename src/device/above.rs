@@ -80,7 +80,7 @@ pub enum AboveWarning {
     Table(TableWarning),
     /// The partition of this number is passed over.
     PassedOver(u32, Unusable),
-    /// The partition of this number is passed over: it is not of whole blocks of the disk.
+    /// The partition of this number is passed over: it is not of whole logical blocks.
     Unaligned(u32),
     /// The table, of this kind, has no partition.
     NoPartitions(TableKind),
@@ -159,16 +159,13 @@ pub(super) fn wanted<K: Kernel>(
             Vec::new()
         }
     };
-    let (_, block) = kernel.block_device(number)?;
-    let block = (u64::from(block) / SECTOR_SIZE).max(1);
+    let block = block(kernel, number)?;
     let mut devices = Vec::new();
     for partition in chosen {
-        let (length, target) = extent(partition, number, block);
-        let offset = partition.range.start.get() / SECTOR_SIZE;
-        if (offset | length.get()).is_multiple_of(block) {
+        if let Some(line) = line(partition, number, block) {
             let uuid = top.with_role(DeviceRole::Partition(partition.number));
-            let lines = vec![TableLine { start: Sectors::new(0), length, target }];
-            devices.push(WantedAbove { name: name.partition(partition.number), uuid, lines });
+            let name = name.partition(partition.number);
+            devices.push(WantedAbove { name, uuid, lines: vec![line] });
         } else if above.partitions == Partitions::All {
             warnings.push(AboveWarning::Unaligned(partition.number));
         } else {
@@ -177,6 +174,11 @@ pub(super) fn wanted<K: Kernel>(
         }
     }
     Ok((devices, warnings))
+}
+
+/// Sectors of a logical block of a device.
+pub(super) fn block<K: Kernel>(kernel: &K, number: DeviceNumber) -> Result<u64> {
+    Ok((u64::from(kernel.block_device(number)?.1) / SECTOR_SIZE).max(1))
 }
 
 /// The partitions of `table` that are asked for.
@@ -225,16 +227,20 @@ fn choose_one(table: &PartitionTable, number: u32) -> Result<&Partition> {
     }
 }
 
-/// Length and target of a partition's device on the disk of these numbers. Its range is
-/// inside of the disk, and of whole sectors. `block`: sectors of a logical block.
-fn extent(partition: &Partition, disk: DeviceNumber, block: u64) -> (Sectors, Target) {
+/// The table of a partition on the disk of these numbers; none where it is not of whole
+/// blocks, of `block` sectors. Its range is of whole sectors.
+pub(super) fn line(partition: &Partition, disk: DeviceNumber, block: u64) -> Option<TableLine> {
     let mut length = partition.range.length().get() / SECTOR_SIZE;
     if partition.is_extended {
         length = length.min(EXTENDED_SECTORS.max(block));
     }
-    let offset = Sectors::new(partition.range.start.get() / SECTOR_SIZE);
+    let offset = partition.range.start.get() / SECTOR_SIZE;
+    if length == 0 || !(offset | length).is_multiple_of(block) {
+        return None;
+    }
     let device = DeviceRef::from_numbers(disk.major, disk.minor);
-    (Sectors::new(length), Target::Linear { device, offset })
+    let target = Target::Linear { device, offset: Sectors::new(offset) };
+    Some(TableLine { start: Sectors::new(0), length: Sectors::new(length), target })
 }
 
 /// The device that stands for `wanted` already; none where there is none.

@@ -23,6 +23,8 @@ pub enum FindingKind {
     LoopOffset,
     /// The device is longer or shorter than the virtual disk.
     Size,
+    /// A partition's device is not what the partition table on the disk says.
+    Partition,
     /// A guest range comes from elsewhere than the image says.
     Mapping,
     /// A guest range lies past the end of its file: that was cut off.
@@ -45,6 +47,7 @@ impl FindingKind {
             Self::Writable => "writable",
             Self::LoopOffset => "loop-offset",
             Self::Size => "size",
+            Self::Partition => "partition",
             Self::Mapping => "mapping",
             Self::PastFileEnd => "past-end-of-file",
             Self::Content => "content",

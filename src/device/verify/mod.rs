@@ -6,6 +6,7 @@
 //! scratch file. What lies in files is the same by its place; what was written to the
 //! scratch file is read and compared. With `--content` all of the device is read.
 
+mod above;
 mod bytes;
 mod finding;
 mod fresh;
@@ -57,6 +58,7 @@ impl<'k, K: Kernel> Verifier<'k, K> {
         let node = kernel.open(attached.number)?;
         let mut found = Verification::default();
         check_devices(kernel, &attached, &mut found)?;
+        above::check(kernel, &attached, &mut found)?;
         let fresh = fresh::open(kernel, &attached, options, image, &mut found)?;
         let mut verifier = Self { kernel, attached, options, fresh, found, _node: node };
         verifier.check_size();
