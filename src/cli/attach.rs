@@ -1,10 +1,11 @@
 //! `imgdm attach`: an image becomes /dev/mapper/NAME.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 
 use anyhow::Context;
 use imgdm::device::Interrupt;
-use imgdm::device::attach::{Above, Attachment};
+use imgdm::device::attach::{Above, Attachment, Partitions};
 use imgdm::device::detach::{detach, find};
 use imgdm::device::linux::LinuxKernel;
 
@@ -14,11 +15,20 @@ use super::{Globals, signal};
 /// Attach an image as the read-only block device /dev/mapper/NAME
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  imgdm attach disk.qcow2                     prints /dev/mapper/disk\n  imgdm attach -l before-update disk.qcow2    its snapshot, as disk@before-update\n  imgdm attach --name golden /srv/base.raw\n\nNothing runs on: the kernel alone serves the device until 'imgdm detach NAME'.\nWhile it is attached, QEMU may read the image but not write to it."
+    after_help = "Examples:\n  imgdm attach disk.qcow2                     prints /dev/mapper/disk\n  imgdm attach -l before-update disk.qcow2    its snapshot, as disk@before-update\n  imgdm attach --name golden /srv/base.raw\n  imgdm attach --partitions disk.qcow2        also prints /dev/mapper/disk1, ...\n\nNothing runs on: the kernel alone serves the device until 'imgdm detach NAME'.\nWhile it is attached, QEMU may read the image but not write to it."
 )]
 pub(crate) struct Args {
     #[command(flatten)]
     build: BuildArgs,
+
+    /// Also make a device of each partition, as NAME1 or, where NAME ends in a digit, NAMEp1
+    #[arg(long)]
+    partitions: bool,
+
+    /// Also make a device of this partition; can be given several times. It is an error where
+    /// there is none
+    #[arg(short, long, value_name = "N", conflicts_with = "partitions")]
+    partition: Vec<u32>,
 
     /// Where the image is attached already but marked for removal at its last close, make
     /// it stay
@@ -31,19 +41,36 @@ pub(crate) struct Args {
     publish: bool,
 }
 
+impl Args {
+    fn above(&self) -> Above {
+        let partitions = match (self.partitions, &self.partition[..]) {
+            (true, _) => Partitions::All,
+            (false, []) => Partitions::None,
+            (false, numbers) => Partitions::Only(BTreeSet::from_iter(numbers.iter().copied())),
+        };
+        Above { partitions }
+    }
+}
+
 pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     signal::keep_from_workers()?;
     let kernel = LinuxKernel::new();
-    let above = Above::default();
+    let above = args.above();
     let wanted = Wanted { above: &above, publish: args.publish, keep: args.keep };
     let pending = args.build.build(&kernel, wanted, globals)?;
     let attachment = pending.commit(&signal::catch()?)?;
     print_devices(&kernel, &attachment)
 }
 
-/// Prints the path of the device, which is what whoever calls waits for.
+/// Prints the paths of the device and what stands on it, which is what whoever calls waits
+/// for.
 fn print_devices(kernel: &LinuxKernel, attachment: &Attachment) -> anyhow::Result<()> {
-    let printed = writeln!(std::io::stdout(), "{}", attachment.path.display());
+    let above = attachment.above.iter().map(|above| &above.path);
+    let paths: String = std::iter::once(&attachment.path)
+        .chain(above)
+        .map(|path| format!("{}\n", path.display()))
+        .collect();
+    let printed = std::io::stdout().write_all(paths.as_bytes());
     let Err(error) = printed else { return Ok(()) };
     if error.kind() != std::io::ErrorKind::BrokenPipe && !attachment.already_attached {
         // Whoever waits for the path takes this for a failure: then it should be one.

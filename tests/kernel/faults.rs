@@ -1,5 +1,6 @@
 //! Killed, stopped or failed between any two steps, attach leaves nothing.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -9,16 +10,17 @@ use nix::sys::signal::Signal;
 use crate::args;
 use crate::guest::*;
 
-/// imgdm attach of an image with a fault.
-fn faulty(image: &Path, fault: &str) -> Command {
-    let mut line = imgdm_command(args!["attach", image]);
+/// imgdm attach of an image, with these options, with a fault.
+pub(crate) fn faulty(options: &[&str], image: &Path, fault: &str) -> Command {
+    let words = options.iter().map(OsString::from).chain([image.into()]);
+    let mut line = imgdm_command(std::iter::once("attach".into()).chain(words));
     line.env("IMGDM_FAULT", fault).stdin(Stdio::null());
     line
 }
 
 /// The steps of attaching an image, in order.
-fn steps(image: &Path) -> Vec<String> {
-    let ran = run(&mut faulty(image, "list"));
+pub(crate) fn steps(options: &[&str], image: &Path) -> Vec<String> {
+    let ran = run(&mut faulty(options, image, "list"));
     assert!(ran.status.success(), "{ran}");
     let numbered = ran.stderr.lines().filter_map(|line| line.split_once(' '));
     let steps: Vec<_> = numbered
@@ -49,7 +51,7 @@ fn is_committed(step: &str) -> bool {
 #[test]
 fn the_steps_are_those_between_which_the_tests_kill() {
     let scratch = Scratch::new();
-    let one = steps(&simple(&scratch));
+    let one = steps(&[], &simple(&scratch));
     let device = |name: &str| {
         ["create", "load-zero", "open", "mark", "load", "resume"]
             .map(|step| format!("{name}.{step}"))
@@ -57,7 +59,7 @@ fn the_steps_are_those_between_which_the_tests_kill() {
     for step in device("top").iter().map(String::as_str).chain(["loop0", "commit"]) {
         assert!(one.iter().any(|known| known == step), "no step {step}: {one:?}");
     }
-    let two = steps(&stacked(&scratch));
+    let two = steps(&[], &stacked(&scratch));
     for step in device("inner0").into_iter().chain(device("top")) {
         assert!(two.contains(&step), "no step {step}: {two:?}");
     }
@@ -68,8 +70,8 @@ fn killed_at_any_step_attach_leaves_nothing_without_a_further_run() {
     let scratch = Scratch::new();
     let simple = simple(&scratch);
     for image in [&simple, &stacked(&scratch)] {
-        for step in steps(image) {
-            let ran = run(&mut faulty(image, &format!("{step}:kill")));
+        for step in steps(&[], image) {
+            let ran = run(&mut faulty(&[], image, &format!("{step}:kill")));
             assert_eq!(ran.signal(), Some(libc::SIGKILL), "{step}: {ran}");
             if is_committed(&step) {
                 // Whole, without a word on standard output. Attaching again finds it.
@@ -94,8 +96,8 @@ fn killed_at_any_step_attach_does_not_disturb_another_that_waits() {
     let image = stacked(&scratch);
     let other = scratch.create("qcow2", &[], "other.qcow2", "1M");
     write_image(&other, "qcow2", &["write -P 2 0 1M"]);
-    for step in steps(&image) {
-        let first = start(&mut faulty(&image, &format!("{step}:stop")));
+    for step in steps(&[], &image) {
+        let first = start(&mut faulty(&[], &image, &format!("{step}:stop")));
         wait_for("the first to stop", || first.is_stopped());
         let second = start(imgdm_command(args!["attach", &other]).stdin(Stdio::null()));
         // Long enough that it meets the lock or the first one's devices.
@@ -124,15 +126,15 @@ fn stopped_by_sigterm_or_sigint_at_any_step_attach_rolls_back_and_dies_by_it() {
     let scratch = Scratch::new();
     let _ = simple(&scratch);
     let image = stacked(&scratch);
-    for (at, step) in steps(&image).iter().enumerate() {
+    for (at, step) in steps(&[], &image).iter().enumerate() {
         let (ran, wanted) = if at % 3 == 2 {
-            let attaching = start(&mut faulty(&image, &format!("{step}:stop")));
+            let attaching = start(&mut faulty(&[], &image, &format!("{step}:stop")));
             wait_for("it to stop", || attaching.is_stopped());
             attaching.signal(Signal::SIGINT);
             attaching.signal(Signal::SIGCONT);
             (attaching.finish(), libc::SIGINT)
         } else {
-            (run(&mut faulty(&image, &format!("{step}:term"))), libc::SIGTERM)
+            (run(&mut faulty(&[], &image, &format!("{step}:term"))), libc::SIGTERM)
         };
         assert_eq!(ran.signal(), Some(wanted), "{step}: {ran}");
         assert_eq!(ran.stdout, "", "{step}");
@@ -145,8 +147,8 @@ fn failing_at_any_step_attach_says_why_and_leaves_nothing() {
     let scratch = Scratch::new();
     let _ = simple(&scratch);
     let image = stacked(&scratch);
-    for step in steps(&image) {
-        let ran = run(&mut faulty(&image, &format!("{step}:fail")));
+    for step in steps(&[], &image) {
+        let ran = run(&mut faulty(&[], &image, &format!("{step}:fail")));
         let said = ran.refused(1);
         assert!(said.contains("fault injected") && !said.contains("left behind"), "{step}: {said}");
         assert_nothing_left();

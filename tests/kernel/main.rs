@@ -17,6 +17,7 @@ mod info;
 mod locks;
 mod names;
 mod odd;
+mod partitions;
 mod progress;
 mod readonly;
 mod refused;

@@ -21,4 +21,5 @@ mod udev_hidden;
 mod udev_kill;
 mod udev_links;
 mod udev_masked;
+mod udev_partitions;
 mod world;
