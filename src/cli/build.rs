@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 
 use clap::ValueEnum;
+use imgdm::ErrorKind;
 use imgdm::device::attach::{
     Above, DirectIo, LayerFiles, Options, Pending, Request, build, find_attached,
 };
@@ -15,12 +16,14 @@ use imgdm::format::Format;
 use imgdm::lock::Sharing;
 use imgdm::open::open_chain;
 use imgdm::plan::{Plan, TableSource};
+use imgdm::read::Ciphers;
 use imgdm::source::Source;
 
 use super::fill::Prepared;
 use super::key::{KeyArgs, KeySources, encrypted_layers};
 use super::open::{FiemapArgs, OpenArgs, ZeroArgs, print_warnings};
 use super::output::show_path;
+use super::partitions::GuestDisk;
 use super::scratch::{ContentArgs, PlaceArgs};
 use super::stamps::Stamps;
 use super::table::device_name;
@@ -174,7 +177,7 @@ fn build_all<'k>(
         warn_of_holders(kernel, file, globals);
     }
     let interrupt = signal::catch()?;
-    let keys = Keys::default();
+    let (keys, no_ciphers) = (Keys::default(), Ciphers::new());
     let request = |tables, scratch| Request {
         name: &name,
         layers: &layers,
@@ -193,6 +196,16 @@ fn build_all<'k>(
         && let Some(there) = find_attached(kernel, &request(&plan, None))?
     {
         return Ok(there);
+    }
+    if prepared.takes_long() && plan.crypts().is_empty() {
+        let mut disk = GuestDisk::new(chain, &no_ciphers, interrupt);
+        // What can't be read may be readable as zeros yet, as --on-error has it.
+        match wanted.above.check(&mut disk) {
+            Err(error) if matches!(error.kind(), ErrorKind::PartitionNotFound(_)) => {
+                return Err(error.into());
+            }
+            _ => {}
+        }
     }
     // Before the scratch file: that may take minutes, which a wrong key would waste.
     let depths: BTreeSet<u32> = plan.crypts().iter().map(|crypt| crypt.layer).collect();

@@ -48,6 +48,18 @@ impl Above {
             Partitions::Only(numbers) => numbers.is_empty(),
         }
     }
+
+    /// Whether what is asked for by number is on a disk: for a look at the image before work
+    /// that takes long.
+    ///
+    /// # Errors
+    /// It is not there, or can't be had; what reading the disk says.
+    pub fn check(&self, disk: &mut dyn Disk) -> Result<()> {
+        match &self.partitions {
+            Partitions::None | Partitions::All => Ok(()),
+            only @ Partitions::Only(_) => look(disk, only).map(drop),
+        }
+    }
 }
 
 /// A device that stands on an attachment.
@@ -140,29 +152,11 @@ pub(super) fn wanted<K: Kernel>(
         return Ok((Vec::new(), Vec::new()));
     }
     let mut disk = DeviceDisk::open(kernel, number)?;
-    let at_disk = |error: Error| error.at_path(PathBuf::from("/dev/mapper").join(name.as_str()));
-    let table = partition::read(&mut disk).map_err(at_disk)?;
-    let mut warnings = Vec::new();
-    let chosen = match &table {
-        Some(table) => {
-            warnings.extend(table.warnings.iter().copied().map(AboveWarning::Table));
-            choose(table, &above.partitions, &mut warnings)?
-        }
-        None => {
-            let whole = GuestRange::new(GuestOffset::ZERO, GuestOffset::new(disk.size().get()));
-            let signature = signature::probe(&mut disk, whole).map_err(at_disk)?;
-            let warning = AboveWarning::NoTable(signature);
-            if above.partitions != Partitions::All {
-                return Err(Error::new(ErrorKind::PartitionNotFound(warning.to_string())));
-            }
-            warnings.push(warning);
-            Vec::new()
-        }
-    };
+    let (chosen, mut warnings) = look(&mut disk, &above.partitions)?;
     let block = block(kernel, number)?;
     let mut devices = Vec::new();
     for partition in chosen {
-        if let Some(line) = line(partition, number, block) {
+        if let Some(line) = line(&partition, number, block) {
             let uuid = top.with_role(DeviceRole::Partition(partition.number));
             let name = name.partition(partition.number);
             devices.push(WantedAbove { name, uuid, lines: vec![line] });
@@ -179,6 +173,21 @@ pub(super) fn wanted<K: Kernel>(
 /// Sectors of a logical block of a device.
 pub(super) fn block<K: Kernel>(kernel: &K, number: DeviceNumber) -> Result<u64> {
     Ok((u64::from(kernel.block_device(number)?.1) / SECTOR_SIZE).max(1))
+}
+
+/// The partitions of a disk that are asked for.
+fn look(disk: &mut dyn Disk, asked: &Partitions) -> Result<(Vec<Partition>, Vec<AboveWarning>)> {
+    let Some(table) = partition::read(disk)? else {
+        let whole = GuestRange::new(GuestOffset::ZERO, GuestOffset::new(disk.size().get()));
+        let warning = AboveWarning::NoTable(signature::probe(disk, whole)?);
+        return match asked {
+            Partitions::All => Ok((Vec::new(), vec![warning])),
+            _ => Err(Error::new(ErrorKind::PartitionNotFound(warning.to_string()))),
+        };
+    };
+    let mut warnings = table.warnings.iter().copied().map(AboveWarning::Table).collect();
+    let chosen = choose(&table, asked, &mut warnings)?;
+    Ok((chosen.into_iter().cloned().collect(), warnings))
 }
 
 /// The partitions of `table` that are asked for.

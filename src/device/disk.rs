@@ -1,5 +1,6 @@
 //! An attached device as a disk to look at.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::{DeviceNumber, DeviceReader, Kernel};
@@ -11,6 +12,7 @@ use crate::units::{ByteLen, GuestOffset, SECTOR_SIZE};
 pub struct DeviceDisk {
     reader: Arc<dyn DeviceReader>,
     size: ByteLen,
+    path: PathBuf,
 }
 
 impl DeviceDisk {
@@ -21,7 +23,8 @@ impl DeviceDisk {
     pub fn open<K: Kernel>(kernel: &K, number: DeviceNumber) -> Result<Self> {
         let (size, _) = kernel.block_device(number)?;
         let size = size.to_bytes().unwrap_or(u64::MAX / SECTOR_SIZE * SECTOR_SIZE);
-        Ok(Self { reader: kernel.reader(number)?, size: ByteLen::new(size) })
+        let (reader, path) = (kernel.reader(number)?, kernel.block_device_path(number));
+        Ok(Self { reader, size: ByteLen::new(size), path })
     }
 }
 
@@ -31,10 +34,11 @@ impl Disk for DeviceDisk {
     }
 
     fn read(&mut self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
-        let failed = |error| Error::io("cannot read the device", error).at_offset(offset.get());
+        let here = |error: Error| error.at_offset(offset.get()).at_path(&self.path);
+        let failed = |error| here(Error::io("cannot read the device", error));
         let outside = || {
             let what = format!("{} bytes from there are past the end of the device", buffer.len());
-            Error::new(ErrorKind::Io(what)).at_offset(offset.get())
+            here(Error::new(ErrorKind::Io(what)))
         };
         // The sectors around what is asked for: the device is read by whole ones.
         let start = offset.get() / SECTOR_SIZE * SECTOR_SIZE;
@@ -73,7 +77,8 @@ mod tests {
 
     #[test]
     fn any_bytes_are_read_by_whole_sectors_and_none_past_the_end() {
-        let mut disk = DeviceDisk { reader: Arc::new(Numbered), size: ByteLen::new(4 * 512) };
+        let (reader, size) = (Arc::new(Numbered), ByteLen::new(4 * 512));
+        let mut disk = DeviceDisk { reader, size, path: PathBuf::new() };
         for (offset, length) in [(0, 512), (511, 2), (1, 100), (600, 1448), (2047, 1), (2048, 0)] {
             let mut buffer = vec![0xee; length];
             disk.read(GuestOffset::new(offset), &mut buffer).unwrap();

@@ -255,6 +255,13 @@ fn a_partition_that_is_not_there_is_66_and_leaves_things_as_they_were() {
     device.detach();
     imgdm(args!["attach", "--partitions", "-p", "1", &image]).refused(64);
 
+    // Nothing is inflated for one that is not there.
+    let packed = scratch.path("packed.qcow2");
+    qemu_img(args!["convert", "-f", "raw", "-O", "qcow2", "-c", &image, &packed]).ok();
+    let said = run(&mut faulty(&["-p", "4"], &packed, "list")).refused(66);
+    assert!(said.contains("partitions 1, 2 and 3") && !said.contains("inflate"), "{said}");
+    assert!(steps(&["-p", "3"], &packed).iter().any(|step| step == "inflate"));
+
     // The name of one is taken: nothing of the others stays.
     tool("dmsetup", ["create", "disk2", "-u", "LVM-abc", "--table", "0 8 zero"]);
     let said = imgdm(args!["attach", "-f", "raw", "--partitions", &image]).refused(73);

@@ -65,10 +65,17 @@ impl Found<'_> {
 }
 
 /// The guest's disk, read in user space.
-struct GuestDisk<'c> {
+pub(super) struct GuestDisk<'c> {
     reader: ChainReader<'c>,
     size: ByteLen,
     interrupt: Interrupt<'c>,
+}
+
+impl<'c> GuestDisk<'c> {
+    pub(super) fn new(chain: &'c Chain, ciphers: &'c Ciphers, interrupt: Interrupt<'c>) -> Self {
+        let size = chain.virtual_size();
+        Self { reader: ChainReader::new(chain, ciphers), size, interrupt }
+    }
 }
 
 impl Disk for GuestDisk<'_> {
@@ -99,7 +106,7 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
 /// Reads what is on the disk.
 fn look<'c>(chain: &'c Chain, ciphers: &'c Ciphers, interrupt: Interrupt<'c>) -> Result<Found<'c>> {
     let size = chain.virtual_size();
-    let mut disk = GuestDisk { reader: ChainReader::new(chain, ciphers), size, interrupt };
+    let mut disk = GuestDisk::new(chain, ciphers, interrupt);
     let table = partition::read(&mut disk)?;
     let mut contents = Vec::new();
     for partition in table.iter().flat_map(|table| &table.partitions) {
