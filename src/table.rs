@@ -106,6 +106,16 @@ pub enum Target {
     Zero,
     /// `error`.
     Error,
+    /// `striped COUNT CHUNK DEVICE OFFSET...`: chunks from each place in turn, all of them on
+    /// one device.
+    Striped {
+        /// Length of a chunk.
+        chunk: Sectors,
+        /// The device below.
+        device: DeviceRef,
+        /// Where on it each stripe starts.
+        offsets: Vec<Sectors>,
+    },
     /// `crypt CIPHER KEY 0 DEVICE 0`: the IV is the sector's number on the device below.
     Crypt {
         /// The cipher, mode and IV generator: `aes-xts-plain64`.
@@ -122,6 +132,7 @@ impl Target {
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Linear { .. } => "linear",
+            Self::Striped { .. } => "striped",
             Self::Zero => "zero",
             Self::Error => "error",
             Self::Crypt { .. } => "crypt",
@@ -133,6 +144,11 @@ impl Target {
     pub fn parameters(&self) -> String {
         match self {
             Self::Linear { device, offset } => format!("{device} {offset}"),
+            Self::Striped { chunk, device, offsets } => {
+                let stripes: String =
+                    offsets.iter().map(|offset| format!(" {device} {offset}")).collect();
+                format!("{} {chunk}{stripes}", offsets.len())
+            }
             Self::Zero | Self::Error => String::new(),
             Self::Crypt { cipher, key, device } => format!("{cipher} {key} 0 {device} 0"),
         }
@@ -141,7 +157,9 @@ impl Target {
     /// The device below, where there is one.
     pub fn device(&self) -> Option<&DeviceRef> {
         match self {
-            Self::Linear { device, .. } | Self::Crypt { device, .. } => Some(device),
+            Self::Linear { device, .. }
+            | Self::Striped { device, .. }
+            | Self::Crypt { device, .. } => Some(device),
             Self::Zero | Self::Error => None,
         }
     }
@@ -163,7 +181,9 @@ impl fmt::Display for TableLine {
         write!(f, "{} {} {}", self.start, self.length, self.target.kind())?;
         match &self.target {
             Target::Linear { device, offset } => write!(f, " {device} {offset}"),
-            Target::Crypt { .. } => write!(f, " {}", self.target.parameters()),
+            Target::Striped { .. } | Target::Crypt { .. } => {
+                write!(f, " {}", self.target.parameters())
+            }
             Target::Zero | Target::Error => Ok(()),
         }
     }
@@ -192,19 +212,41 @@ impl FromStr for TableLine {
                 let device = words.next().ok_or_else(|| bad("names no device"))?;
                 Target::Linear { device: DeviceRef::new(device)?, offset: number(words.next())? }
             }
+            Some("striped") => striped_target(&mut words)
+                .ok_or_else(|| bad("has no stripes that are all on one device"))?,
             Some("zero") => Target::Zero,
             Some("error") => Target::Error,
             // The line is not quoted: there may be a key in it.
             Some("crypt") => crypt_target(&mut words).ok_or_else(|| {
                 Error::new(ErrorKind::Unsupported("a crypt line that is none of imgdm's".into()))
             })?,
-            _ => return Err(bad("has no target that imgdm knows (linear, zero, error, crypt)")),
+            _ => {
+                return Err(bad(
+                    "has no target that imgdm knows (linear, striped, zero, error, crypt)",
+                ));
+            }
         };
         if words.next().is_some() {
             return Err(bad("has words too many"));
         }
         Ok(Self { start, length, target })
     }
+}
+
+/// `COUNT CHUNK DEVICE OFFSET...`.
+fn striped_target<'w>(words: &mut impl Iterator<Item = &'w str>) -> Option<Target> {
+    let count: usize = words.next()?.parse().ok()?;
+    let chunk = Sectors::new(words.next()?.parse().ok()?);
+    let mut device = None;
+    let mut offsets = Vec::new();
+    for _ in 0..count {
+        let below = DeviceRef::new(words.next()?).ok()?;
+        if *device.get_or_insert_with(|| below.clone()) != below {
+            return None;
+        }
+        offsets.push(Sectors::new(words.next()?.parse().ok()?));
+    }
+    Some(Target::Striped { chunk, device: device?, offsets })
 }
 
 /// `CIPHER KEY 0 DEVICE 0`.
@@ -278,10 +320,11 @@ mod tests {
     #[test]
     fn a_table_reads_back_what_it_prints() {
         let text = "0 8 linear 7:0 2048\n8 16 zero\n24 8 linear /dev/loop1 0\n\
-            32 8 error\n40 8 crypt aes-xts-plain64 :64:logon:imgdm:x 0 7:1 0\n";
+            32 8 error\n40 8 crypt aes-xts-plain64 :64:logon:imgdm:x 0 7:1 0\n\
+            48 16 striped 2 8 253:0 0 253:0 2048\n";
         let table: Table = text.parse().unwrap();
         assert_eq!(table.to_string(), text);
-        assert_eq!(table.size(), Sectors::new(48));
+        assert_eq!(table.size(), Sectors::new(64));
     }
 
     #[test]
@@ -300,7 +343,20 @@ mod tests {
 
     #[test]
     fn garbage_lines_are_refused() {
-        for line in ["", "0", "0 8", "0 8 crypt x", "0 8 linear", "0 8 linear 7:0", "0 8 zero x"] {
+        for line in [
+            "",
+            "0",
+            "0 8",
+            "0 8 crypt x",
+            "0 8 linear",
+            "0 8 linear 7:0",
+            "0 8 zero x",
+            "0 8 striped 0 8",
+            "0 8 striped 2 8 7:0 0",
+            "0 8 striped 2 8 7:0 0 7:1 0",
+            "0 8 striped 1 8 7:0 0 7:0 0",
+            "0 8 striped 99999999999999999999 8 7:0 0",
+        ] {
             assert!(line.parse::<TableLine>().is_err(), "{line}");
         }
     }

@@ -9,13 +9,13 @@ use imgdm::device::attach::{Above, Attachment, Partitions};
 use imgdm::device::detach::{detach, find};
 use imgdm::device::linux::LinuxKernel;
 
-use super::build::{BuildArgs, Wanted};
+use super::build::{BuildArgs, Wanted, volume_name};
 use super::{Globals, signal};
 
 /// Attach an image as the read-only block device /dev/mapper/NAME
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  imgdm attach disk.qcow2                     prints /dev/mapper/disk\n  imgdm attach -l before-update disk.qcow2    its snapshot, as disk@before-update\n  imgdm attach --name golden /srv/base.raw\n  imgdm attach --partitions disk.qcow2        also prints /dev/mapper/disk1, ...\n\nNothing runs on: the kernel alone serves the device until 'imgdm detach NAME'.\nWhile it is attached, QEMU may read the image but not write to it."
+    after_help = "Examples:\n  imgdm attach disk.qcow2                     prints /dev/mapper/disk\n  imgdm attach -l before-update disk.qcow2    its snapshot, as disk@before-update\n  imgdm attach --name golden /srv/base.raw\n  imgdm attach --partitions disk.qcow2        also prints /dev/mapper/disk1, ...\n  imgdm attach --lv guest/root disk.qcow2     also prints /dev/mapper/disk-root\n\nNothing runs on: the kernel alone serves the device until 'imgdm detach NAME'.\nWhile it is attached, QEMU may read the image but not write to it."
 )]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -29,6 +29,11 @@ pub(crate) struct Args {
     /// there is none
     #[arg(short, long, value_name = "N", conflicts_with = "partitions")]
     partition: Vec<u32>,
+
+    /// Also make a device of this logical volume of the guest's LVM, as NAME-LV; can be given
+    /// several times. Linear and striped ones on this disk alone; the host's LVM is not asked
+    #[arg(long = "lv", value_name = "VG/LV", value_parser = volume_name)]
+    logical_volumes: Vec<String>,
 
     /// Where the image is attached already but marked for removal at its last close, make
     /// it stay
@@ -48,7 +53,7 @@ impl Args {
             (false, []) => Partitions::None,
             (false, numbers) => Partitions::Only(BTreeSet::from_iter(numbers.iter().copied())),
         };
-        Above { partitions }
+        Above { partitions, logical_volumes: self.logical_volumes.clone() }
     }
 }
 

@@ -75,6 +75,14 @@ enum DirectIoChoice {
     Off,
 }
 
+/// The name of a logical volume, `VG/LV`, as an option's value.
+pub(crate) fn volume_name(text: &str) -> Result<String, String> {
+    match imgdm::lvm::split_name(text) {
+        Ok(_) => Ok(text.to_owned()),
+        Err(_) => Err("not of the form VG/LV (like vg0/root)".to_owned()),
+    }
+}
+
 /// What is asked for beside the image itself.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Wanted<'a> {
@@ -200,7 +208,7 @@ fn build_all<'k>(
     if prepared.takes_long() && plan.crypts().is_empty() {
         let mut disk = GuestDisk::new(chain, &no_ciphers, interrupt);
         // What can't be read may be readable as zeros yet, as --on-error has it.
-        match wanted.above.check(&mut disk) {
+        match wanted.above.partitions.check(&mut disk) {
             Err(error) if matches!(error.kind(), ErrorKind::PartitionNotFound(_)) => {
                 return Err(error.into());
             }

@@ -35,15 +35,15 @@ struct JsonAttached {
     depth: u32,
     loops: Vec<JsonLoop>,
     partitions: Vec<JsonPartition>,
+    logical_volumes: Vec<JsonAbove>,
     open_count: u32,
     deferred_remove: bool,
     published: bool,
 }
 
-/// A partition that has a device.
+/// A device that stands on the attachment: that of a logical volume, or of a partition.
 #[derive(serde::Serialize)]
-struct JsonPartition {
-    number: u32,
+struct JsonAbove {
     name: String,
     device: String,
     uuid: String,
@@ -51,6 +51,13 @@ struct JsonPartition {
     size: u64,
     open_count: u32,
     deferred_remove: bool,
+}
+
+#[derive(serde::Serialize)]
+struct JsonPartition {
+    number: u32,
+    #[serde(flatten)]
+    device: JsonAbove,
 }
 
 #[derive(serde::Serialize)]
@@ -95,17 +102,24 @@ fn bytes(size: Sectors) -> u64 {
     size.to_bytes().unwrap_or(u64::MAX)
 }
 
-fn partition(above: &AttachedAbove) -> Option<JsonPartition> {
-    let DeviceRole::Partition(number) = above.role else { return None };
-    Some(JsonPartition {
-        number,
+fn above(above: &AttachedAbove) -> JsonAbove {
+    JsonAbove {
         name: above.info.name.clone(),
         device: above.path.display().to_string(),
         uuid: above.info.uuid.clone(),
         size: bytes(above.size),
         open_count: above.info.open_count,
         deferred_remove: above.info.deferred_remove,
-    })
+    }
+}
+
+fn partition(partition: &AttachedAbove) -> Option<JsonPartition> {
+    let DeviceRole::Partition(number) = partition.role else { return None };
+    Some(JsonPartition { number, device: above(partition) })
+}
+
+fn logical_volume(volume: &AttachedAbove) -> Option<JsonAbove> {
+    matches!(volume.role, DeviceRole::LogicalVolume(_)).then(|| above(volume))
 }
 
 fn json(attached: &Attached) -> JsonAttached {
@@ -137,6 +151,7 @@ fn json(attached: &Attached) -> JsonAttached {
         depth: attached.depth,
         loops: loops.collect(),
         partitions: attached.above.iter().filter_map(partition).collect(),
+        logical_volumes: attached.above.iter().filter_map(logical_volume).collect(),
         open_count: attached.open_count,
         deferred_remove: attached.deferred_remove,
         published: attached.is_published(),

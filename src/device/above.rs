@@ -1,4 +1,4 @@
-//! What is built on top of an attachment's device: its partitions.
+//! What is built on top of an attachment's device: its partitions, and logical volumes.
 //!
 //! The tables are read from the device itself, so as the kernel serves them.
 
@@ -9,8 +9,10 @@ use std::path::PathBuf;
 use super::compare::describe;
 use super::disk::DeviceDisk;
 use super::name::{DeviceRole, DmName, DmUuid};
+use super::volumes::{self, Ground};
 use super::{DeviceId, DeviceInfo, DeviceNumber, Kernel};
 use crate::error::{Error, ErrorKind, Result, printable};
+use crate::lvm;
 use crate::partition::{self, Disk, Partition, PartitionTable, TableKind, TableWarning, Unusable};
 use crate::signature::{self, Signature};
 use crate::table::{DeviceRef, TableLine, Target};
@@ -37,15 +39,24 @@ pub enum Partitions {
 pub struct Above {
     /// Partitions.
     pub partitions: Partitions,
+    /// Logical volumes of the guest's LVM, each as `VG/LV`.
+    pub logical_volumes: Vec<String>,
 }
 
 impl Above {
     /// True where nothing is asked for.
     pub fn is_empty(&self) -> bool {
-        match &self.partitions {
-            Partitions::None => true,
-            Partitions::All => false,
-            Partitions::Only(numbers) => numbers.is_empty(),
+        self.partitions.is_empty() && self.logical_volumes.is_empty()
+    }
+}
+
+impl Partitions {
+    /// True where none is asked for.
+    fn is_empty(&self) -> bool {
+        match self {
+            Self::None => true,
+            Self::All => false,
+            Self::Only(numbers) => numbers.is_empty(),
         }
     }
 
@@ -55,9 +66,12 @@ impl Above {
     /// # Errors
     /// It is not there, or can't be had; what reading the disk says.
     pub fn check(&self, disk: &mut dyn Disk) -> Result<()> {
-        match &self.partitions {
+        match self {
             Partitions::None | Partitions::All => Ok(()),
-            only @ Partitions::Only(_) => look(disk, only).map(drop),
+            only @ Partitions::Only(_) => {
+                let table = partition::read(disk)?;
+                look(disk, table.as_ref(), only).map(drop)
+            }
         }
     }
 }
@@ -98,6 +112,8 @@ pub enum AboveWarning {
     NoPartitions(TableKind),
     /// There is no partition table on the disk. What lies there instead.
     NoTable(Option<Signature>),
+    /// LVM's metadata can be read all the same.
+    Lvm(lvm::Warning),
 }
 
 /// Only over a block device without a loop device between: loops have blocks of 512 bytes.
@@ -108,6 +124,7 @@ impl fmt::Display for AboveWarning {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Table(warning) => warning.fmt(f),
+            Self::Lvm(warning) => warning.fmt(f),
             Self::PassedOver(number, why) => {
                 write!(f, "partition {number} is passed over: {why}")
             }
@@ -152,11 +169,13 @@ pub(super) fn wanted<K: Kernel>(
         return Ok((Vec::new(), Vec::new()));
     }
     let mut disk = DeviceDisk::open(kernel, number)?;
-    let (chosen, mut warnings) = look(&mut disk, &above.partitions)?;
+    let at_disk = |error: Error| error.at_path(PathBuf::from("/dev/mapper").join(name.as_str()));
+    let table = partition::read(&mut disk).map_err(at_disk)?;
+    let (chosen, mut warnings) = look(&mut disk, table.as_ref(), &above.partitions)?;
     let block = block(kernel, number)?;
     let mut devices = Vec::new();
     for partition in chosen {
-        if let Some(line) = line(&partition, number, block) {
+        if let Some(line) = line(partition, number, block) {
             let uuid = top.with_role(DeviceRole::Partition(partition.number));
             let name = name.partition(partition.number);
             devices.push(WantedAbove { name, uuid, lines: vec![line] });
@@ -167,6 +186,12 @@ pub(super) fn wanted<K: Kernel>(
             return Err(Error::new(ErrorKind::NotRepresentable(message)));
         }
     }
+    if !above.logical_volumes.is_empty() {
+        let lvm = volumes::read(&mut disk, table.as_ref()).map_err(at_disk)?;
+        warnings.extend(lvm.warnings.iter().cloned().map(AboveWarning::Lvm));
+        let ground = Ground { number, block };
+        devices.extend(volumes::wanted(&lvm, &above.logical_volumes, (name, top), ground)?);
+    }
     Ok((devices, warnings))
 }
 
@@ -175,9 +200,16 @@ pub(super) fn block<K: Kernel>(kernel: &K, number: DeviceNumber) -> Result<u64> 
     Ok((u64::from(kernel.block_device(number)?.1) / SECTOR_SIZE).max(1))
 }
 
-/// The partitions of a disk that are asked for.
-fn look(disk: &mut dyn Disk, asked: &Partitions) -> Result<(Vec<Partition>, Vec<AboveWarning>)> {
-    let Some(table) = partition::read(disk)? else {
+/// The partitions of a disk that are asked for. `table` is the disk's.
+fn look<'t>(
+    disk: &mut dyn Disk,
+    table: Option<&'t PartitionTable>,
+    asked: &Partitions,
+) -> Result<(Vec<&'t Partition>, Vec<AboveWarning>)> {
+    let Some(table) = table else {
+        if asked.is_empty() {
+            return Ok((Vec::new(), Vec::new()));
+        }
         let whole = GuestRange::new(GuestOffset::ZERO, GuestOffset::new(disk.size().get()));
         let warning = AboveWarning::NoTable(signature::probe(disk, whole)?);
         return match asked {
@@ -186,8 +218,8 @@ fn look(disk: &mut dyn Disk, asked: &Partitions) -> Result<(Vec<Partition>, Vec<
         };
     };
     let mut warnings = table.warnings.iter().copied().map(AboveWarning::Table).collect();
-    let chosen = choose(&table, asked, &mut warnings)?;
-    Ok((chosen.into_iter().cloned().collect(), warnings))
+    let chosen = choose(table, asked, &mut warnings)?;
+    Ok((chosen, warnings))
 }
 
 /// The partitions of `table` that are asked for.

@@ -356,7 +356,7 @@ impl TableBuffer {
             Target::Crypt { cipher, key: CryptKey::Raw(key), device } => {
                 self.push_with_key(cipher, key, device);
             }
-            Target::Crypt { .. } => {
+            Target::Striped { .. } | Target::Crypt { .. } => {
                 self.buffer.extend_from_slice(line.target.parameters().as_bytes());
             }
             Target::Zero | Target::Error => {}

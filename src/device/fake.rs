@@ -157,6 +157,16 @@ impl FakeReader {
                     sector = offset.get() + sector - line.start.get();
                     number = reference(line).ok_or_else(failed)?;
                 }
+                Target::Striped { chunk, offsets, .. } => {
+                    let at = sector - line.start.get();
+                    let (index, inside) = (at / chunk.get(), at % chunk.get());
+                    let count = offsets.len() as u64;
+                    let stripe = usize::try_from(index % count).ok();
+                    let offset = stripe.and_then(|stripe| offsets.get(stripe));
+                    sector =
+                        offset.ok_or_else(failed)?.get() + index / count * chunk.get() + inside;
+                    number = reference(line).ok_or_else(failed)?;
+                }
                 Target::Error | Target::Crypt { .. } => return Err(failed()),
             }
         }

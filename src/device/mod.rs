@@ -23,6 +23,7 @@ mod options;
 mod stacked;
 pub mod sys;
 pub mod verify;
+mod volumes;
 
 #[cfg(feature = "device")]
 mod dm;

@@ -7,6 +7,7 @@ use super::{Fault, uuid_text};
 use crate::units::GuestRange;
 
 const CONTENTS: &str = "Text Format Volume Group";
+const SNAPSHOT: &str = "snapshot";
 
 /// A volume group.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -129,7 +130,7 @@ impl VolumeGroup {
         let by_name: BTreeMap<_, _> = (0..physical_volumes.len())
             .filter_map(|index| Some((physical_volumes.get(index)?.name.as_str(), index)))
             .collect();
-        let snapshots = parts_of_snapshots(group);
+        let snapshots = Snapshots::of(group);
         let logical_volumes = group
             .section("logical_volumes")
             .sections()
@@ -158,50 +159,62 @@ fn group_volume(name: &str, volume: Section<'_>) -> Result<GroupVolume, Fault> {
     })
 }
 
-/// The volumes that look like others, but have a part in a snapshot of the old kind: they
-/// hold what was overwritten in their origin, in a form of their own, or are an origin that
-/// is about to get that back.
-fn parts_of_snapshots(group: Section<'_>) -> BTreeSet<String> {
-    let mut parts = BTreeSet::new();
-    let volumes = group.section("logical_volumes").sections();
-    for (_, segment) in volumes.flat_map(|(_, volume)| volume.sections()) {
-        if segment.optional_text("type").as_deref() != Some("snapshot") {
-            continue;
+/// Snapshots of the old kind. The metadata has one as a volume of its own, which names the
+/// two that users know it by.
+#[derive(Default)]
+struct Snapshots {
+    /// What users call the snapshot: the volume that holds what was overwritten in its
+    /// origin, in a form of its own.
+    stores: BTreeSet<String>,
+    /// An origin that is about to get that back, and where it is.
+    merging: BTreeSet<String>,
+}
+
+impl Snapshots {
+    fn of(group: Section<'_>) -> Self {
+        let mut found = Self::default();
+        let volumes = group.section("logical_volumes").sections();
+        for (_, segment) in volumes.flat_map(|(_, volume)| volume.sections()) {
+            if segment.optional_text("type").as_deref() != Some(SNAPSHOT) {
+                continue;
+            }
+            found.stores.extend(segment.optional_text("cow_store"));
+            if let Some(merging) = segment.optional_text("merging_store") {
+                found.merging.insert(merging);
+                found.merging.extend(segment.optional_text("origin"));
+            }
         }
-        parts.extend(segment.optional_text("cow_store"));
-        if let Some(merging) = segment.optional_text("merging_store") {
-            parts.insert(merging);
-            parts.extend(segment.optional_text("origin"));
-        }
+        found
     }
-    parts
 }
 
 fn logical_volume(
     name: &str,
     volume: Section<'_>,
     physical_volumes: &BTreeMap<&str, usize>,
-    snapshots: &BTreeSet<String>,
+    snapshots: &Snapshots,
 ) -> Result<LogicalVolume, Fault> {
     let mut segments = volume
         .sections()
         .map(|(_, section)| segment(section, physical_volumes))
         .collect::<Result<Vec<_>, _>>()?;
     segments.sort_by_key(|segment| segment.start);
+    let is_snapshot = segments.iter().any(|segment| segment.kind.name() == SNAPSHOT);
+    let is_store = snapshots.stores.contains(name);
     let mut end = 0u64;
     for segment in &mut segments {
         if u64::from(segment.start) != end || segment.extents == 0 {
             return Err(Fault::Field("start_extent"));
         }
         end += u64::from(segment.extents);
-        if snapshots.contains(name) {
-            segment.kind = SegmentKind::Unsupported("snapshot".to_owned());
+        if is_store || snapshots.merging.contains(name) {
+            segment.kind = SegmentKind::Unsupported(SNAPSHOT.to_owned());
         }
     }
     Ok(LogicalVolume {
         name: name.to_owned(),
         uuid: uuid_text(&volume.text("id")?),
-        is_visible: volume.has_flag("status", "VISIBLE"),
+        is_visible: is_store || volume.has_flag("status", "VISIBLE") && !is_snapshot,
         extents: end,
         segments,
     })

@@ -9,6 +9,11 @@ mod config;
 mod group;
 mod label;
 mod layout;
+/// Physical volumes for tests.
+#[cfg(test)]
+#[allow(dead_code)]
+#[path = "../../tests/common/lvm.rs"]
+pub(crate) mod made;
 #[cfg(test)]
 mod tests;
 
@@ -245,11 +250,7 @@ impl Lvm {
     /// `Usage` where that is not of this form, or where two groups have the name;
     /// `NotFound`, with those that there are.
     pub fn find(&self, wanted: &str) -> Result<(&VolumeGroup, &LogicalVolume)> {
-        let Some((group_name, name)) = wanted.split_once('/') else {
-            return Err(Error::new(ErrorKind::Usage(format!(
-                "'{wanted}' is not of the form VG/LV"
-            ))));
-        };
+        let (group_name, name) = split_name(wanted)?;
         let mut groups = self.groups.iter().filter(|group| group.name == group_name);
         let group = groups.next();
         if let (Some(one), Some(other)) = (group, groups.next()) {
@@ -290,6 +291,17 @@ impl Lvm {
             _ => format!("it has {}", names.join(", ")),
         }
     }
+}
+
+/// Takes `VG/LV` apart.
+///
+/// # Errors
+/// `Usage`: it is not of this form.
+pub fn split_name(name: &str) -> Result<(&str, &str)> {
+    let parts = name.split_once('/');
+    parts
+        .filter(|(group, volume)| !group.is_empty() && !volume.is_empty())
+        .ok_or_else(|| Error::new(ErrorKind::Usage(format!("'{name}' is not of the form VG/LV"))))
 }
 
 /// A UUID of LVM in its usual notation, however it is written.

@@ -1,12 +1,8 @@
 //! Physical volumes in memory, hostile ones above all.
 
-#[path = "../../tests/common/lvm.rs"]
-#[allow(dead_code)]
-mod made;
-
+use super::made::*;
 use super::*;
 use crate::error::ErrorKind;
-use made::*;
 
 /// Several physical volumes of 3 MiB behind each other.
 struct Disk3 {
@@ -245,7 +241,7 @@ fn what_only_lvm_can_put_together_is_refused_by_its_type() {
         logical_text("thin", &[thin]),
         logical_text("moved", &[&moved]),
         logical_text("origin", &[&one]),
-        logical_text("cow", &[&one]),
+        logical_text("cow", &[&one]).replace(", \"VISIBLE\"", ""),
         logical_text("merged", &[&one]),
         logical_text("merging", &[&one]),
         logical_text("snapshot0", &[snapshot]),
@@ -267,6 +263,10 @@ fn what_only_lvm_can_put_together_is_refused_by_its_type() {
         assert!(text.contains(&format!("vg/{name}")) && text.contains(kind), "{text}");
     }
     assert!(pieces(&lvm, "vg/origin").is_ok());
+    // As LVM shows them.
+    let visible = lvm.groups[0].logical_volumes.iter().filter(|volume| volume.is_visible);
+    let visible: Vec<_> = visible.map(|volume| volume.name.as_str()).collect();
+    assert_eq!(visible, ["thin", "moved", "origin", "cow", "merged", "merging"]);
 }
 
 #[test]
@@ -361,7 +361,9 @@ fn what_is_not_there_is_said_with_what_is() {
     let text = error.to_string();
     assert!(text.contains("'vg/c'") && text.ends_with("it has vg/a, vg/b"), "{text}");
     assert!(lvm.find("vg/hidden").is_ok());
-    assert!(matches!(lvm.find("vg").unwrap_err().kind(), ErrorKind::Usage(_)));
+    for name in ["vg", "", "/", "vg/", "/a"] {
+        assert!(matches!(lvm.find(name).unwrap_err().kind(), ErrorKind::Usage(_)), "{name}");
+    }
     let nothing = Lvm::default().find("vg/c").unwrap_err().to_string();
     assert!(nothing.contains("no physical volume"), "{nothing}");
 

@@ -15,6 +15,7 @@ mod guest;
 mod holes;
 mod info;
 mod locks;
+mod lvm;
 mod names;
 mod odd;
 mod partitions;

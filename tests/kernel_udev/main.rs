@@ -20,6 +20,7 @@ mod udev_detach;
 mod udev_hidden;
 mod udev_kill;
 mod udev_links;
+mod udev_lvm;
 mod udev_masked;
 mod udev_partitions;
 mod world;

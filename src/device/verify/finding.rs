@@ -25,6 +25,8 @@ pub enum FindingKind {
     Size,
     /// A partition's device is not what the partition table on the disk says.
     Partition,
+    /// A logical volume's device is not what LVM's metadata on the disk says.
+    LogicalVolume,
     /// A guest range comes from elsewhere than the image says.
     Mapping,
     /// A guest range lies past the end of its file: that was cut off.
@@ -48,6 +50,7 @@ impl FindingKind {
             Self::LoopOffset => "loop-offset",
             Self::Size => "size",
             Self::Partition => "partition",
+            Self::LogicalVolume => "logical-volume",
             Self::Mapping => "mapping",
             Self::PastFileEnd => "past-end-of-file",
             Self::Content => "content",

@@ -17,23 +17,23 @@ fn mbr(partitions: &[(u32, u32)]) -> [u8; 512] {
 }
 
 fn fixture() -> Fixture {
-    Fixture::with_first_sector(&mbr(&[(8, 16), (24, 8)]))
+    Fixture::with_start(&mbr(&[(8, 16), (24, 8)]))
 }
 
 fn all() -> Above {
-    Above { partitions: Partitions::All }
+    Above { partitions: Partitions::All, ..Above::default() }
 }
 
 fn only(numbers: &[u32]) -> Above {
-    Above { partitions: Partitions::Only(numbers.iter().copied().collect()) }
+    Above { partitions: Partitions::Only(numbers.iter().copied().collect()), ..Above::default() }
 }
 
 /// What `change` would do, for requests that outlive the closure they are changed in.
-fn leaked(above: Above) -> &'static Above {
+pub(super) fn leaked(above: Above) -> &'static Above {
     Box::leak(Box::new(above))
 }
 
-fn attach_above(
+pub(super) fn attach_above(
     fixture: &Fixture,
     kernel: &FakeKernel,
     above: &Above,
@@ -42,12 +42,12 @@ fn attach_above(
     fixture.attach_with(kernel, |request| request.above = above)
 }
 
-fn names(attachment: &Attachment) -> Vec<&str> {
+pub(super) fn names(attachment: &Attachment) -> Vec<&str> {
     attachment.above.iter().map(|above| above.info.name.as_str()).collect()
 }
 
 /// Names of all devices.
-fn devices(kernel: &FakeKernel) -> Vec<String> {
+pub(super) fn devices(kernel: &FakeKernel) -> Vec<String> {
     kernel.with(|state| state.devices.values().map(|device| device.name.clone()).collect())
 }
 
@@ -109,17 +109,8 @@ const COMMITTED: usize = 32;
 #[test]
 fn a_failure_at_any_step_leaves_nothing_of_disk_or_partitions() {
     let fixture = fixture();
-    for step in 0.. {
-        let kernel = FakeKernel::new();
-        kernel.fail_at(step);
-        let Err(error) = attach_above(&fixture, &kernel, &all()) else {
-            assert_eq!(step, CALLS, "each call failed once");
-            break;
-        };
-        assert!(error.cause.to_string().contains("fault injected"), "{error}");
-        assert!(error.leftovers.is_empty(), "step {step}: {error}");
-        assert!(is_empty(&kernel), "step {step}: {kernel:?}");
-    }
+    let attach = |kernel: &_| attach_above(&fixture, kernel, &all());
+    assert_eq!(fail_at_each_step(attach), CALLS);
 }
 
 #[test]
@@ -223,7 +214,7 @@ fn a_partition_that_is_not_there_is_an_error_that_says_which_are() {
     assert_eq!(error.to_string(), "there is no partition table on the disk");
 
     // One that overlaps another, and one that ends past the disk.
-    let damaged = Fixture::with_first_sector(&mbr(&[(8, 16), (16, 16), (60, 9)]));
+    let damaged = Fixture::with_start(&mbr(&[(8, 16), (16, 16), (60, 9)]));
     for (number, why) in [(2, "overlaps partition 1"), (3, "past the end of the disk")] {
         let error = refused(&damaged, &only(&[number]));
         assert!(matches!(error.kind(), ErrorKind::InvalidImage(_)));
@@ -240,7 +231,7 @@ fn what_cannot_be_had_of_all_partitions_is_passed_over_and_told() {
         let attachment = pending.commit(&Interrupt::never()).unwrap();
         (names(&attachment).join(" "), warnings)
     };
-    let damaged = Fixture::with_first_sector(&mbr(&[(8, 16), (16, 16), (60, 9), (60, 4)]));
+    let damaged = Fixture::with_start(&mbr(&[(8, 16), (16, 16), (60, 9), (60, 4)]));
     let (built, told) = warnings(&damaged);
     assert_eq!(built, "disk1 disk4");
     assert_eq!(
@@ -255,7 +246,7 @@ fn what_cannot_be_had_of_all_partitions_is_passed_over_and_told() {
         (built.as_str(), told),
         ("", vec!["there is no partition table on the disk".to_owned()])
     );
-    let (_, told) = warnings(&Fixture::with_first_sector(&mbr(&[])));
+    let (_, told) = warnings(&Fixture::with_start(&mbr(&[])));
     assert_eq!(told, ["the partition table (dos) has no partition"]);
 }
 
