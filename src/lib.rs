@@ -19,6 +19,7 @@
 //! | [`lock`] | QEMU-compatible locks |
 //! | [`holes`] | holes and unwritten extents under a range of a file |
 //! | [`open`] | which files may be opened; names, formats, depth, cycles |
+//! | [`filesystem`] | what it takes to look into a file system and leave it as it is |
 //! | [`format`](mod@format) | raw, qcow2, qcow, cow |
 //! | [`crypt`] | encrypted images: from passphrase to volume key |
 //! | [`check`](mod@check) | what is wrong with an image's metadata |
@@ -51,6 +52,7 @@ pub mod diff;
 pub mod error;
 pub mod explain;
 pub mod extent;
+pub mod filesystem;
 pub mod format;
 pub mod hash;
 pub mod holes;

@@ -18,6 +18,8 @@ use crate::error::Result;
 use crate::partition::Disk;
 use crate::units::{ByteLen, GuestOffset, GuestRange};
 
+pub(crate) use others::ntfs_volume_flags;
+
 /// What something is for (libblkid's `USAGE`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Usage {
@@ -110,7 +112,7 @@ pub fn probe(disk: &mut dyn Disk, range: GuestRange) -> Result<Option<Signature>
         others::apfs,
         linux::erofs,
     ];
-    first_of(&PROBERS, &mut Area { disk, range })
+    first_of(&PROBERS, &mut Area::new(disk, range))
 }
 
 type Prober = fn(&mut Area<'_>) -> Result<Option<Signature>>;
@@ -137,24 +139,29 @@ pub(crate) fn is_physical_volume(disk: &mut dyn Disk) -> Result<bool> {
 
 fn whole_disk_is(probers: &[Prober], disk: &mut dyn Disk) -> Result<bool> {
     let end = GuestOffset::new(disk.size().get());
-    let mut area = Area { disk, range: GuestRange::new(GuestOffset::ZERO, end) };
+    let mut area = Area::new(disk, GuestRange::new(GuestOffset::ZERO, end));
     Ok(first_of(probers, &mut area)?.is_some())
 }
 
 /// The part of a disk that is looked at.
-struct Area<'d> {
+pub(crate) struct Area<'d> {
     disk: &'d mut dyn Disk,
     range: GuestRange,
 }
 
-impl Area<'_> {
+impl<'d> Area<'d> {
+    /// That part of that disk.
+    pub(crate) fn new(disk: &'d mut dyn Disk, range: GuestRange) -> Self {
+        Self { disk, range }
+    }
+
     /// Bytes of it.
     fn size(&self) -> u64 {
         self.range.length().get()
     }
 
     /// The `N` bytes from `offset` on; `None` where it ends before.
-    fn read<const N: usize>(&mut self, offset: u64) -> Result<Option<[u8; N]>> {
+    pub(crate) fn read<const N: usize>(&mut self, offset: u64) -> Result<Option<[u8; N]>> {
         let mut bytes = [0; N];
         Ok(self.fill(offset, &mut bytes)?.then_some(bytes))
     }
@@ -171,7 +178,7 @@ impl Area<'_> {
 }
 
 /// A UUID in the usual notation.
-fn uuid(bytes: &[u8; 16]) -> String {
+pub(crate) fn uuid(bytes: &[u8; 16]) -> String {
     let mut text = String::with_capacity(36);
     for (index, byte) in bytes.iter().enumerate() {
         if [4, 6, 8, 10].contains(&index) {

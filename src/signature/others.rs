@@ -67,6 +67,20 @@ fn iso_date(date: &[u8]) -> Option<String> {
 
 /// NTFS. The label is in the fourth record of the master file table.
 pub(super) fn ntfs(area: &mut Area<'_>) -> Result<Option<Signature>> {
+    let Some((serial, record)) = ntfs_volume(area)? else { return Ok(None) };
+    let found = Signature::filesystem("ntfs").with_serial(serial);
+    Ok(Some(found.with_label(ntfs_attribute(&record, NTFS_NAME).map(utf16_le).unwrap_or_default())))
+}
+
+/// The flags of an NTFS's volume information; `None` where that is none.
+pub(crate) fn ntfs_volume_flags(area: &mut Area<'_>) -> Result<Option<u16>> {
+    let Some((_, record)) = ntfs_volume(area)? else { return Ok(None) };
+    let information = ntfs_attribute(&record, NTFS_INFORMATION);
+    Ok(information.filter(|value| value.len() >= 12).map(|value| le16(value, 10)))
+}
+
+/// The serial number of an NTFS, and the record of its volume.
+fn ntfs_volume(area: &mut Area<'_>) -> Result<Option<(String, Vec<u8>)>> {
     const VOLUME_RECORD: u64 = 3;
     const MAX_RECORD: usize = 4096;
     const MAX_CLUSTER: u64 = 2 << 20;
@@ -107,13 +121,16 @@ pub(super) fn ntfs(area: &mut Area<'_>) -> Result<Option<Signature>> {
     if &start != b"FILE" || !area.fill(at, &mut record)? || !record.starts_with(b"FILE") {
         return Ok(None);
     }
-    let found = Signature::filesystem("ntfs").with_serial(format!("{:016X}", le64(&boot, 72)));
-    Ok(Some(found.with_label(ntfs_label(&record).unwrap_or_default())))
+    Ok(Some((format!("{:016X}", le64(&boot, 72)), record)))
 }
 
-/// The volume's name in its record of the master file table.
-fn ntfs_label(record: &[u8]) -> Option<String> {
-    const NAME: u32 = 0x60;
+/// The attribute of the volume's name.
+const NTFS_NAME: u32 = 0x60;
+/// The attribute of its version and flags.
+const NTFS_INFORMATION: u32 = 0x70;
+
+/// The value of an attribute that lies in a record of the master file table.
+fn ntfs_attribute(record: &[u8], wanted: u32) -> Option<&[u8]> {
     const END: u32 = 0xffff_ffff;
     const FIXED: usize = 22;
     let mut at = usize::from(le16(record.get(..22)?, 20));
@@ -123,10 +140,10 @@ fn ntfs_label(record: &[u8]) -> Option<String> {
         let length = le32(fixed, 4) as usize;
         match le32(fixed, 0) {
             END => return None,
-            NAME => {
+            kind if kind == wanted => {
                 let start = usize::from(le16(fixed, 20));
                 let end = start.checked_add(le32(fixed, 16) as usize)?;
-                return attribute.get(start..end).map(utf16_le);
+                return attribute.get(start..end);
             }
             _ if length == 0 => return None,
             _ => at = at.checked_add(length)?,

@@ -4,11 +4,13 @@ use std::fs::{self, File};
 use std::path::Path;
 use std::process::Command;
 
+use imgdm::filesystem::{Unclean, unclean};
 use imgdm::partition::Disk as _;
 use imgdm::signature;
 use imgdm::units::{GuestOffset, GuestRange};
 
 use crate::common::images::scratch_dir;
+use crate::common::patch::Patch;
 use crate::common::process::{Outcome, run};
 use crate::partitions::FileDisk;
 
@@ -59,6 +61,14 @@ fn compare(dir: &Path, mib: u64, kind: &str, command: &[&str]) {
     let facts = ours(&image).unwrap_or_else(|| panic!("nothing is found of {command:?}"));
     assert_eq!(facts.0, kind, "{command:?}");
     assert_eq!(facts, blkid(&image).unwrap(), "{command:?}");
+    // Nobody has written to it since it was made.
+    assert_eq!(unclean_of(&image, kind), None, "{command:?}");
+}
+
+fn unclean_of(image: &Path, kind: &str) -> Option<Unclean> {
+    let mut disk = FileDisk(File::open(image).unwrap());
+    let whole = GuestRange::new(GuestOffset::ZERO, GuestOffset::new(disk.size().get()));
+    unclean(&mut disk, whole, kind).unwrap()
 }
 
 #[test]
@@ -129,5 +139,49 @@ fn nothing_is_found_of_nothing() {
     for bytes in [0, 1, 511, 512, 100_000, 1 << 20] {
         File::create(&image).unwrap().set_len(bytes).unwrap();
         assert_eq!(ours(&image), None);
+    }
+}
+
+/// Tools that mark a file system as its driver does when it is mounted; the kernel's own
+/// marks are for the kernel tier.
+#[test]
+fn what_was_not_unmounted_is_found_by_its_marks() {
+    let dir = scratch_dir("signatures-unclean").unwrap();
+    let image = dir.path().join("image");
+    let tool = |line: &[&str]| {
+        let mut command = Command::new(line[0]);
+        run(command.args(&line[1..]).arg(&image)).and_then(|ran| ran.ok()).unwrap();
+    };
+    let new = |line: &[&str]| {
+        let _ = fs::remove_file(&image);
+        File::create(&image).unwrap().set_len(64 << 20).unwrap();
+        tool(line);
+    };
+    for (command, found) in [
+        ("feature needs_recovery", Unclean::Journal),
+        ("set_super_value state 0", Unclean::NotUnmounted),
+        ("set_super_value state 3", Unclean::NotUnmounted),
+    ] {
+        new(&["mke2fs", "-q", "-F", "-t", "ext4"]);
+        tool(&["debugfs", "-w", "-R", command]);
+        assert_eq!(unclean_of(&image, "ext4"), Some(found), "{command}");
+    }
+    // ntfsfix marks it, so that Windows checks it.
+    new(&["mkntfs", "-q", "-F", "-Q"]);
+    tool(&["ntfsfix"]);
+    assert_eq!(unclean_of(&image, "ntfs"), Some(Unclean::NotUnmounted));
+    tool(&["ntfsfix", "-d"]);
+    assert_eq!(unclean_of(&image, "ntfs"), None);
+    // Of these the mark's place is said by the specification.
+    for (mkfs, kind, place, value) in [
+        (&["mkfs.vfat", "-F", "16"][..], "vfat", 0x25, 1),
+        (&["mkfs.vfat", "-F", "32", "-s", "1"], "vfat", 0x41, 1),
+        (&["mkfs.exfat"], "exfat", 106, 2),
+        (&["mkfs.jfs", "-q"], "jfs", 32768 + 40, 1),
+        (&["mkfs.reiserfs", "-q", "-ff"], "reiserfs", 65536 + 50, 2),
+    ] {
+        new(mkfs);
+        Patch::open(&image).and_then(|file| file.put(place, &[value])).unwrap();
+        assert_eq!(unclean_of(&image, kind), Some(Unclean::NotUnmounted), "{mkfs:?}");
     }
 }
