@@ -4,6 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use imgdm::device::detach::{detach, detach_all, find};
+use imgdm::device::going::wait_until_gone;
 use imgdm::device::linux::LinuxKernel;
 use imgdm::source::FileId;
 use imgdm::{Error, ErrorKind};
@@ -14,7 +15,7 @@ use super::{Globals, signal};
 /// Detach an image; returns when device, loop devices and locks are gone
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  imgdm detach disk\n  imgdm detach ./disk.qcow2\n  imgdm detach --all\n\nAn argument with a slash is a path (of the device or of the image), else a NAME."
+    after_help = "Examples:\n  imgdm detach disk\n  imgdm detach ./disk.qcow2\n  imgdm detach --all\n  umount /mnt && imgdm detach --wait disk\n\nAn argument with a slash is a path (of the device or of the image), else a NAME."
 )]
 pub(crate) struct Args {
     /// What to detach: a NAME, /dev/mapper/NAME, or the path of an image
@@ -28,6 +29,11 @@ pub(crate) struct Args {
     /// If the device is in use, leave its removal to the last close, and do not wait
     #[arg(long)]
     deferred: bool,
+
+    /// Wait for what the kernel is taking down by itself, as after the umount of an 'imgdm
+    /// mount'. Where nothing is attached any more, succeed
+    #[arg(long, conflicts_with_all = ["all", "deferred"])]
+    wait: bool,
 
     /// Where nothing is attached, succeed
     #[arg(long)]
@@ -53,7 +59,22 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
         anyhow::ensure!(busy == 0, "{busy} of {} could not be detached", results.len());
         return Ok(());
     };
-    match find(&kernel, target, FileId::of_path(target)) {
+    let found = find(&kernel, target, FileId::of_path(target));
+    if args.wait {
+        let going = match &found {
+            Ok(attached) if !attached.deferred_remove => None,
+            Ok(attached) => Some(Some(&attached.uuid)),
+            Err(error) if is_not_attached(error) => Some(None),
+            Err(_) => None,
+        };
+        if let Some(going) = going {
+            return match wait_until_gone(&kernel, going, &interrupt) {
+                Err(error) if matches!(error.kind(), ErrorKind::KernelLacks(_)) => Ok(()),
+                other => Ok(other?),
+            };
+        }
+    }
+    match found {
         Ok(attached) => Ok(detach(&kernel, &attached, args.deferred, &interrupt)?),
         Err(error) if args.if_attached && is_not_attached(&error) => Ok(()),
         Err(error) => {

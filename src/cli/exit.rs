@@ -42,7 +42,7 @@ pub(crate) fn exit_code(error: &anyhow::Error) -> u8 {
 }
 
 /// The library's error in a cause, where it is one.
-fn ours<'e>(cause: &'e (dyn std::error::Error + 'static)) -> Option<&'e Error> {
+pub(crate) fn ours<'e>(cause: &'e (dyn std::error::Error + 'static)) -> Option<&'e Error> {
     #[cfg(feature = "device")]
     if let Some(attach) = cause.downcast_ref::<imgdm::device::attach::AttachError>() {
         return Some(&attach.cause);
@@ -59,7 +59,7 @@ pub(crate) fn interrupted_by(error: &anyhow::Error) -> Option<i32> {
     }
 }
 
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
+pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         cause
             .downcast_ref::<io::Error>()

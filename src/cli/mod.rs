@@ -28,6 +28,8 @@ mod list;
 mod manuals;
 mod map;
 mod metadata;
+#[cfg(feature = "device")]
+mod mount;
 mod open;
 mod output;
 mod partitions;
@@ -97,6 +99,8 @@ enum Command {
     List(list::Args),
     #[cfg(feature = "device")]
     Verify(verify::Args),
+    #[cfg(feature = "device")]
+    Mount(mount::Args),
     #[command(hide = true)]
     Completions(completions::Args),
     #[command(hide = true)]
@@ -177,6 +181,9 @@ pub(crate) fn run() -> ExitCode {
         {
             return generator::run(arguments);
         }
+        if mount::helper::is_meant() {
+            return mount::helper::run();
+        }
     }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -187,10 +194,7 @@ pub(crate) fn run() -> ExitCode {
         }
     };
     let globals = Globals { quiet: cli.quiet };
-    if log::set_boxed_logger(Box::new(StderrLog(globals))).is_ok() {
-        log::set_max_level(log::LevelFilter::Warn);
-    }
-    imgdm::device::raise_open_files_limit();
+    start(globals);
     let outcome = match cli.command {
         Command::Info(args) => info::run(&args, globals),
         Command::Snapshots(args) => snapshots::run(&args, globals),
@@ -216,13 +220,28 @@ pub(crate) fn run() -> ExitCode {
         Command::List(args) => list::run(&args, globals),
         #[cfg(feature = "device")]
         Command::Verify(args) => verify::run(&args, globals),
+        #[cfg(feature = "device")]
+        Command::Mount(args) => mount::run(&args, globals),
         Command::Completions(args) => completions::run(&args),
         Command::Manuals(args) => manuals::run(&args),
     };
+    finish(outcome, exit_code)
+}
+
+/// What is to be done before any work.
+fn start(globals: Globals) {
+    if log::set_boxed_logger(Box::new(StderrLog(globals))).is_ok() {
+        log::set_max_level(log::LevelFilter::Warn);
+    }
+    imgdm::device::raise_open_files_limit();
+}
+
+/// Says what went wrong, and gives the exit status for it.
+fn finish(outcome: anyhow::Result<()>, status: fn(&anyhow::Error) -> u8) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let code = exit_code(&error);
+            let code = status(&error);
             if code != 0 {
                 let _ = writeln!(io::stderr(), "imgdm: {}", exit::message(&error));
             }

@@ -555,6 +555,11 @@ impl Kernel for FakeKernel {
         Ok(self.0.borrow().loops.get(&number.minor).map(|each| each.info.clone()))
     }
 
+    fn loops(&self) -> Result<Vec<DeviceNumber>> {
+        let minors = self.0.borrow().loops.keys().copied().collect::<Vec<_>>();
+        Ok(minors.into_iter().map(|minor| DeviceNumber { major: LOOP_MAJOR, minor }).collect())
+    }
+
     fn open_loop(&self, number: DeviceNumber) -> Result<FakeHandle> {
         let mut state = self.0.borrow_mut();
         let Some(each) = state.loops.get_mut(&number.minor) else {

@@ -19,7 +19,7 @@ use super::name::{DmName, DmUuid};
 use super::nodes::{self, DEVICE_MAPPER, LOOP, MAPPER};
 use super::{
     DeviceId, DeviceInfo, DeviceNumber, DeviceReader, Guard, Interrupt, Kernel, Lines, LiveLine,
-    LoopInfo, LoopOptions, PATIENCE, UdevRules, loop_node, loops, sys, udev,
+    LoopInfo, LoopOptions, PATIENCE, UdevRules, loop_node, loops, mountinfo, sys, udev,
 };
 use crate::crypt::VolumeKey;
 use crate::error::{Error, ErrorKind, Result, printable};
@@ -314,6 +314,10 @@ impl Kernel for LinuxKernel {
         if loops::is_loop(number) { loops::info(number) } else { Ok(None) }
     }
 
+    fn loops(&self) -> Result<Vec<DeviceNumber>> {
+        Ok(bound_loops().filter(|(_, number)| loops::is_ours(*number)).map(|(_, n)| n).collect())
+    }
+
     fn open_loop(&self, number: DeviceNumber) -> Result<loops::Loop> {
         loops::open(number)
     }
@@ -451,37 +455,30 @@ impl Kernel for LinuxKernel {
 
 impl Guard for sys::Watch {}
 
-/// Undoes the octal escapes of /proc/*/mountinfo.
-fn unescape(field: &str) -> String {
-    let mut out = field.to_owned();
-    for (escape, plain) in [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")] {
-        out = out.replace(escape, plain);
-    }
-    out
-}
-
 /// Loop devices over a block device: the kernel holds it for them, no process does.
 fn loops_over(number: DeviceNumber) -> Vec<String> {
     let device = FileId { device: number.to_dev(), inode: 0 };
-    let mut found = Vec::new();
-    for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
+    bound_loops()
+        .filter(|(_, number)| {
+            loops::info(*number).is_ok_and(|info| info.is_some_and(|info| info.file == device))
+        })
+        .map(|(name, _)| format!("the loop device /dev/{name}"))
+        .collect()
+}
+
+/// Name and numbers of each loop device that is bound. Opening a free one would make it
+/// stay.
+fn bound_loops() -> impl Iterator<Item = (String, DeviceNumber)> {
+    fs::read_dir("/sys/block").into_iter().flatten().flatten().filter_map(|entry| {
         let name = entry.file_name().to_string_lossy().into_owned();
-        let Some(index) = name.strip_prefix("loop").and_then(|n| n.parse().ok()) else { continue };
-        // Only those that are bound: opening a free one would make it stay.
-        if !entry.path().join("loop/backing_file").exists() {
-            continue;
-        }
-        let bound = loops::info(loops::number_of(index));
-        if bound.is_ok_and(|info| info.is_some_and(|info| info.file == device)) {
-            found.push(format!("the loop device /dev/{name}"));
-        }
-    }
-    found
+        let index = name.strip_prefix("loop")?.parse().ok()?;
+        let is_bound = entry.path().join("loop/backing_file").exists();
+        is_bound.then(|| (name, loops::number_of(index)))
+    })
 }
 
 /// Where a block device is mounted, in any mount namespace.
 fn mounts(number: DeviceNumber) -> Vec<String> {
-    let wanted = number.to_string();
     let mut found = Vec::new();
     let mut seen = std::collections::BTreeSet::new();
     for pid in pids() {
@@ -489,22 +486,10 @@ fn mounts(number: DeviceNumber) -> Vec<String> {
         if namespace.is_some_and(|namespace| !seen.insert(namespace)) {
             continue;
         }
-        let Ok(list) = fs::read_to_string(format!("/proc/{pid}/mountinfo")) else { continue };
-        for line in list.lines() {
-            // ID, parent, major:minor, root, mount point, ... - type, source, ...
-            let fields: Vec<_> = line.split(' ').collect();
-            let source = fields.iter().position(|&field| field == "-").map(|at| at + 2);
-            // btrfs shows a number of its own: its source tells.
-            let is_it = fields.get(2).is_some_and(|&field| field == wanted)
-                || source.and_then(|at| fields.get(at)).is_some_and(|source| {
-                    source.starts_with("/dev/")
-                        && nodes::number_at(Path::new(&unescape(source))) == Some(number)
-                });
-            if let (true, Some(point)) = (is_it, fields.get(4)) {
-                let holder = format!("the mount {}", printable(&unescape(point)));
-                if !found.contains(&holder) {
-                    found.push(holder);
-                }
+        for mount in mountinfo::mounts(&pid.to_string()).unwrap_or_default() {
+            let holder = format!("the mount {}", printable(&mount.point.to_string_lossy()));
+            if mount.is_of(number) && !found.contains(&holder) {
+                found.push(holder);
             }
         }
     }

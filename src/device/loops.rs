@@ -92,6 +92,12 @@ pub(crate) fn is_loop(number: DeviceNumber) -> bool {
     number.major == LOOP_MAJOR
 }
 
+/// True for a loop device that imgdm has bound.
+pub(crate) fn is_ours(number: DeviceNumber) -> bool {
+    let limit = fs::read_to_string(sysfs(number, "loop/sizelimit"));
+    limit.is_ok_and(|limit| limit.trim().parse() == Ok(LOOP_SIZE_LIMIT))
+}
+
 /// Binds a free loop device to `file`.
 pub(crate) fn set_up(control: &File, file: &File, options: &LoopOptions) -> Result<Loop> {
     let mut info = LoopInfo64::ZERO;

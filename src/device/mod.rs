@@ -9,10 +9,11 @@ mod above;
 pub mod attach;
 mod compare;
 pub mod detach;
-mod disk;
+pub mod disk;
 pub mod fake;
 pub mod fault;
 pub mod fiemap;
+pub mod going;
 pub mod holders;
 pub mod keys;
 pub mod list;
@@ -31,6 +32,10 @@ mod dm;
 pub mod linux;
 #[cfg(feature = "device")]
 mod loops;
+#[cfg(feature = "device")]
+pub mod mount;
+#[cfg(feature = "device")]
+pub mod mountinfo;
 #[cfg(feature = "device")]
 mod nodes;
 #[cfg(feature = "device")]
@@ -403,6 +408,12 @@ pub trait Kernel {
     /// # Errors
     /// What the system says.
     fn loop_info(&self, number: DeviceNumber) -> Result<Option<LoopInfo>>;
+
+    /// The loop devices of ours that are bound, found without opening any.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn loops(&self) -> Result<Vec<DeviceNumber>>;
 
     /// Opens a loop device that is bound, so that it is cleared no earlier.
     ///

@@ -8,11 +8,15 @@ use std::process::{Output, Stdio};
 
 use crate::images::{Qcow2, chain, command};
 
-/// A command line; `explain` is also told which byte to explain.
+/// A command line; `explain` is also told which byte to explain, `mount` where to.
 fn line<'a>(arguments: &[&'a str]) -> Vec<&'a str> {
-    let wants_byte =
-        matches!(arguments, ["explain", first, ..] if !["--help", "--reverse"].contains(first));
-    [arguments, if wants_byte { &["0"] } else { &[] }].concat()
+    let last: &[_] = match arguments {
+        [_, "--help" | "--reverse", ..] => &[],
+        ["explain", _, ..] => &["0"],
+        ["mount", _, ..] => &["."],
+        _ => &[],
+    };
+    [arguments, last].concat()
 }
 
 fn imgdm(directory: &Path, arguments: &[&str]) -> Output {
@@ -303,7 +307,7 @@ macro_rules! for_every_reader {
     };
 }
 
-for_every_reader! { map plan table show attach explain hash }
+for_every_reader! { map plan table show attach explain hash mount }
 
 #[test]
 fn what_only_other_bytes_suffer_from_is_no_damage_of_this_one() {

@@ -671,6 +671,13 @@ fn clean_up() {
             let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
         }
     }
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    for mount in mounts.lines().filter(|line| line.starts_with("/dev/dm-")) {
+        if let Some(place) = mount.split(' ').nth(1) {
+            let place = place.replace("\\040", " ");
+            let _ = nix::mount::umount2(place.as_str(), nix::mount::MntFlags::MNT_DETACH);
+        }
+    }
     for _ in 0..4 {
         for (name, _) in dm_devices() {
             let ran = run(&mut command("dmsetup", ["remove", "--force", "--noudevsync", &name]));

@@ -9,21 +9,21 @@ use serde_json::Value;
 use crate::args;
 use crate::guest::*;
 
-const GROUP: &str = "guestvg";
+pub(crate) const GROUP: &str = "guestvg";
 /// Where the two partitions start, and how long they are.
 const PARTS: [u64; 2] = [MIB, 31 * MIB];
 const PART_BYTES: u64 = 30 * MIB;
 
 /// A disk with two partitions, each a physical volume, while LVM sees it.
-struct Host {
-    raw: PathBuf,
-    loops: Vec<String>,
+pub(crate) struct Host {
+    pub(crate) raw: PathBuf,
+    pub(crate) loops: Vec<String>,
     /// LVM's configuration for these two alone.
     config: String,
 }
 
 impl Host {
-    fn new(scratch: &Scratch) -> Self {
+    pub(crate) fn new(scratch: &Scratch) -> Self {
         let raw = scratch.path("guest.raw");
         File::create(&raw).unwrap().set_len(64 * MIB).unwrap();
         let lines: String = PARTS
@@ -51,7 +51,7 @@ impl Host {
     }
 
     #[track_caller]
-    fn lvm(&self, line: &str) -> String {
+    pub(crate) fn lvm(&self, line: &str) -> String {
         let mut words = line.split_whitespace();
         let mut tool = command(words.next().unwrap(), ["--config", &self.config]);
         tool.args(words).env("LVM_SUPPRESS_FD_WARNINGS", "1");
@@ -85,7 +85,7 @@ impl Host {
         origin.sync_all().unwrap();
     }
 
-    fn device(&self, name: &str) -> PathBuf {
+    pub(crate) fn device(&self, name: &str) -> PathBuf {
         Path::new("/dev").join(GROUP).join(name)
     }
 
@@ -102,7 +102,7 @@ impl Host {
     }
 
     #[track_caller]
-    fn leave(&self) {
+    pub(crate) fn leave(&self) {
         self.lvm(&format!("vgchange -qq -an {GROUP}"));
         for node in &self.loops {
             tool("losetup", ["-d", node]);

@@ -16,6 +16,7 @@ mod holes;
 mod info;
 mod locks;
 mod lvm;
+mod mount;
 mod names;
 mod odd;
 mod partitions;

@@ -186,9 +186,9 @@ pub fn find_attached<'k, K: Kernel>(
     let (uuid, lock) = begin(kernel, request)?;
     match already_attached(kernel, request, &uuid)? {
         None => Ok(None),
-        Some(there) => {
-            there_before(kernel, request, uuid, &there, lock)?.with_above(request).map(Some)
-        }
+        Some(there) => there_before(kernel, request, uuid, &there, lock)?
+            .with_above(request.above, &request.interrupt)
+            .map(Some),
     }
 }
 
@@ -208,7 +208,7 @@ pub fn build<'k, K: Kernel>(
         Some(there) => there_before(kernel, request, uuid, &there, lock)?,
         None => newly_built(kernel, request, uuid, lock)?,
     };
-    pending.with_above(request)
+    pending.with_above(request.above, &request.interrupt)
 }
 
 /// Attaches an image; returns once /dev/mapper/NAME can be opened: [`build`], and

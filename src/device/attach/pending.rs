@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 
 use super::{AttachError, Attachment, Request};
-use crate::device::above::{self, AboveWarning, AttachedAbove, WantedAbove};
+use crate::device::above::{self, Above, AboveWarning, AttachedAbove, WantedAbove};
 use crate::device::name::{DmName, DmUuid};
 use crate::device::stacked::{NewDevice, Stack, step};
-use crate::device::{DeviceId, DeviceNumber, Interrupt, Kernel, fault};
+use crate::device::{DeviceId, DeviceNumber, Interrupt, Kernel, UdevRules, fault};
 use crate::error::{Error, ErrorKind, Result, printable};
 
 /// A device that the user gets: the disk itself, or one on top of it.
@@ -33,6 +33,8 @@ pub struct Pending<'k, K: Kernel> {
     since: u64,
     /// Where it is attached already and marked for removal, take the mark away.
     keep: bool,
+    /// For devices on top.
+    rules: UdevRules,
     warnings: Vec<AboveWarning>,
     /// Paths of the disk and of what stands on it, as far as they are published.
     paths: Vec<PathBuf>,
@@ -55,23 +57,32 @@ impl<'k, K: Kernel> Pending<'k, K> {
         lock: K::Lock,
     ) -> Self {
         let (above, warnings, paths) = (Vec::new(), Vec::new(), Vec::new());
-        let (name, keep) = (request.name.clone(), request.keep);
-        Self { top, above, name, since, keep, warnings, paths, published: 0, stack, held, lock }
+        let (name, keep, rules) = (request.name.clone(), request.keep, request.options.rules());
+        let published = 0;
+        Self { top, above, name, since, keep, rules, warnings, paths, published, stack, held, lock }
     }
 
-    /// Builds what is asked for on top, as far as it is not there.
-    pub(super) fn with_above(mut self, request: &Request<'_>) -> Result<Self, AttachError> {
-        match self.build_above(request) {
+    /// Builds what is asked for on top, as far as it is not there: also what whoever has
+    /// looked at the disk asks for after that.
+    ///
+    /// # Errors
+    /// Whatever went wrong; then all that was built is gone again, or listed.
+    pub fn with_above(
+        mut self,
+        above: &Above,
+        interrupt: &Interrupt<'_>,
+    ) -> Result<Self, AttachError> {
+        match self.build_above(above, interrupt) {
             Ok(()) => Ok(self),
             Err(cause) => Err(self.undo(cause)),
         }
     }
 
-    fn build_above(&mut self, request: &Request<'_>) -> Result<()> {
-        let (kernel, interrupt) = (self.stack.kernel, &request.interrupt);
-        let top = (request.name, &self.top.uuid);
-        let (wanted, warnings) = above::wanted(kernel, request.above, top, self.top.number)?;
-        self.warnings = warnings;
+    fn build_above(&mut self, above: &Above, interrupt: &Interrupt<'_>) -> Result<()> {
+        let kernel = self.stack.kernel;
+        let top = (&self.name, &self.top.uuid);
+        let (wanted, warnings) = above::wanted(kernel, above, top, self.top.number)?;
+        self.warnings.extend(warnings);
         if wanted.is_empty() {
             return Ok(());
         }
@@ -90,7 +101,7 @@ impl<'k, K: Kernel> Pending<'k, K> {
                 let (number, is_marked) = (there.number, there.deferred_remove);
                 Given { name: there.name, uuid, number, is_old: true, is_marked }
             } else {
-                let rules = request.options.rules();
+                let rules = self.rules;
                 let device = NewDevice { name: name.clone(), uuid: uuid.clone(), rules };
                 let count = lines.len() as u64;
                 let number = self.stack.build(device, interrupt, &mut |text| {
@@ -112,6 +123,11 @@ impl<'k, K: Kernel> Pending<'k, K> {
     /// The numbers of the disk's device.
     pub fn number(&self) -> DeviceNumber {
         self.top.number
+    }
+
+    /// The numbers of the last device on top, of the disk's where there is none.
+    pub fn last_number(&self) -> DeviceNumber {
+        self.above.last().unwrap_or(&self.top).number
     }
 
     /// The UUID of the disk's device.
@@ -194,15 +210,21 @@ impl<'k, K: Kernel> Pending<'k, K> {
         }
     }
 
+    /// Takes down what was built, as [`take_down`](Self::take_down), because of an error.
+    pub fn undo(self, cause: Error) -> AttachError {
+        AttachError { cause, leftovers: self.take_down() }
+    }
+
     /// Takes down what was built, and waits until it is gone. What was there before stays.
-    pub fn undo(mut self, cause: Error) -> AttachError {
+    /// Gives what is left all the same, in words.
+    pub fn take_down(mut self) -> Vec<String> {
         self.held.clear();
         let leftovers = self.stack.undo();
         let published = std::iter::once(&self.top).chain(&self.above).take(self.published);
         for given in published.filter(|given| !given.is_old) {
             self.stack.kernel.unpublish(&given.name, given.number);
         }
-        AttachError { cause, leftovers }
+        leftovers
     }
 
     /// Takes the marks away, from the disk's device first: a kill in between leaves a whole

@@ -1,0 +1,113 @@
+//! What is mounted where, as /proc/PID/mountinfo has it.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use super::{DeviceNumber, nodes};
+
+/// One mount.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    /// Its number, as statx(2) gives it.
+    pub id: u64,
+    /// The device's numbers; btrfs shows some of its own.
+    pub number: DeviceNumber,
+    /// Where it is mounted.
+    pub point: PathBuf,
+    /// The driver.
+    pub driver: String,
+    /// What is mounted: of a file system on a block device its path.
+    pub source: PathBuf,
+}
+
+impl Mount {
+    /// Reads a line; `None` where it is no such line.
+    fn parse(line: &[u8]) -> Option<Self> {
+        // ID, parent, major:minor, root, mount point, options, tags ... - type, source, ...
+        let mut fields = line.split(|&byte| byte == b' ');
+        let id = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
+        let number = std::str::from_utf8(fields.nth(1)?).ok()?;
+        let (major, minor) = number.split_once(':')?;
+        let number = DeviceNumber { major: major.parse().ok()?, minor: minor.parse().ok()? };
+        let point = unescape(fields.nth(1)?);
+        fields.find(|field| field == b"-")?;
+        let driver = String::from_utf8_lossy(fields.next()?).into_owned();
+        Some(Self { id, number, point, driver, source: unescape(fields.next()?) })
+    }
+
+    /// The block device that it is of, where it is of one.
+    pub fn device(&self) -> DeviceNumber {
+        // btrfs shows a number of its own: its source tells.
+        let source = self.source.starts_with("/dev/").then(|| nodes::number_at(&self.source));
+        source.flatten().unwrap_or(self.number)
+    }
+
+    /// Whether it shows the file system on that block device.
+    pub fn is_of(&self, number: DeviceNumber) -> bool {
+        self.number == number || self.device() == number
+    }
+}
+
+/// Undoes the octal escapes.
+fn unescape(field: &[u8]) -> PathBuf {
+    let mut out = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&byte, after)) = rest.split_first() {
+        let octal = after.get(..3).filter(|_| byte == b'\\').and_then(|digits| {
+            let digits = std::str::from_utf8(digits).ok()?;
+            u8::from_str_radix(digits, 8).ok()
+        });
+        match octal {
+            Some(value) => {
+                out.push(value);
+                rest = &after[3..];
+            }
+            None => {
+                out.push(byte);
+                rest = after;
+            }
+        }
+    }
+    PathBuf::from(OsStr::from_bytes(&out))
+}
+
+/// What the process (`self`, or a number) sees mounted, in the order of mounting.
+///
+/// # Errors
+/// It can't be read.
+pub fn mounts(process: &str) -> io::Result<Vec<Mount>> {
+    let list = fs::read(Path::new("/proc").join(process).join("mountinfo"))?;
+    Ok(list.split(|&byte| byte == b'\n').filter_map(Mount::parse).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_read_with_its_escapes_and_any_number_of_tags() {
+        let line =
+            b"36 35 98:0 /mnt1 /mnt\\040a\\134b rw,noatime master:1 shared:2 - ext3 /dev/root rw";
+        let mount = Mount::parse(line).unwrap();
+        assert_eq!(mount.id, 36);
+        assert_eq!(mount.number, DeviceNumber { major: 98, minor: 0 });
+        assert_eq!(mount.point, Path::new("/mnt a\\b"));
+        assert_eq!(
+            (mount.driver.as_str(), mount.source.as_path()),
+            ("ext3", Path::new("/dev/root"))
+        );
+        let bare = b"1 0 0:2 / / rw - rootfs rootfs rw";
+        assert_eq!(Mount::parse(bare).unwrap().point, Path::new("/"));
+        assert_eq!(Mount::parse(b""), None);
+        assert_eq!(Mount::parse(b"1 0 0:2 / / rw"), None);
+    }
+
+    #[test]
+    fn escapes_that_are_cut_off_stay_as_they_are() {
+        assert_eq!(unescape(b"a\\04"), Path::new("a\\04"));
+        assert_eq!(unescape(b"\\999"), Path::new("\\999"));
+    }
+}
