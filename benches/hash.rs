@@ -16,7 +16,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
@@ -110,7 +110,7 @@ fn plain_sha256(path: &Path) -> anyhow::Result<String> {
 }
 
 /// Opens and hashes a disk; gives its sha256, where that is among `algorithms`.
-fn hash(image: &PathBuf, algorithms: &[Algorithm]) -> anyhow::Result<Option<String>> {
+fn hash(image: &Path, algorithms: &[Algorithm]) -> anyhow::Result<Option<String>> {
     let opened = open_chain(image, &OpenPolicy::default())?;
     let algorithms: BTreeSet<Algorithm> = algorithms.iter().copied().collect();
     let digests = opened.chain.hash(&Ciphers::new(), &algorithms, &|_| Ok(()))?;

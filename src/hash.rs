@@ -63,6 +63,12 @@ impl Digest {
     }
 }
 
+impl From<sha2::Sha256> for Digest {
+    fn from(hasher: sha2::Sha256) -> Self {
+        Self(hasher.finalize().into())
+    }
+}
+
 impl fmt::Display for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
@@ -297,7 +303,7 @@ mod tests {
     #[test]
     fn a_file_is_hashed_to_its_last_byte_and_no_further() {
         for length in [0, 1, 511, 512, 1000, 3 << 20, (3 << 20) + 17] {
-            let bytes: Vec<u8> = (0..length).map(|at: usize| (at % 251) as u8).collect();
+            let bytes: Vec<u8> = (0..251).cycle().take(length).collect();
             let source = Arc::new(Source::from_bytes("x", bytes.clone()));
             let found = hash_file(&source, &BOTH.into(), &never_stops).unwrap();
             assert_eq!(found, expected(&bytes), "{length}");

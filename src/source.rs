@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use nix::unistd::{Whence, lseek};
 
@@ -346,6 +347,13 @@ impl Source {
         }
     }
 
+    /// True where reading it leaves the file's access time as it is: it is open with
+    /// O_NOATIME, which is for its owner and the mighty, or it is no file.
+    pub fn leaves_access_time(&self) -> bool {
+        let flags = |file: &File| fcntl(file, FcntlArg::F_GETFL).unwrap_or(0);
+        self.file().is_none_or(|file| flags(file) & libc::O_NOATIME != 0)
+    }
+
     /// True for a block device.
     pub fn is_block_device(&self) -> bool {
         self.block_device
@@ -461,6 +469,12 @@ mod tests {
             .read_exact(HostOffset::new(4), &mut [0; 8], "the header")
             .expect_err("only 6 bytes are there");
         assert!(error.to_string().starts_with("x.qcow2: at offset 0x4: the header (8 bytes)"));
+    }
+
+    #[test]
+    fn an_own_file_is_read_without_a_trace() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert!(Source::open(file.path()).unwrap().leaves_access_time());
     }
 
     #[test]

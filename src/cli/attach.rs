@@ -10,12 +10,13 @@ use imgdm::device::detach::{detach, find};
 use imgdm::device::linux::LinuxKernel;
 
 use super::build::{BuildArgs, Wanted, volume_name};
+use super::evidence::{Evidence, EvidenceArgs};
 use super::{Globals, signal};
 
 /// Attach an image as the read-only block device /dev/mapper/NAME
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  imgdm attach disk.qcow2                     prints /dev/mapper/disk\n  imgdm attach -l before-update disk.qcow2    its snapshot, as disk@before-update\n  imgdm attach --name golden /srv/base.raw\n  imgdm attach --partitions disk.qcow2        also prints /dev/mapper/disk1, ...\n  imgdm attach --lv guest/root disk.qcow2     also prints /dev/mapper/disk-root\n\nNothing runs on: the kernel alone serves the device until 'imgdm detach NAME'.\nWhile it is attached, QEMU may read the image but not write to it."
+    after_help = "Examples:\n  imgdm attach disk.qcow2                     prints /dev/mapper/disk\n  imgdm attach -l before-update disk.qcow2    its snapshot, as disk@before-update\n  imgdm attach --name golden /srv/base.raw\n  imgdm attach --partitions disk.qcow2        also prints /dev/mapper/disk1, ...\n  imgdm attach --lv guest/root disk.qcow2     also prints /dev/mapper/disk-root\n  imgdm attach --evidence --hash disk.qcow2   keeps a record in ./disk.evidence.json\n\nNothing runs on: the kernel alone serves the device until 'imgdm detach NAME'.\nWhile it is attached, QEMU may read the image but not write to it."
 )]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -44,6 +45,9 @@ pub(crate) struct Args {
     /// volume groups activated
     #[arg(long)]
     publish: bool,
+
+    #[command(flatten)]
+    evidence: EvidenceArgs,
 }
 
 impl Args {
@@ -62,9 +66,30 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     let kernel = LinuxKernel::new();
     let above = args.above();
     let wanted = Wanted { above: &above, publish: args.publish, keep: args.keep };
-    let pending = args.build.build(&kernel, wanted, globals)?;
-    let attachment = pending.commit(&signal::catch()?)?;
-    print_devices(&kernel, &attachment)
+    let (pending, evidence) = if args.evidence.is_given() {
+        args.build.build_recorded(&kernel, wanted, &args.evidence, globals)?
+    } else {
+        (args.build.build(&kernel, wanted, globals)?, None)
+    };
+    let interrupt = signal::catch()?;
+    // Of what somebody else has attached meanwhile there is a record already.
+    let mut evidence = evidence.filter(|_| !pending.already_attached());
+    if let Some(Err(error)) = evidence.as_mut().map(Evidence::remember) {
+        return Err(pending.undo(error).into());
+    }
+    let attachment = pending.commit(&interrupt)?;
+    if let Some(evidence) = &mut evidence
+        && let Err(error) = evidence.attached(&attachment.path, &interrupt, globals)
+    {
+        let attached = find(&kernel, &attachment.path, None)?;
+        detach(&kernel, &attached, false, &Interrupt::never())?;
+        return Err(error.into());
+    }
+    print_devices(&kernel, &attachment)?;
+    if let Some(evidence) = evidence {
+        evidence.stays();
+    }
+    Ok(())
 }
 
 /// Prints the paths of the device and what stands on it, which is what whoever calls waits

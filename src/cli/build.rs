@@ -19,6 +19,7 @@ use imgdm::plan::{Plan, TableSource};
 use imgdm::read::Ciphers;
 use imgdm::source::Source;
 
+use super::evidence::{Evidence, EvidenceArgs, Planned};
 use super::fill::Prepared;
 use super::key::{KeyArgs, KeySources, encrypted_layers};
 use super::open::{FiemapArgs, OpenArgs, ZeroArgs, print_warnings};
@@ -95,7 +96,7 @@ pub(crate) struct Wanted<'a> {
 }
 
 impl BuildArgs {
-    fn options(&self, publish: bool) -> Options {
+    fn options(&self, publish: bool, evidence: &EvidenceArgs) -> Options {
         Options {
             direct_io: match self.direct_io {
                 DirectIoChoice::Auto => DirectIo::Auto,
@@ -104,6 +105,7 @@ impl BuildArgs {
             },
             direct_block: self.direct_block,
             publish,
+            evidence: evidence.is_given(),
             zero: self.zero.mode(),
             no_fiemap: self.fiemap.no_fiemap,
             on_error: self.content.on_error(),
@@ -118,11 +120,23 @@ impl BuildArgs {
         wanted: Wanted<'_>,
         globals: Globals,
     ) -> anyhow::Result<Pending<'k, LinuxKernel>> {
-        let pending = build_all(self, kernel, wanted, globals)?;
+        let no_record = EvidenceArgs::default();
+        Ok(self.build_recorded(kernel, wanted, &no_record, globals)?.0)
+    }
+
+    /// The same, with the record that `evidence` asks for, where it is not attached already.
+    pub(crate) fn build_recorded<'k>(
+        &self,
+        kernel: &'k LinuxKernel,
+        wanted: Wanted<'_>,
+        evidence: &EvidenceArgs,
+        globals: Globals,
+    ) -> anyhow::Result<(Pending<'k, LinuxKernel>, Option<Evidence>)> {
+        let (pending, evidence) = build_all(self, kernel, wanted, evidence, globals)?;
         for warning in pending.warnings() {
             globals.warn(format_args!("{}: {warning}", show_path(&self.open.image)));
         }
-        Ok(pending)
+        Ok((pending, evidence))
     }
 }
 
@@ -143,14 +157,17 @@ fn build_all<'k>(
     args: &BuildArgs,
     kernel: &'k LinuxKernel,
     wanted: Wanted<'_>,
+    evidence: &EvidenceArgs,
     globals: Globals,
-) -> anyhow::Result<Pending<'k, LinuxKernel>> {
+) -> anyhow::Result<(Pending<'k, LinuxKernel>, Option<Evidence>)> {
     let key_sources = KeySources::new(&args.keys)?;
     let mut policy = args.open.policy();
     args.fiemap.apply(&mut policy);
+    evidence.check(&policy, &args.options(wanted.publish, evidence))?;
     let opened = open_chain(&args.open.image, &policy)?;
     print_warnings(&opened.warnings, globals);
     let chain = &opened.chain;
+    evidence.check_files(chain)?;
     let name = device_name(chain, args.name.as_deref())?;
     let stamps = match policy.sharing {
         Sharing::Readers => Some(Stamps::of(chain)?),
@@ -193,17 +210,17 @@ fn build_all<'k>(
         tables,
         scratch,
         keys: &keys,
-        options: args.options(wanted.publish),
+        options: args.options(wanted.publish, evidence),
         above: wanted.above,
         keep: wanted.keep,
         interrupt,
     };
     // What takes long, or asks for keys, is not done for nothing.
     let prepared = Prepared::of(chain, &plan, args.content, &args.places, globals)?;
-    if (prepared.takes_long() || !plan.crypts().is_empty())
+    if (prepared.takes_long() || !plan.crypts().is_empty() || evidence.is_given())
         && let Some(there) = find_attached(kernel, &request(&plan, None))?
     {
-        return Ok(there);
+        return Ok((there, None));
     }
     if prepared.takes_long() && plan.crypts().is_empty() {
         let mut disk = GuestDisk::new(chain, &no_ciphers, interrupt);
@@ -215,6 +232,18 @@ fn build_all<'k>(
             _ => {}
         }
     }
+    let record = evidence.begin(
+        &Planned {
+            chain,
+            plan: &plan,
+            name: &name,
+            uuid: &request(&plan, None).uuid()?,
+            content: args.content,
+            places: &args.places,
+            interrupt: &interrupt,
+        },
+        globals,
+    )?;
     // Before the scratch file: that may take minutes, which a wrong key would waste.
     let depths: BTreeSet<u32> = plan.crypts().iter().map(|crypt| crypt.layer).collect();
     for depth in depths {
@@ -237,5 +266,6 @@ fn build_all<'k>(
         stamps.check(chain)?;
     }
     let scratch = written.as_ref().map(|written| &written.file);
-    Ok(build(kernel, &request(planned_anew.as_ref().unwrap_or(&plan), scratch))?)
+    let pending = build(kernel, &request(planned_anew.as_ref().unwrap_or(&plan), scratch))?;
+    Ok((pending, record))
 }

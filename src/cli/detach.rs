@@ -6,9 +6,11 @@ use std::path::PathBuf;
 use imgdm::device::detach::{detach, detach_all, find};
 use imgdm::device::going::wait_until_gone;
 use imgdm::device::linux::LinuxKernel;
+use imgdm::device::list::Attached;
 use imgdm::source::FileId;
 use imgdm::{Error, ErrorKind};
 
+use super::evidence::detach::detach_with_record;
 use super::output::show_path;
 use super::{Globals, signal};
 
@@ -35,22 +37,39 @@ pub(crate) struct Args {
     #[arg(long, conflicts_with_all = ["all", "deferred"])]
     wait: bool,
 
+    /// The record of an evidence attachment, where it is not known any more
+    #[arg(long, value_name = "FILE", conflicts_with = "all")]
+    record: Option<PathBuf>,
+
     /// Where nothing is attached, succeed
     #[arg(long)]
     if_attached: bool,
 }
 
 pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
+    signal::keep_from_workers()?;
     let kernel = LinuxKernel::new();
     let interrupt = signal::catch()?;
+    let detach_one = |attached: &Attached| -> anyhow::Result<()> {
+        if attached.is_evidence() {
+            let record = args.record.as_deref();
+            return detach_with_record(&kernel, attached, record, &interrupt, globals);
+        }
+        if args.record.is_some() {
+            let name = imgdm::error::printable(&attached.name);
+            let message = format!("'{name}' was attached without --evidence, and has no record");
+            return Err(Error::new(ErrorKind::Usage(message)).into());
+        }
+        Ok(detach(&kernel, attached, args.deferred, &interrupt)?)
+    };
     let Some(target) = &args.target else {
         let mut busy = 0;
-        let results = detach_all(&kernel, args.deferred, &interrupt)?;
+        let results = detach_all(&kernel, args.deferred, &interrupt, detach_one)?;
         for (name, result) in &results {
             if let Err(error) = result {
                 busy += 1;
                 let name = imgdm::error::printable(name);
-                writeln!(std::io::stderr(), "imgdm: {name}: {error}")?;
+                writeln!(std::io::stderr(), "imgdm: {name}: {error:#}")?;
             }
         }
         if results.is_empty() && !args.if_attached {
@@ -75,7 +94,7 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
         }
     }
     match found {
-        Ok(attached) => Ok(detach(&kernel, &attached, args.deferred, &interrupt)?),
+        Ok(attached) => detach_one(&attached),
         Err(error) if args.if_attached && is_not_attached(&error) => Ok(()),
         Err(error) => {
             if is_not_attached(&error)

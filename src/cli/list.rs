@@ -39,6 +39,8 @@ struct JsonAttached {
     open_count: u32,
     deferred_remove: bool,
     published: bool,
+    /// A record is kept of it.
+    evidence: bool,
 }
 
 /// A device that stands on the attachment: that of a logical volume, or of a partition.
@@ -155,6 +157,7 @@ fn json(attached: &Attached) -> JsonAttached {
         open_count: attached.open_count,
         deferred_remove: attached.deferred_remove,
         published: attached.is_published(),
+        evidence: attached.is_evidence(),
     }
 }
 
@@ -184,6 +187,9 @@ fn print_human(all: &[Attached]) -> anyhow::Result<()> {
         }
         if attached.is_published() {
             image.push_str(" (published)");
+        }
+        if attached.is_evidence() {
+            image.push_str(" (evidence)");
         }
         if attached.deferred_remove {
             image.push_str(" (goes at its last close)");

@@ -12,6 +12,8 @@ mod damage;
 #[cfg(feature = "device")]
 mod detach;
 mod diff;
+#[cfg(feature = "device")]
+mod evidence;
 mod exit;
 mod explain;
 mod facts;
@@ -35,6 +37,8 @@ mod output;
 mod partitions;
 mod plan;
 mod progress;
+#[cfg(feature = "device")]
+mod report;
 mod save;
 mod scratch;
 mod show;
@@ -101,6 +105,7 @@ enum Command {
     Verify(verify::Args),
     #[cfg(feature = "device")]
     Mount(mount::Args),
+    Report(report::Args),
     #[command(hide = true)]
     Completions(completions::Args),
     #[command(hide = true)]
@@ -222,6 +227,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Verify(args) => verify::run(&args, globals),
         #[cfg(feature = "device")]
         Command::Mount(args) => mount::run(&args, globals),
+        Command::Report(args) => report::run(&args, globals),
         Command::Completions(args) => completions::run(&args),
         Command::Manuals(args) => manuals::run(&args),
     };

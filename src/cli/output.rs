@@ -1,13 +1,14 @@
 //! What the commands print, human and JSON.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use imgdm::error::printable;
 
@@ -27,10 +28,10 @@ pub(crate) fn show_path(path: &Path) -> String {
 }
 
 /// A path in JSON: `path`, and `path_bytes` in hex where that is not the whole truth.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct JsonPath {
     path: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     path_bytes: Option<String>,
 }
 
@@ -49,6 +50,19 @@ impl JsonPath {
     /// The path for people.
     pub(crate) fn shown(&self) -> String {
         printable(&self.path)
+    }
+
+    /// The path itself.
+    #[cfg_attr(not(feature = "device"), allow(dead_code, reason = "records are of devices"))]
+    pub(crate) fn to_path(&self) -> PathBuf {
+        let byte = |at| self.path_bytes.as_ref().and_then(|hex| hex.get(at..at + 2));
+        let length = self.path_bytes.as_ref().map_or(0, String::len);
+        let bytes: Option<Vec<u8>> =
+            (0..length).step_by(2).map(|at| u8::from_str_radix(byte(at)?, 16).ok()).collect();
+        match bytes {
+            Some(bytes) if length > 0 => OsString::from_vec(bytes).into(),
+            _ => PathBuf::from(&self.path),
+        }
     }
 }
 
@@ -107,6 +121,18 @@ pub(crate) fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn paths_read_back_from_json() {
+        for bytes in [&b"/a/b"[..], b"/a\xff\n", "/\u{e9}".as_bytes()] {
+            let path = PathBuf::from(OsString::from_vec(bytes.to_vec()));
+            let json = serde_json::to_string(&JsonPath::from(path.as_path())).unwrap();
+            let read: JsonPath = serde_json::from_str(&json).unwrap();
+            assert_eq!(read.to_path(), path);
+        }
+        let strange = r#"{"path": "/x", "path_bytes": "zz"}"#;
+        assert_eq!(serde_json::from_str::<JsonPath>(strange).unwrap().to_path(), Path::new("/x"));
+    }
 
     #[test]
     fn sizes_are_printed_as_by_qemu() {

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use imgdm::chain::Chain;
@@ -54,6 +54,78 @@ pub(crate) fn save(path: &Path, content: &[u8]) -> Result<()> {
             interrupt.check()
         }
     }
+}
+
+/// Makes a file at `path`, for the user alone, with all of `content` in it; nothing that is
+/// there, a symbolic link included, is replaced. It is on the disk when this returns.
+///
+/// # Errors
+/// `CannotCreate`, naming the path; then there is no such file.
+#[cfg(feature = "device")]
+pub(crate) fn save_new(path: &Path, content: &[u8]) -> Result<()> {
+    let write = || {
+        let (mut file, beside) = create_beside(path, 0o600)?;
+        let made = file
+            .write_all(content)
+            .and_then(|()| file.sync_all())
+            .and_then(|()| rename_new(&beside, path));
+        if made.is_err() {
+            let _ = fs::remove_file(&beside);
+        }
+        made?;
+        sync_directory(path)
+    };
+    write().map_err(|error| {
+        let message = match error.kind() {
+            io::ErrorKind::AlreadyExists => "something of that name is there already, and stays",
+            _ => "cannot write this file",
+        };
+        let kind = ErrorKind::CannotCreate(message.to_owned());
+        let error = if error.kind() == io::ErrorKind::AlreadyExists {
+            Error::new(kind)
+        } else {
+            Error::new(kind).with_source(error)
+        };
+        error.at_path(path)
+    })
+}
+
+/// Replaces the file at `path`, which is the caller's own, whatever signals come. It is on the
+/// disk when this returns.
+///
+/// # Errors
+/// `CannotCreate`, naming the path; then the file is as it was.
+#[cfg(feature = "device")]
+pub(crate) fn save_over(path: &Path, content: &[u8]) -> Result<()> {
+    replace(path, content, &Interrupt::never()).and_then(|()| sync_directory(path)).map_err(
+        |error| {
+            let message = "cannot write this file".to_owned();
+            Error::new(ErrorKind::CannotCreate(message)).with_source(error).at_path(path)
+        },
+    )
+}
+
+/// Gives a file a new name that nothing may have.
+#[cfg(feature = "device")]
+fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    match fs::hard_link(from, to) {
+        Ok(()) => fs::remove_file(from),
+        // A file system without links (vfat): the name is taken first, so it is ours.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::EOPNOTSUPP)) => {
+            OpenOptions::new().write(true).create_new(true).open(to)?;
+            fs::rename(from, to).inspect_err(|_| drop(fs::remove_file(to)))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(feature = "device")]
+fn sync_directory(path: &Path) -> io::Result<()> {
+    let directory = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    File::open(directory)?.sync_all()
 }
 
 /// From now on signals only set a flag. Where that fails, they do what they always did.
@@ -115,7 +187,7 @@ fn end_of_links(path: &Path) -> io::Result<PathBuf> {
 
 /// Puts `content` at `target`, unless there was a signal: then nothing is changed.
 fn replace(target: &Path, content: &[u8], interrupt: &Interrupt<'_>) -> io::Result<()> {
-    let (mut file, beside) = create_beside(target)?;
+    let (mut file, beside) = create_beside(target, 0o666)?;
     let written = match fs::metadata(target) {
         Ok(old) => file.set_permissions(old.permissions()),
         Err(_) => Ok(()),
@@ -132,7 +204,7 @@ fn replace(target: &Path, content: &[u8], interrupt: &Interrupt<'_>) -> io::Resu
     renamed
 }
 
-fn create_beside(target: &Path) -> io::Result<(File, PathBuf)> {
+fn create_beside(target: &Path, mode: u32) -> io::Result<(File, PathBuf)> {
     let name = target
         .file_name()
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "it has no file name"))?;
@@ -141,7 +213,7 @@ fn create_beside(target: &Path) -> io::Result<(File, PathBuf)> {
         beside.push(name);
         beside.push(format!(".{}-{attempt}", std::process::id()));
         let path = target.with_file_name(beside);
-        match OpenOptions::new().write(true).create_new(true).open(&path) {
+        match OpenOptions::new().write(true).create_new(true).mode(mode).open(&path) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             other => return other.map(|file| (file, path)),
         }
@@ -212,6 +284,25 @@ mod tests {
             assert_eq!(error.path(), Some(path.as_path()));
         }
         assert_eq!(names(directory.path()), Vec::<OsString>::new());
+    }
+
+    #[test]
+    #[cfg(feature = "device")]
+    fn a_new_file_replaces_nothing_and_is_for_its_owner_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x.json");
+        save_new(&path, b"one").unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        symlink("nowhere", directory.path().join("link")).unwrap();
+        for taken in [path.clone(), directory.path().join("link")] {
+            let error = save_new(&taken, b"two").unwrap_err();
+            assert!(error.to_string().contains("there already"), "{error}");
+        }
+        assert_eq!(fs::read(&path).unwrap(), b"one");
+        save_over(&path, b"two").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"two");
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(names(directory.path()), ["link", "x.json"]);
     }
 
     #[test]

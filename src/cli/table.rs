@@ -5,6 +5,8 @@ use std::io::Write;
 use anyhow::Context;
 use imgdm::chain::Chain;
 use imgdm::device::name::DmName;
+#[cfg(feature = "device")]
+use imgdm::hash::Digest;
 use imgdm::open::open_chain;
 use imgdm::plan::{
     Backing, BackingId, Bindings, CryptId, Plan, SegmentTarget, TableId, TableSource,
@@ -111,13 +113,50 @@ fn print_human(plan: &Plan<'_>, name: &DmName, loops: &[String]) -> anyhow::Resu
         } else {
             writeln!(out, "# {}", name.as_str())?;
         }
-        plan.for_each_segment(id, &mut |segment| {
-            let line = bindings.line(&segment)?;
-            writeln!(out, "{line}").map_err(|error| Error::io("cannot print", error))
-        })?;
+        write_lines(plan, id, &bindings, &mut out)?;
     }
     out.flush()?;
     Ok(())
+}
+
+fn write_lines(
+    plan: &Plan<'_>,
+    table: TableId,
+    bindings: &Bindings,
+    out: &mut dyn Write,
+) -> imgdm::Result<()> {
+    plan.for_each_segment(table, &mut |segment| {
+        let line = bindings.line(&segment)?;
+        writeln!(out, "{line}").map_err(|error| Error::io("cannot print", error))
+    })
+}
+
+/// sha256 of all lines that are printed for people and are no comments: where a line names a
+/// backing, not a device, so that it is the same wherever and whenever it is made.
+#[cfg(feature = "device")]
+pub(crate) fn table_digest(plan: &Plan<'_>) -> imgdm::Result<Digest> {
+    struct Hashing(sha2::Sha256);
+    impl Write for Hashing {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            sha2::Digest::update(&mut self.0, bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut bindings = Bindings::default();
+    bind_ciphers(plan, &mut bindings);
+    for (_, id) in plan.backings().iter().zip((0..).map(BackingId)) {
+        bindings.bind(id, DeviceRef::new(format!("@{}", id.0))?);
+    }
+    let mut hashing = std::io::BufWriter::new(Hashing(sha2::Sha256::default()));
+    for (_, id) in plan.tables().iter().zip((0..).map(TableId)) {
+        write_lines(plan, id, &bindings, &mut hashing)?;
+    }
+    let hashing = hashing.into_inner().map_err(|error| Error::io("cannot hash", error.into()))?;
+    Ok(Digest::from(hashing.0))
 }
 
 /// Where attach would have a key, the layer that it is of.

@@ -98,6 +98,17 @@ pub fn find<K: Kernel>(kernel: &K, argument: &Path, id: Option<FileId>) -> Resul
     }
 }
 
+/// Refuses, as [`detach`] would, what somebody has open, without taking it down.
+///
+/// # Errors
+/// It is busy, with the names of its holders.
+pub fn check_free<K: Kernel>(kernel: &K, target: &Attached) -> Result<()> {
+    if kernel.wait(BUSY_PATIENCE, &mut || is_free(kernel, target)) {
+        return Ok(());
+    }
+    Err(busy(kernel, target))
+}
+
 /// Detaches; returns when device, inner devices and loop devices are gone. With
 /// `deferred`, a device that is in use goes at its last close, and is not waited for.
 ///
@@ -189,27 +200,29 @@ pub fn detach<K: Kernel>(
     ))))
 }
 
-/// Detaches everything that is not busy; each name with how it went.
+/// Detaches, by `detach_one`, everything that is not busy; each name with how it went. With
+/// `once`, as where removal is left to the last close, each is tried once.
 ///
 /// # Errors
-/// What is attached cannot be read.
-pub fn detach_all<K: Kernel>(
+/// What is attached cannot be read, or `interrupt` came.
+pub fn detach_all<K: Kernel, E>(
     kernel: &K,
-    deferred: bool,
+    once: bool,
     interrupt: &Interrupt<'_>,
-) -> Result<Vec<(String, Result<()>)>> {
+    mut detach_one: impl FnMut(&Attached) -> Result<(), E>,
+) -> Result<Vec<(String, Result<(), E>)>> {
     // An attachment can be the image of another: that one first. Each round takes what
     // is free, until a round frees nothing.
-    let mut results: Vec<(String, Result<()>)> = Vec::new();
+    let mut results = Vec::new();
     loop {
         let mut progress = false;
         let all = list(kernel)?;
         let mut failed = Vec::new();
         for target in all {
             interrupt.check()?;
-            let result = detach(kernel, &target, deferred, interrupt);
+            let result = detach_one(&target);
             if result.is_ok() {
-                progress = !deferred;
+                progress = !once;
                 results.push((target.name, result));
             } else {
                 failed.push((target.name, result));

@@ -59,6 +59,11 @@ impl Attached {
         Options::from_bits(self.uuid.options).is_ok_and(|options| options.publish)
     }
 
+    /// Whether a record is kept of it; false too where a later imgdm made it.
+    pub fn is_evidence(&self) -> bool {
+        Options::from_bits(self.uuid.options).is_ok_and(|options| options.evidence)
+    }
+
     /// The loop device over the active layer's image file.
     pub fn active_loop(&self) -> Option<&AttachedLoop> {
         self.loops.iter().find(|each| {

@@ -33,6 +33,8 @@ pub struct Options {
     pub direct_block: bool,
     /// Let blkid, LVM and others look into the device.
     pub publish: bool,
+    /// A record is kept of it, and as little as can be is told of it to the host.
+    pub evidence: bool,
 }
 
 // Bit of each option; the plan's lie below, the device's from 16 on.
@@ -42,6 +44,7 @@ const ON_ERROR: u32 = 3;
 const DIRECT_IO: u32 = 16;
 const DIRECT_BLOCK: u32 = 18;
 const PUBLISH: u32 = 19;
+const EVIDENCE: u32 = 20;
 
 // By the number that their two bits carry.
 const ZERO_MODES: [ZeroMode; 3] = [ZeroMode::Auto, ZeroMode::Dm, ZeroMode::Loop];
@@ -62,11 +65,16 @@ impl Options {
             | number(&DIRECT_IOS, &self.direct_io) << DIRECT_IO
             | u32::from(self.direct_block) << DIRECT_BLOCK
             | u32::from(self.publish) << PUBLISH
+            | u32::from(self.evidence) << EVIDENCE
     }
 
     /// What udev is to do with the devices that the user gets.
     pub(super) fn rules(&self) -> UdevRules {
-        if self.publish { UdevRules::Publish } else { UdevRules::HideContent }
+        match self {
+            Self { evidence: true, .. } => UdevRules::Hide,
+            Self { publish: true, .. } => UdevRules::Publish,
+            _ => UdevRules::HideContent,
+        }
     }
 
     /// The options that a UUID carries.
@@ -87,6 +95,7 @@ impl Options {
             direct_io: *DIRECT_IOS.get(index(DIRECT_IO)).ok_or_else(unknown)?,
             direct_block: bits >> DIRECT_BLOCK & 1 == 1,
             publish: bits >> PUBLISH & 1 == 1,
+            evidence: bits >> EVIDENCE & 1 == 1,
         };
         if options.bits() == bits { Ok(options) } else { Err(unknown()) }
     }
@@ -99,13 +108,13 @@ mod tests {
     #[test]
     fn options_read_back_from_their_bits_and_unknown_bits_are_refused() {
         let mut known = 0;
-        for bits in 0..1 << 21 {
+        for bits in 0..1 << 22 {
             if let Ok(options) = Options::from_bits(bits) {
                 assert_eq!(options.bits(), bits);
                 known += 1;
             }
         }
-        assert_eq!(known, 3 * 2 * 3 * 3 * 2 * 2);
+        assert_eq!(known, 3 * 2 * 3 * 3 * 2 * 2 * 2);
         assert_eq!(Options::default().bits(), 0);
         // Of devices that are attached while imgdm is replaced.
         let options = Options {
@@ -115,7 +124,9 @@ mod tests {
             direct_io: DirectIo::Off,
             direct_block: true,
             publish: true,
+            evidence: true,
         };
-        assert_eq!(options.bits(), 2 | 1 << 2 | 2 << 3 | 2 << 16 | 1 << 18 | 1 << 19);
+        let bits = 2 | 1 << 2 | 2 << 3 | 2 << 16 | 1 << 18 | 1 << 19 | 1 << 20;
+        assert_eq!(options.bits(), bits);
     }
 }

@@ -24,7 +24,7 @@ fn imgdm(directory: &Path, arguments: &[&str]) -> Output {
 }
 
 #[track_caller]
-fn assert_fails(output: &Output, status: i32, parts: &[&str]) {
+pub(super) fn assert_fails(output: &Output, status: i32, parts: &[&str]) {
     assert_says(output, status, parts);
     // A map is printed as it is read, as qemu-img does: its headline may be out.
     let stdout = String::from_utf8_lossy(&output.stdout);
@@ -66,7 +66,7 @@ fn assert_finds_damage(command: &str, output: &Output, parts: &[&str]) {
 }
 
 /// `imgdm COMMAND IMAGE` in a directory with the image written by `prepare`.
-fn on(command: &str, image: &Qcow2, more: &[&str]) -> Output {
+pub(super) fn on(command: &str, image: &Qcow2, more: &[&str]) -> Output {
     let directory = tempfile::tempdir().unwrap();
     image.write(directory.path(), "x.qcow2");
     let arguments = [&[command], more, &["x.qcow2"]].concat();
@@ -131,12 +131,12 @@ pub(super) fn no_permission(command: &str) {
     let image = directory.path().join("top.qcow2");
     fs::set_permissions(&image, Permissions::from_mode(0o0)).unwrap();
     fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
-    let output = as_nobody(command, directory.path());
+    let output = as_nobody(&line(&[command, "top.qcow2"]), directory.path());
     assert_fails(&output, 77, &["top.qcow2"]);
 }
 
-/// Runs `imgdm COMMAND top.qcow2` as a user who owns nothing; root may read anything.
-fn as_nobody(name: &str, directory: &Path) -> Output {
+/// Runs imgdm as a user who owns nothing; root may read anything.
+pub(super) fn as_nobody(line: &[&str], directory: &Path) -> Output {
     if nix::unistd::geteuid().is_root() {
         // The binary may lie where only root gets to: its own name beside the image, or else
         // a copy (which can't be run while another test's child has it open to write).
@@ -145,7 +145,7 @@ fn as_nobody(name: &str, directory: &Path) -> Output {
         fs::hard_link(program, &copy).or_else(|_| fs::copy(program, &copy).map(drop)).unwrap();
         let arguments = ["--reuid=65534", "--regid=65534", "--clear-groups"];
         let mut command = std::process::Command::new("setpriv");
-        command.args(arguments).arg(copy).args(line(&[name, "top.qcow2"])).current_dir(directory);
+        command.args(arguments).arg(copy).args(line).current_dir(directory);
         loop {
             let output = command.output().unwrap();
             // Another test's child, just forked, may still hold the copy open for writing.
@@ -154,7 +154,7 @@ fn as_nobody(name: &str, directory: &Path) -> Output {
             }
         }
     }
-    imgdm(directory, &[name, "top.qcow2"])
+    crate::images::imgdm(directory, line)
 }
 
 pub(super) fn no_such_snapshot(command: &str) {

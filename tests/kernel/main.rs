@@ -9,6 +9,7 @@ mod compressed;
 mod content;
 mod cow;
 mod encrypted;
+mod evidence;
 mod explain;
 mod faults;
 mod guest;

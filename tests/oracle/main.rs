@@ -42,6 +42,7 @@ mod show;
 mod signatures;
 mod snapshots;
 mod table;
+mod throwaway;
 mod units;
 mod unopenable;
 mod viscera;

@@ -339,7 +339,9 @@ fn detaching_takes_partitions_first_and_names_who_is_on_one() {
     assert!(is_empty(&kernel));
 
     attach_above(&fixture, &kernel, &all()).unwrap();
-    let all_of_it = detach_all(&kernel, false, &Interrupt::never()).unwrap();
+    let never = Interrupt::never();
+    let one = |target: &Attached| detach(&kernel, target, false, &never);
+    let all_of_it = detach_all(&kernel, false, &never, one).unwrap();
     assert!(matches!(&all_of_it[..], [(name, Ok(()))] if name == "disk"), "{all_of_it:?}");
     assert!(is_empty(&kernel));
 }
