@@ -103,6 +103,8 @@ pub const ATTACH_OPTIONS: &[(&str, Takes)] = &[
     ("scratch-dir", Takes::Path),
     ("cache-dir", Takes::Path),
     ("key-file", Takes::Paths),
+    ("partitions", Takes::Nothing),
+    ("partition", Takes::Values),
     ("publish", Takes::Nothing),
 ];
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use imgdm::device::name::DmName;
 use imgdm::imgdmtab::{BootOptions, DEFAULT_PATH, Entry};
 
 use super::escape;
@@ -40,7 +41,7 @@ pub(crate) struct Setting<'a> {
 pub(crate) fn of_entry(entry: &Entry, setting: &Setting<'_>) -> Option<Vec<Made>> {
     let service = escape::unit(format!("{PREFIX}{}.service", escape::instance(&entry.name)))?;
     let devices: Vec<_> =
-        devices(entry, setting.mounted).iter().filter_map(|path| DeviceUnits::new(path)).collect();
+        devices(entry, setting.mounted)?.iter().filter_map(|path| DeviceUnits::new(path)).collect();
     // Without these nothing could wait for the image.
     devices.first()?;
     let boot = &entry.boot;
@@ -99,22 +100,26 @@ impl DeviceUnits {
 }
 
 /// The paths by which an entry's devices may be waited for: its own first.
-fn devices(entry: &Entry, mounted: &BTreeSet<PathBuf>) -> Vec<PathBuf> {
-    let by_imgdm =
-        |suffix: &str| PathBuf::from(format!("/dev/disk/by-imgdm/{}{suffix}", entry.name));
-    let own = PathBuf::from(format!("/dev/mapper/{}", entry.name));
-    let mut all = vec![own, by_imgdm("")];
-    // Which partitions there are is only known once it is attached.
-    let ends_in_digit = entry.name.ends_with(|c: char| c.is_ascii_digit());
-    let kpartx = format!("/dev/mapper/{}{}", entry.name, if ends_in_digit { "p" } else { "" });
-    let by_part = by_imgdm("-part");
-    let numbered = |path: &&PathBuf| {
-        let text = path.to_str().unwrap_or_default();
-        let number = text.strip_prefix(&kpartx).or_else(|| text.strip_prefix(by_part.to_str()?));
-        number.is_some_and(|n| !n.is_empty() && n.bytes().all(|digit| digit.is_ascii_digit()))
-    };
-    all.extend(mounted.iter().filter(numbered).cloned());
-    all
+fn devices(entry: &Entry, mounted: &BTreeSet<PathBuf>) -> Option<Vec<PathBuf>> {
+    let name = DmName::new(&entry.name).ok()?;
+    let mapper = |name: &DmName| PathBuf::from(format!("/dev/mapper/{name}"));
+    let by_imgdm = |name: &str| PathBuf::from(format!("/dev/disk/by-imgdm/{name}"));
+    let partition =
+        |number| [mapper(&name.partition(number)), by_imgdm(&format!("{name}-part{number}"))];
+    let mut all = vec![mapper(&name), by_imgdm(name.as_str())];
+    let numbers = entry.values("partition").filter_map(|number| number.to_str()?.parse().ok());
+    all.extend(numbers.flat_map(partition));
+    if entry.has("partitions") {
+        // Which there are is only known once it is attached: those that fstab mounts.
+        let is_partition = |path: &&PathBuf| {
+            let text = path.to_str().unwrap_or_default();
+            let digits = text.len() - text.trim_end_matches(|c: char| c.is_ascii_digit()).len();
+            let number = text.get(text.len() - digits..).and_then(|digits| digits.parse().ok());
+            number.is_some_and(|number| partition(number).contains(path))
+        };
+        all.extend(mounted.iter().filter(is_partition).cloned());
+    }
+    Some(all)
 }
 
 /// The target that an entry belongs to.
