@@ -3,7 +3,8 @@
 //!
 //! The names of modules say where their tests belong: `udev_*` where udev runs with
 //! imgdm's rule, `systemd_*` where systemd booted the guest as well, `norule_*` where
-//! udev runs without the rule, `shutdown_*` last of all.
+//! udev runs without the rule. `boot_*` come first where systemd booted the guest, with what
+//! it has attached, and `shutdown` last of all.
 
 // Helpers that fail are tests that fail.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -11,6 +12,8 @@
 #[macro_use]
 #[path = "../kernel/guest.rs"]
 mod guest;
+mod boot_start;
+mod boot_stop;
 mod hidden;
 mod norule_warning;
 mod shutdown;

@@ -18,6 +18,10 @@ fn an_attached_and_mounted_image_does_not_hold_it_up() {
     tool("qemu-img", args!["create", "-q", "-f", "qcow2", "-F", "raw", "-b", base, image]);
     let device = attach([image]);
     tool("mount", args!["-o", "ro", &device.path, place]);
+    // And what the boot had attached and mounted, in fstab's way.
+    sh("systemctl start srv-whole.mount srv-part1.mount imgdm-tab@shown.service");
+    // What the console tells from here on is the shutdown's: tests/kernel_udev/run reads it.
+    fs::write("/dev/console", "imgdm: the shutdown begins\n").unwrap();
     // Somebody is at work in it, too.
     sh("cd /run/shutdown; sleep infinity >/dev/null 2>&1 &");
 }
