@@ -107,9 +107,9 @@ fn generate(directory: &Path, log: &Log) -> Result<()> {
     }
     // What can't be made keeps nothing else from being made.
     let failed = made.iter().filter_map(|each| make(directory, each).err());
-    match failed.inspect(|error| log.error(error)).last() {
-        None => Ok(()),
-        Some(_) => Err(Error::new(ErrorKind::Io("some units could not be made".to_owned()))),
+    match failed.inspect(|error| log.error(error)).count() {
+        0 => Ok(()),
+        _ => Err(Error::new(ErrorKind::Io("some units could not be made".to_owned()))),
     }
 }
 

@@ -1,6 +1,7 @@
 //! What the host must not do to a guest's disk; each with the proof that it would do it
 //! to a plain loop device over the same file.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -120,22 +121,41 @@ pub(crate) fn lvm(world: &World) {
     });
     attached.detach();
 
+    // Unless that is asked for.
+    let published = attach([OsStr::new("--publish"), image.as_os_str()]);
+    wait_for("the published disk's volume group to be activated", is_active);
+    deactivate_volume_group();
+    published.detach();
+    forget_what_lvm_noted();
+    assert!(!is_active());
+
     let plain = PlainLoop::over(&image);
     wait_for("a plain loop to have its volume group activated", is_active);
     settle();
     forget_volume_group(&plain.path().to_string_lossy());
 }
 
-/// Deactivates the group, takes its loop away and what LVM noted of it. The activation that
-/// udev has systemd run is none of udev's own work, so settling does not wait for it.
+/// Deactivates the group, takes its loop away and what LVM noted of it.
 #[track_caller]
 fn forget_volume_group(device: &str) {
-    sh(&format!(
-        "udevadm settle; systemctl stop lvm-activate-imgdmtest.service 2>/dev/null || true
-         vgchange -qq -an imgdmtest; losetup -d {device}; udevadm settle
-         rm -f /run/lvm/pvs_online/* /run/lvm/vgs_online/* /run/lvm/pvs_lookup/*
-         systemctl reset-failed 2>/dev/null || true"
-    ));
+    deactivate_volume_group();
+    sh(&format!("losetup -d {device}"));
+    forget_what_lvm_noted();
+}
+
+/// The activation that udev has systemd run is none of udev's own work, so settling does not
+/// wait for it.
+#[track_caller]
+fn deactivate_volume_group() {
+    sh("udevadm settle; systemctl stop lvm-activate-imgdmtest.service 2>/dev/null || true
+        vgchange -qq -an imgdmtest; udevadm settle");
+}
+
+#[track_caller]
+fn forget_what_lvm_noted() {
+    sh("udevadm settle
+        rm -f /run/lvm/pvs_online/* /run/lvm/vgs_online/* /run/lvm/pvs_lookup/*
+        systemctl reset-failed 2>/dev/null || true");
 }
 
 /// A btrfs on a raw image: not registered with the kernel, where one of the same UUID
