@@ -105,6 +105,7 @@ pub const ATTACH_OPTIONS: &[(&str, Takes)] = &[
     ("key-file", Takes::Paths),
     ("partitions", Takes::Nothing),
     ("partition", Takes::Values),
+    ("lv", Takes::Values),
     ("publish", Takes::Nothing),
 ];
 

@@ -13,10 +13,10 @@ use crate::images::imgdm;
 const TAB: &str = "\
 # NAME  IMAGE                    KEY         OPTIONS
 disk    /srv/my\\040100%\\042.qcow2
-part9   /srv/part.raw            -           nofail,x-systemd.requires-mounts-for=/bases
+part9   /srv/part.raw            -           partitions,nofail,x-systemd.requires-mounts-for=/bases
 a-b@c   /dev/vg/lv               /etc/a.key  noauto,x-systemd.device-timeout=5min
-net     /nfs/net.qcow2           none        _netdev,cache,data-file=/data/net.raw
-root    /srv/../root.qcow2       -           x-initrd.attach,compressed=refuse
+net     /nfs/net.qcow2           none        _netdev,cache,data-file=/data/net.raw,lv=vg/lv-1
+root    /srv/../root.qcow2       -           x-initrd.attach,compressed=refuse,partition=2
 typo    /srv/typo.qcow2          -           nofial
 disk    /srv/other.qcow2
 a/b     /srv/c.qcow2

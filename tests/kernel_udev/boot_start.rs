@@ -69,6 +69,8 @@ fn the_images_are_attached_and_mounted_in_order() {
         assert!(ended(service) <= moment(mount, "InactiveExitTimestampMonotonic"), "{mount}");
     }
     assert!(ended("imgdm-tab@whole.service") <= ended("sysinit.target"));
+    // A device is waited for no earlier.
+    assert!(show("dev-mapper-parts2.device", "After").contains("imgdm-tab@parts.service"));
     assert!(ended("srv-whole.mount") <= ended("local-fs.target"), "local-fs.target did not wait");
     // A blank and a '%' on the way from the table to the unit.
     let mounts = show("imgdm-tab@parts.service", "RequiresMountsFor");

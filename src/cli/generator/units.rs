@@ -55,11 +55,10 @@ pub(crate) fn of_entry(entry: &Entry, setting: &Setting<'_>) -> Option<Vec<Made>
     }
     for device in &devices {
         made.push(link(&format!("{}.requires", device.unit), &service));
-        if !boot.noauto && !boot.nofail {
-            // To inflate an image may take longer than systemd waits for a device.
-            let text = "[Unit]\nJobTimeoutSec=0\n";
-            made.push(drop_in(&device.unit, "40-imgdm.conf", text));
-        }
+        // Only then it is waited for: to inflate an image may take longer than systemd waits
+        // for a device.
+        let text = format!("[Unit]\nAfter={service}\n");
+        made.push(drop_in(&device.unit, &format!("40-{service}.conf"), &text));
         if let Some(time) = &boot.device_timeout {
             made.push(timeout(&device.unit, entry, time));
         }
@@ -109,6 +108,9 @@ fn devices(entry: &Entry, mounted: &BTreeSet<PathBuf>) -> Option<Vec<PathBuf>> {
     let mut all = vec![mapper(&name), by_imgdm(name.as_str())];
     let numbers = entry.values("partition").filter_map(|number| number.to_str()?.parse().ok());
     all.extend(numbers.flat_map(partition));
+    let volumes = entry.values("lv").filter_map(|volume| volume.to_str()?.split_once('/'));
+    let volumes = volumes.filter_map(|(_, volume)| name.logical_volume(volume).ok());
+    all.extend(volumes.flat_map(|volume| [mapper(&volume), by_imgdm(volume.as_str())]));
     if entry.has("partitions") {
         // Which there are is only known once it is attached: those that fstab mounts.
         let is_partition = |path: &&PathBuf| {
