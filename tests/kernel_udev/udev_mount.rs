@@ -40,3 +40,29 @@ fn what_is_mounted_has_its_name_and_umount_takes_the_name_away() {
         assert_eq!(mapper(), [""; 0], "round {round}");
     }
 }
+
+#[test]
+fn an_older_btrfs_is_mounted_after_a_newer_one_of_the_same_uuid() {
+    let world = World::new("udev");
+    let (older, newer) = (raw(&world, "older.raw", 128), world.path("newer.raw"));
+    let place = world.path("mnt");
+    fs::create_dir(&place).unwrap();
+    tool("mkfs.btrfs", args!["-q", "-f", &older]);
+    fs::copy(&older, &newer).unwrap();
+    tool("mount", args!["-o", "loop", &newer, &place]);
+    fs::write(place.join("file"), "content").unwrap();
+    tool("umount", [&place]);
+    settle();
+    tool("btrfs", ["device", "scan", "--forget"]);
+    // Others' devices, so that none has the number of the one before.
+    let mut others = Vec::new();
+    for (image, name, files) in [(&newer, "newer", 1), (&older, "older", 0)] {
+        imgdm(args!["mount", image, &place]).ok();
+        assert_eq!(fs::read_dir(&place).unwrap().count(), files, "{name}");
+        tool("umount", [&place]);
+        imgdm(["detach", "--wait", name]).ok();
+        others.push(attach([&raw(&world, &format!("other-than-{name}.raw"), 1)]));
+    }
+    others.iter().for_each(Device::detach);
+    tool("btrfs", ["device", "scan", "--forget"]);
+}
