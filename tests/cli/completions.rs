@@ -14,7 +14,7 @@ fn tab_completes_image_files_commands_options_and_their_values() {
         // A lone file is the only answer, whatever its name.
         ("imgdm attach m\t", &["attach", "my disk.qcow2"]),
         (
-            "imgdm att\t--compressed=ca\t --scratch-dir p\t my\t",
+            "imgdm attach --compressed=ca\t --scratch-dir p\t my\t",
             &["attach", "--compressed=cache", "--scratch-dir", "place", "my disk.qcow2"],
         ),
         ("imgdm list --output js\t", &["list", "--output", "json"]),
