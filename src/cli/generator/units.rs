@@ -40,8 +40,7 @@ pub(crate) struct Setting<'a> {
 /// The units of one entry; none where systemd takes no names so long.
 pub(crate) fn of_entry(entry: &Entry, setting: &Setting<'_>) -> Option<Vec<Made>> {
     let service = escape::unit(format!("{PREFIX}{}.service", escape::instance(&entry.name)))?;
-    let devices: Vec<_> =
-        devices(entry, setting.mounted)?.iter().filter_map(|path| DeviceUnits::new(path)).collect();
+    let devices = devices(entry, setting.mounted)?;
     // Without these nothing could wait for the image.
     devices.first()?;
     let boot = &entry.boot;
@@ -55,10 +54,13 @@ pub(crate) fn of_entry(entry: &Entry, setting: &Setting<'_>) -> Option<Vec<Made>
     }
     for device in &devices {
         made.push(link(&format!("{}.requires", device.unit), &service));
-        // Only then it is waited for: to inflate an image may take longer than systemd waits
-        // for a device.
-        let text = format!("[Unit]\nAfter={service}\n");
-        made.push(drop_in(&device.unit, &format!("40-{service}.conf"), &text));
+        if !boot.noauto && !boot.nofail && device.is_sure {
+            // To inflate an image may take longer than systemd waits for a device; and where
+            // that fails, the device's job fails with it. (Ordering the device after the
+            // service is no way: to stop the service then never ends.)
+            let text = "[Unit]\nJobTimeoutSec=0\n";
+            made.push(drop_in(&device.unit, "40-imgdm.conf", text));
+        }
         if let Some(time) = &boot.device_timeout {
             made.push(timeout(&device.unit, entry, time));
         }
@@ -83,23 +85,26 @@ pub(crate) fn of_wrong_line(name: &str, line: usize, setting: &Setting<'_>) -> O
 
 /// The device units of one of an entry's devices.
 struct DeviceUnits {
+    /// It is there once the service has started.
+    is_sure: bool,
     unit: String,
     /// What mounts come after, so that they are gone before the device goes.
     blockdev: String,
 }
 
 impl DeviceUnits {
-    fn new(path: &Path) -> Option<Self> {
+    fn new(path: &Path, is_sure: bool) -> Option<Self> {
         let path = escape::path(path);
         Some(Self {
+            is_sure,
             unit: escape::unit(format!("{path}.device"))?,
             blockdev: escape::unit(format!("blockdev@{path}.target"))?,
         })
     }
 }
 
-/// The paths by which an entry's devices may be waited for: its own first.
-fn devices(entry: &Entry, mounted: &BTreeSet<PathBuf>) -> Option<Vec<PathBuf>> {
+/// The devices of an entry that may be waited for: its own first.
+fn devices(entry: &Entry, mounted: &BTreeSet<PathBuf>) -> Option<Vec<DeviceUnits>> {
     let name = DmName::new(&entry.name).ok()?;
     let mapper = |name: &DmName| PathBuf::from(format!("/dev/mapper/{name}"));
     let by_imgdm = |name: &str| PathBuf::from(format!("/dev/disk/by-imgdm/{name}"));
@@ -111,6 +116,8 @@ fn devices(entry: &Entry, mounted: &BTreeSet<PathBuf>) -> Option<Vec<PathBuf>> {
     let volumes = entry.values("lv").filter_map(|volume| volume.to_str()?.split_once('/'));
     let volumes = volumes.filter_map(|(_, volume)| name.logical_volume(volume).ok());
     all.extend(volumes.flat_map(|volume| [mapper(&volume), by_imgdm(volume.as_str())]));
+    let sure = all.iter().filter_map(|path| DeviceUnits::new(path, true));
+    let mut units: Vec<_> = sure.collect();
     if entry.has("partitions") {
         // Which there are is only known once it is attached: those that fstab mounts.
         let is_partition = |path: &&PathBuf| {
@@ -119,9 +126,10 @@ fn devices(entry: &Entry, mounted: &BTreeSet<PathBuf>) -> Option<Vec<PathBuf>> {
             let number = text.get(text.len() - digits..).and_then(|digits| digits.parse().ok());
             number.is_some_and(|number| partition(number).contains(path))
         };
-        all.extend(mounted.iter().filter(is_partition).cloned());
+        let mounted = mounted.iter().filter(is_partition);
+        units.extend(mounted.filter_map(|path| DeviceUnits::new(path, false)));
     }
-    Some(all)
+    Some(units)
 }
 
 /// The target that an entry belongs to.
