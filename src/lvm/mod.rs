@@ -141,12 +141,19 @@ pub struct Lvm {
     pub warnings: Vec<Warning>,
 }
 
-/// Where physical volumes can be: the whole disk, and each partition that can be used.
+/// Where physical volumes can be: each partition that can be used, or the whole disk where it
+/// has none. What is on the whole of a disk with partitions is a leftover, which LVM passes
+/// over as well.
 pub fn places(table: Option<&PartitionTable>, disk_size: ByteLen) -> Vec<GuestRange> {
-    let whole = GuestRange::new(GuestOffset::ZERO, GuestOffset::new(disk_size.get()));
-    let partitions = table.into_iter().flat_map(|table| &table.partitions);
-    let usable = partitions.filter(|part| part.unusable.is_none() && !part.is_extended);
-    std::iter::once(whole).chain(usable.map(|part| part.range)).collect()
+    match table.map(|table| table.partitions.as_slice()) {
+        None | Some([]) => {
+            vec![GuestRange::new(GuestOffset::ZERO, GuestOffset::new(disk_size.get()))]
+        }
+        Some(partitions) => {
+            let usable = partitions.iter().filter(|p| p.unusable.is_none() && !p.is_extended);
+            usable.map(|partition| partition.range).collect()
+        }
+    }
 }
 
 /// Reads what LVM has at `places` of a disk (see [`places`]).

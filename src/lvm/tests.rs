@@ -76,6 +76,29 @@ fn a_disk_without_labels_has_no_lvm() {
 }
 
 #[test]
+fn what_is_on_the_whole_of_a_disk_with_partitions_is_passed_over() {
+    let mut disk = single("");
+    let found = |disk: &mut Disk3| {
+        let table = crate::partition::read(disk).unwrap();
+        let places = places(table.as_ref(), disk.size());
+        (places.len(), read(disk, &places).unwrap().groups.len())
+    };
+    assert_eq!(found(&mut disk), (1, 1));
+    // A boot record without partitions, then one with two, of which one is out of the disk.
+    disk.bytes[510..512].copy_from_slice(&[0x55, 0xaa]);
+    assert_eq!(found(&mut disk), (1, 1));
+    disk.bytes[450] = 0x8e;
+    disk.bytes[454..462].copy_from_slice(&[0, 8, 0, 0, 0, 8, 0, 0]);
+    disk.bytes[466] = 0x8e;
+    disk.bytes[470..478].copy_from_slice(&[0, 16, 0, 0, 0, 0x40, 0, 0]);
+    assert_eq!(found(&mut disk), (1, 0));
+    // The physical volume of the first partition.
+    let volume = single("").bytes[..MIB].to_vec();
+    disk.bytes[MIB..2 * MIB].copy_from_slice(&volume);
+    assert_eq!(found(&mut disk), (1, 1));
+}
+
+#[test]
 fn linear_segments_become_pieces_and_are_joined_where_they_go_on() {
     let logical = logical_text(
         "root",
