@@ -76,6 +76,12 @@ enum DirectIoChoice {
     Off,
 }
 
+/// True where what is asked for on top is not there, or can't be had.
+fn is_missing(error: &imgdm::Error) -> bool {
+    use ErrorKind::{NotFound, NotRepresentable, PartitionNotFound};
+    matches!(error.kind(), PartitionNotFound(_) | NotFound(_) | NotRepresentable(_))
+}
+
 /// The name of a logical volume, `VG/LV`, as an option's value.
 pub(crate) fn volume_name(text: &str) -> Result<String, String> {
     match imgdm::lvm::split_name(text) {
@@ -225,10 +231,8 @@ fn build_all<'k>(
     if prepared.takes_long() && plan.crypts().is_empty() {
         let mut disk = GuestDisk::new(chain, &no_ciphers, interrupt);
         // What can't be read may be readable as zeros yet, as --on-error has it.
-        match wanted.above.partitions.check(&mut disk) {
-            Err(error) if matches!(error.kind(), ErrorKind::PartitionNotFound(_)) => {
-                return Err(error.into());
-            }
+        match wanted.above.check(&mut disk) {
+            Err(error) if is_missing(&error) => return Err(error.into()),
             _ => {}
         }
     }

@@ -48,6 +48,23 @@ impl Above {
     pub fn is_empty(&self) -> bool {
         self.partitions.is_empty() && self.logical_volumes.is_empty()
     }
+
+    /// Whether what is asked for by number or name is on a disk: for a look at the image
+    /// before work that takes long.
+    ///
+    /// # Errors
+    /// It is not there, or can't be had; what reading the disk says.
+    pub fn check(&self, disk: &mut dyn Disk) -> Result<()> {
+        let has_numbers = matches!(self.partitions, Partitions::Only(_));
+        if !has_numbers && self.logical_volumes.is_empty() {
+            return Ok(());
+        }
+        let table = partition::read(disk)?;
+        if has_numbers {
+            look(disk, table.as_ref(), &self.partitions)?;
+        }
+        volumes::check(disk, table.as_ref(), &self.logical_volumes)
+    }
 }
 
 impl Partitions {
@@ -57,21 +74,6 @@ impl Partitions {
             Self::None => true,
             Self::All => false,
             Self::Only(numbers) => numbers.is_empty(),
-        }
-    }
-
-    /// Whether what is asked for by number is on a disk: for a look at the image before work
-    /// that takes long.
-    ///
-    /// # Errors
-    /// It is not there, or can't be had; what reading the disk says.
-    pub fn check(&self, disk: &mut dyn Disk) -> Result<()> {
-        match self {
-            Partitions::None | Partitions::All => Ok(()),
-            only @ Partitions::Only(_) => {
-                let table = partition::read(disk)?;
-                look(disk, table.as_ref(), only).map(drop)
-            }
         }
     }
 }

@@ -30,6 +30,26 @@ pub(super) fn read(disk: &mut dyn Disk, table: Option<&PartitionTable>) -> Resul
     lvm::read(disk, &places)
 }
 
+/// Whether these volumes, each named `VG/LV`, are on a disk with this partition table, and
+/// can be put together.
+///
+/// # Errors
+/// One of them is not, or can't; what reading says.
+pub(super) fn check(
+    disk: &mut dyn Disk,
+    table: Option<&PartitionTable>,
+    names: &[String],
+) -> Result<()> {
+    if names.is_empty() {
+        return Ok(());
+    }
+    let lvm = read(disk, table)?;
+    names.iter().try_for_each(|name| {
+        let (group, volume) = lvm.find(name)?;
+        group.pieces(volume).map(drop)
+    })
+}
+
 /// The devices of these volumes, each named `VG/LV`, on the disk of that name and UUID.
 ///
 /// # Errors

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::args;
+use crate::faults::{faulty, steps};
 use crate::guest::*;
 
 pub(crate) const GROUP: &str = "guestvg";
@@ -203,6 +204,10 @@ fn logical_volumes_give_the_bytes_that_lvm_gives_and_others_are_refused() {
     assert_eq!(imgdm(["detach", "top"]).ok(), "");
 
     refused(&image);
+    let packed = scratch.path("packed.qcow2");
+    qemu_img(args!["convert", "-O", "qcow2", "-c", &image, &packed]).ok();
+    refused(&packed);
+    assert!(steps(&["--lv=guestvg/root"], &packed).iter().any(|step| step == "inflate"));
     missing(&scratch, &host.raw, &wanted[0]);
 }
 
@@ -216,10 +221,12 @@ fn refused(image: &Path) {
         ("guestvg/home", 66, &["'guestvg/home'", "guestvg/root", "guestvg/striped"]),
         ("root", 64, &["'root'", "VG/LV", "vg0/root"]),
     ] {
-        let said = imgdm(args!["attach", "--lv", name, image]).refused(status);
+        let said = run(&mut faulty(&["--lv", name], image, "list")).refused(status);
         for word in words {
             assert!(said.contains(word), "{word}: {said}");
         }
+        // Nothing is inflated for it.
+        assert!(!said.contains("inflate"), "{said}");
         assert_nothing_left();
     }
 }
