@@ -105,6 +105,7 @@ enum Command {
     Verify(verify::Args),
     #[cfg(feature = "device")]
     Mount(mount::Args),
+    #[cfg(feature = "device")]
     Report(report::Args),
     #[command(hide = true)]
     Completions(completions::Args),
@@ -227,6 +228,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Verify(args) => verify::run(&args, globals),
         #[cfg(feature = "device")]
         Command::Mount(args) => mount::run(&args, globals),
+        #[cfg(feature = "device")]
         Command::Report(args) => report::run(&args, globals),
         Command::Completions(args) => completions::run(&args),
         Command::Manuals(args) => manuals::run(&args),
