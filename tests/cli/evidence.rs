@@ -15,6 +15,7 @@ fn evidence_refuses_what_loosens_it_before_anything_is_done() {
         "--probe-backing",
         "--on-error=zero",
         "--direct-block",
+        "--publish",
     ];
     for option in options {
         let output = on("attach", &Qcow2::new(), &["--evidence", option]);

@@ -286,6 +286,29 @@ fn attaching_again_keeps_the_record_of_then() {
 }
 
 #[test]
+fn partitions_can_stand_on_evidence_and_go_with_it() {
+    let scratch = Scratch::new();
+    let image = scratch.create("raw", &[], "disk.raw", "4M");
+    sh(&format!("echo start=2048,size=2048,type=83 | sfdisk -q {}", image.display()));
+    fs::create_dir(scratch.path("records")).unwrap();
+    let report = scratch.path("records/disk.json");
+    let option = format!("--evidence={}", report.display());
+    let printed = imgdm(args!["attach", &option, "--partitions", &image]).ok();
+    assert_eq!(printed, "/dev/mapper/disk\n/dev/mapper/disk1\n");
+    let record = read(&report);
+    // One more of what is attached already: the record is that of then.
+    imgdm(args!["attach", "--evidence", "-p", "1", &image]).ok();
+    assert_eq!(read(&report), record);
+    let held = fs::File::open("/dev/mapper/disk1").unwrap();
+    assert!(imgdm(["detach", "disk"]).refused(75).contains("disk1"));
+    assert_eq!(read(&report), record);
+    drop(held);
+    imgdm(["report", "disk"]).ok();
+    imgdm(["detach", "disk"]).ok();
+    assert_eq!(read(&report)["state"], "detached");
+}
+
+#[test]
 fn a_device_in_use_stays_and_so_does_its_record() {
     let case = Case::new(Scratch::new());
     let device = case.attach();
