@@ -77,6 +77,7 @@ lint:
 	$(CARGO) clippy --locked --all-targets --features fault-injection -- -D warnings
 	$(CARGO) clippy --locked --test kernel --test kernel_udev --features fault-injection -- -D warnings
 	$(CARGO) clippy --locked --lib --bins --no-default-features -- -D warnings
+	shellcheck $$(grep -rlIE '^#!/bin/(ba|busybox )?sh' .ci debian dracut initramfs packaging scripts tests)
 
 # Only what tests depend on is built optimised (Cargo.toml): compiling the rest so takes longer than it saves.
 test-host:
@@ -86,6 +87,7 @@ test-host:
 test-kernel:
 	tests/kernel/run
 	tests/kernel_udev/run
+	tests/kernel_initrd/run
 
 test-packages:
 	tests/packages/run
