@@ -9,7 +9,7 @@ export IMAGE
 TARGET_DIR = $(or $(CARGO_TARGET_DIR),target)
 # What `make build` leaves for `make install`, with the pages and completions that the
 # program writes itself.
-export BUILT = $(TARGET_DIR)/package
+export BUILT ?= $(TARGET_DIR)/package
 # The C library is linked in; musl's, where rustup has that target.
 STATIC_TARGET = $(shell uname -m)-unknown-linux-$(or $(STATIC_LIBC),gnu)
 
