@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 
@@ -22,8 +22,9 @@ use crate::units::{ByteLen, GuestOffset, GuestRange};
 /// Units of work, of 1 to 4 MiB each, that are read and wait for a hash.
 const WAITING: usize = 8;
 
-/// What is hashed for zeros. Nothing ever writes to it, so it takes one page of memory.
-static ZEROS: [u8; 4 << 20] = [0; 4 << 20];
+/// What is hashed for zeros. Nothing ever writes to it, so that the kernel's page of zeros
+/// stands for all of it; as an array it would be in the program's file.
+static ZEROS: LazyLock<Vec<u8>> = LazyLock::new(|| vec![0; 4 << 20]);
 
 /// Shorter pieces are not worth being spread over threads.
 const SPREAD_FROM: usize = 128 << 10;
