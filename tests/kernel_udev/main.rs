@@ -21,6 +21,7 @@ mod systemd_hidden;
 mod systemd_mount;
 mod systemd_units;
 mod udev_detach;
+mod udev_filter;
 mod udev_hidden;
 mod udev_kill;
 mod udev_links;
