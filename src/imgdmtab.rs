@@ -552,6 +552,19 @@ mod tests {
     }
 
     #[test]
+    fn the_manual_page_names_every_option() {
+        let page = include_str!("../man/imgdmtab.5").replace("\\-", "-");
+        for (name, takes) in ATTACH_OPTIONS {
+            let wanted = match takes {
+                Takes::Nothing => name.to_string(),
+                _ => format!("{name}="),
+            };
+            let mut words = page.split_whitespace();
+            assert!(words.any(|word| word.trim_matches(['.', ',']) == wanted), "{wanted}");
+        }
+    }
+
+    #[test]
     fn only_three_octal_digits_are_an_escape() {
         for (field, text) in [
             ("a\\040b", "a b"),
