@@ -174,8 +174,15 @@ fn a_module_that_is_missing_is_loaded_or_named() {
     let modules = PathBuf::from("/lib/modules").join(release.trim());
     let target = fs::read_link(&modules).unwrap();
     let unload = || {
-        // The tests' own loops and devices are gone; dm-mod may have none.
-        let _ = run(&mut command("modprobe", ["-r", "dm-crypt", "dm-zero"]));
+        // Other tests' devices are gone, but not the targets that they had loaded, some of
+        // which lie on others.
+        for _ in 0..3 {
+            let targets = fs::read_dir("/sys/module/dm_mod/holders").into_iter().flatten();
+            for target in targets.flatten() {
+                let name = target.file_name();
+                let _ = run(command("modprobe", ["-r"]).arg(name));
+            }
+        }
         run(&mut command("modprobe", ["-r", "dm-mod"]))
     };
     let unloaded = unload();
