@@ -74,7 +74,7 @@ fn locks_of(process: &Path, is_it: impl Fn(&Path) -> bool) -> Vec<(u64, Option<u
 }
 
 /// The entries of a directory that are named by a number.
-fn numbered(directory: &Path) -> Vec<(u32, PathBuf)> {
+pub(super) fn numbered(directory: &Path) -> Vec<(u32, PathBuf)> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     let number =
         |entry: fs::DirEntry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path()));

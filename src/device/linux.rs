@@ -468,7 +468,7 @@ fn loops_over(number: DeviceNumber) -> Vec<String> {
 
 /// Name and numbers of each loop device that is bound. Opening a free one would make it
 /// stay.
-fn bound_loops() -> impl Iterator<Item = (String, DeviceNumber)> {
+pub(super) fn bound_loops() -> impl Iterator<Item = (String, DeviceNumber)> {
     fs::read_dir("/sys/block").into_iter().flatten().flatten().filter_map(|entry| {
         let name = entry.file_name().to_string_lossy().into_owned();
         let index = name.strip_prefix("loop")?.parse().ok()?;
@@ -477,8 +477,20 @@ fn bound_loops() -> impl Iterator<Item = (String, DeviceNumber)> {
     })
 }
 
-/// Where a block device is mounted, in any mount namespace.
+/// Where a block device is mounted, in words.
 fn mounts(number: DeviceNumber) -> Vec<String> {
+    let mut found = Vec::new();
+    for mount in mounted(number) {
+        let holder = format!("the mount {}", printable(&mount.point.to_string_lossy()));
+        if !found.contains(&holder) {
+            found.push(holder);
+        }
+    }
+    found
+}
+
+/// The mounts of a block device, in any mount namespace.
+pub(super) fn mounted(number: DeviceNumber) -> Vec<mountinfo::Mount> {
     let mut found = Vec::new();
     let mut seen = std::collections::BTreeSet::new();
     for pid in pids() {
@@ -486,12 +498,8 @@ fn mounts(number: DeviceNumber) -> Vec<String> {
         if namespace.is_some_and(|namespace| !seen.insert(namespace)) {
             continue;
         }
-        for mount in mountinfo::mounts(&pid.to_string()).unwrap_or_default() {
-            let holder = format!("the mount {}", printable(&mount.point.to_string_lossy()));
-            if mount.is_of(number) && !found.contains(&holder) {
-                found.push(holder);
-            }
-        }
+        let mounts = mountinfo::mounts(&pid.to_string()).unwrap_or_default();
+        found.extend(mounts.into_iter().filter(|mount| mount.is_of(number)));
     }
     found
 }

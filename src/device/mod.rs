@@ -40,6 +40,8 @@ pub mod mountinfo;
 mod nodes;
 #[cfg(feature = "device")]
 pub mod udev;
+#[cfg(feature = "device")]
+pub mod writers;
 
 pub use disk::DeviceDisk;
 use std::ffi::OsStr;

@@ -21,12 +21,15 @@ pub struct Mount {
     pub driver: String,
     /// What is mounted: of a file system on a block device its path.
     pub source: PathBuf,
+    /// The file system can be written to, if perhaps not through this mount.
+    pub writable: bool,
 }
 
 impl Mount {
     /// Reads a line; `None` where it is no such line.
     fn parse(line: &[u8]) -> Option<Self> {
-        // ID, parent, major:minor, root, mount point, options, tags ... - type, source, ...
+        // ID, parent, major:minor, root, mount point, options, tags ... - type, source, options
+        // of the file system.
         let mut fields = line.split(|&byte| byte == b' ');
         let id = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
         let number = std::str::from_utf8(fields.nth(1)?).ok()?;
@@ -35,7 +38,10 @@ impl Mount {
         let point = unescape(fields.nth(1)?);
         fields.find(|field| field == b"-")?;
         let driver = String::from_utf8_lossy(fields.next()?).into_owned();
-        Some(Self { id, number, point, driver, source: unescape(fields.next()?) })
+        let source = unescape(fields.next()?);
+        let mut options = fields.next().unwrap_or_default().split(|&byte| byte == b',');
+        let writable = options.any(|option| option == b"rw");
+        Some(Self { id, number, point, driver, source, writable })
     }
 
     /// The block device that it is of, where it is of one.
@@ -99,6 +105,9 @@ mod tests {
             (mount.driver.as_str(), mount.source.as_path()),
             ("ext3", Path::new("/dev/root"))
         );
+        assert!(mount.writable);
+        let read_only = b"36 35 98:0 / /mnt rw - ext4 /dev/root ro,errors=continue";
+        assert!(!Mount::parse(read_only).unwrap().writable);
         let bare = b"1 0 0:2 / / rw - rootfs rootfs rw";
         assert_eq!(Mount::parse(bare).unwrap().point, Path::new("/"));
         assert_eq!(Mount::parse(b""), None);
