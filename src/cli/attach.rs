@@ -10,7 +10,9 @@ use imgdm::device::detach::{detach, find};
 use imgdm::device::linux::LinuxKernel;
 
 use super::build::{BuildArgs, Wanted, volume_name};
-use super::evidence::{Evidence, EvidenceArgs};
+use super::evidence::{Evidence, EvidenceArgs, in_full};
+use super::exit::is_broken_pipe;
+use super::output::show_path;
 use super::{Globals, signal};
 
 /// Attach an image as the read-only block device /dev/mapper/NAME
@@ -72,40 +74,78 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
         (args.build.build(&kernel, wanted, globals)?, None)
     };
     let interrupt = signal::catch()?;
-    // Of what somebody else has attached meanwhile there is a record already.
+    // Of what is attached already there is a record, and that is the only one.
+    if pending.already_attached()
+        && let Err(error) = args.evidence.check_record_of(pending.uuid())
+    {
+        return Err(pending.undo(error).into());
+    }
     let mut evidence = evidence.filter(|_| !pending.already_attached());
     if let Some(Err(error)) = evidence.as_mut().map(Evidence::remember) {
         return Err(pending.undo(error).into());
     }
-    let attachment = pending.commit(&interrupt)?;
-    if let Some(evidence) = &mut evidence
-        && let Err(error) = evidence.attached(&attachment.path, &interrupt, globals)
-    {
-        let attached = find(&kernel, &attachment.path, None)?;
-        detach(&kernel, &attached, false, &Interrupt::never())?;
-        return Err(error.into());
+    let attachment = match pending.commit(&interrupt) {
+        Ok(attachment) => attachment,
+        Err(error) => {
+            if !error.leftovers.is_empty() {
+                keep(&mut evidence);
+            }
+            return Err(error.into());
+        }
+    };
+    // The device is there: from here on the record goes only where that goes first.
+    keep(&mut evidence);
+    let recorded = match &mut evidence {
+        Some(evidence) => evidence.attached(&attachment.path, &interrupt, globals),
+        None => Ok(()),
+    };
+    let error = match recorded {
+        Ok(()) => match print_devices(&attachment) {
+            Ok(()) => return Ok(()),
+            // Whoever closed the pipe does not wait for the path: the device stays.
+            Err(error) if is_broken_pipe(&error) || attachment.already_attached => {
+                return Err(error);
+            }
+            Err(error) => error,
+        },
+        Err(error) => error.into(),
+    };
+    // Whoever waits for the path takes this for a failure: then it should be one.
+    match take_back(&kernel, &attachment) {
+        Ok(()) => {
+            if let Some(evidence) = evidence {
+                evidence.goes();
+            }
+            Err(error)
+        }
+        Err(why) => {
+            let path = show_path(&attachment.path);
+            Err(error
+                .context(format!("{path} stays, for it can't be detached ({})", in_full(&why))))
+        }
     }
-    print_devices(&kernel, &attachment)?;
+}
+
+fn keep(evidence: &mut Option<Evidence>) {
     if let Some(evidence) = evidence {
         evidence.stays();
     }
-    Ok(())
+}
+
+/// Detaches what was just attached.
+fn take_back(kernel: &LinuxKernel, attachment: &Attachment) -> imgdm::Result<()> {
+    let attached = find(kernel, &attachment.path, None)?;
+    detach(kernel, &attached, false, &Interrupt::never())
 }
 
 /// Prints the paths of the device and what stands on it, which is what whoever calls waits
 /// for.
-fn print_devices(kernel: &LinuxKernel, attachment: &Attachment) -> anyhow::Result<()> {
+fn print_devices(attachment: &Attachment) -> anyhow::Result<()> {
     let above = attachment.above.iter().map(|above| &above.path);
     let paths: String = std::iter::once(&attachment.path)
         .chain(above)
         .map(|path| format!("{}\n", path.display()))
         .collect();
     let printed = std::io::stdout().write_all(paths.as_bytes());
-    let Err(error) = printed else { return Ok(()) };
-    if error.kind() != std::io::ErrorKind::BrokenPipe && !attachment.already_attached {
-        // Whoever waits for the path takes this for a failure: then it should be one.
-        let attached = find(kernel, &attachment.path, None)?;
-        detach(kernel, &attached, false, &Interrupt::never())?;
-    }
-    Err(error).context("cannot print the path of the device")
+    printed.context("cannot print the path of the device")
 }

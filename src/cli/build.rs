@@ -14,7 +14,7 @@ use imgdm::device::udev;
 use imgdm::device::{DeviceNumber, Kernel};
 use imgdm::format::Format;
 use imgdm::lock::Sharing;
-use imgdm::open::open_chain;
+use imgdm::open::{Warning, open_chain};
 use imgdm::plan::{Plan, TableSource};
 use imgdm::read::Ciphers;
 use imgdm::source::Source;
@@ -22,7 +22,7 @@ use imgdm::source::Source;
 use super::evidence::{Evidence, EvidenceArgs, Planned};
 use super::fill::Prepared;
 use super::key::{KeyArgs, KeySources, encrypted_layers};
-use super::open::{FiemapArgs, OpenArgs, ZeroArgs, print_warnings};
+use super::open::{FiemapArgs, OpenArgs, ZeroArgs};
 use super::output::show_path;
 use super::partitions::GuestDisk;
 use super::scratch::{ContentArgs, PlaceArgs};
@@ -147,15 +147,28 @@ impl BuildArgs {
 }
 
 /// A host that has mounted a block device takes no QEMU locks, so nothing refuses it.
-fn warn_of_holders(kernel: &LinuxKernel, file: &Source, globals: Globals) {
-    let Some(id) = file.id().filter(|_| file.is_block_device()) else { return };
+fn holders_of(kernel: &LinuxKernel, file: &Source) -> Option<String> {
+    let id = file.id().filter(|_| file.is_block_device())?;
     let holders = kernel.holders(DeviceNumber::from_dev(id.device));
-    if !holders.is_empty() {
-        globals.warn(format_args!(
+    (!holders.is_empty()).then(|| {
+        format!(
             "{}: the block device is in use ({}): if that writes to it, what is read here is torn",
             show_path(file.path()),
             holders.join(", ")
-        ));
+        )
+    })
+}
+
+/// What the user is warned of, and evidence keeps.
+struct Warnings {
+    globals: Globals,
+    said: Vec<String>,
+}
+
+impl Warnings {
+    fn say(&mut self, warning: String) {
+        self.globals.warn(&warning);
+        self.said.push(warning);
     }
 }
 
@@ -171,9 +184,14 @@ fn build_all<'k>(
     args.fiemap.apply(&mut policy);
     evidence.check(&policy, &args.options(wanted.publish, evidence))?;
     let opened = open_chain(&args.open.image, &policy)?;
-    print_warnings(&opened.warnings, globals);
+    let mut warnings = Warnings { globals, said: Vec::new() };
+    for Warning { path, kind } in &opened.warnings {
+        warnings.say(format!("{}: {kind}", show_path(path)));
+    }
     let chain = &opened.chain;
-    evidence.check_files(chain)?;
+    for unknown in evidence.check_files(chain)? {
+        warnings.say(unknown);
+    }
     let name = device_name(chain, args.name.as_deref())?;
     let stamps = match policy.sharing {
         Sharing::Readers => Some(Stamps::of(chain)?),
@@ -184,18 +202,18 @@ fn build_all<'k>(
     plan.check_attachable().map_err(|error| error.at_path(&args.open.image))?;
     key_sources.check_all_used(&encrypted_layers(chain))?;
     for damage in plan.damage() {
-        globals.warn(damage);
+        warnings.say(damage.to_string());
     }
     for file in plan.unheld_files() {
-        globals.warn(format_args!(
+        warnings.say(format!(
             "{}: a file under 512 bytes can't be held: nothing keeps it from being changed",
             show_path(file.path())
         ));
     }
     let has_raw = chain.layers().iter().any(|layer| layer.image.format() == Format::Raw);
     if has_raw && udev::looks_into_loops() {
-        globals.warn(
-            "udev will look into the loop devices of raw layers and may show or activate what the guest has on them: install udev/59-imgdm.rules in /etc/udev/rules.d",
+        warnings.say(
+            "udev will look into the loop devices of raw layers and may show or activate what the guest has on them: install udev/59-imgdm.rules in /etc/udev/rules.d".to_owned(),
         );
     }
     let layers: Vec<_> = chain
@@ -205,7 +223,9 @@ fn build_all<'k>(
         .collect();
     let snapshot = chain.layers()[0].image.snapshot();
     for (_, file) in chain.layers().iter().flat_map(|layer| layer.files()) {
-        warn_of_holders(kernel, file, globals);
+        if let Some(holders) = holders_of(kernel, file) {
+            warnings.say(holders);
+        }
     }
     let interrupt = signal::catch()?;
     let (keys, no_ciphers) = (Keys::default(), Ciphers::new());
@@ -244,6 +264,7 @@ fn build_all<'k>(
             uuid: &request(&plan, None).uuid()?,
             content: args.content,
             places: &args.places,
+            warnings: &warnings.said,
             interrupt: &interrupt,
         },
         globals,

@@ -44,7 +44,8 @@ pub(crate) struct Args {
 #[derive(serde::Serialize)]
 struct Now {
     at: String,
-    attached: bool,
+    /// Null where that can't be told: it needs root.
+    attached: Option<bool>,
     /// Live tables, files in their places, and that nothing can be written to: as
     /// `imgdm verify` has it. Null where it is not attached.
     verified: Option<bool>,
@@ -76,19 +77,19 @@ pub(crate) fn run(args: &Args, _: Globals) -> anyhow::Result<()> {
     signal::keep_from_workers()?;
     let interrupt = signal::catch()?;
     let kernel = LinuxKernel::new();
-    let (record, attached) = find_both(args, &kernel)?;
+    let (record, device) = find_both(args, &kernel)?;
     let mut now = Now {
         at: super::evidence::record::now(),
-        attached: attached.is_some(),
+        attached: device.as_ref().ok().map(Option::is_some),
         verified: None,
         findings: Vec::new(),
         files: record.files.iter().map(file_now).collect(),
         as_recorded: false,
     };
-    if let Some(attached) = attached {
+    if let Ok(Some(attached)) = &device {
         // The path as it was then: the kernel knows it only as long as a loop is there.
         let image = record.files.first().map(RecordedFile::path);
-        let verified = Verifier::open(&kernel, attached, image.as_deref())
+        let verified = Verifier::open(&kernel, attached.clone(), image.as_deref())
             .and_then(|verifier| verifier.run(None, &|_| interrupt.check()));
         interrupt.check()?;
         match verified {
@@ -102,15 +103,8 @@ pub(crate) fn run(args: &Args, _: Globals) -> anyhow::Result<()> {
             }
         }
     }
-    let expected = matches!(record.state, State::Attached | State::Detaching);
-    if expected && !now.attached {
-        now.findings.push(
-            "the device went without 'imgdm detach': its files were not hashed again".to_owned(),
-        );
-    }
-    if record.state == State::Attaching {
-        let how = if now.attached { "the record was not completed" } else { "nothing is attached" };
-        now.findings.push(format!("attaching was cut off: {how}"));
+    if let Some(finding) = finding(record.state, &device) {
+        now.findings.push(finding);
     }
     let is_good = |file: &FileNow| file.problem.is_none() && !is_change(&file.changed);
     now.as_recorded = now.findings.is_empty()
@@ -128,23 +122,33 @@ pub(crate) fn run(args: &Args, _: Globals) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What is attached of a record; an error where the kernel does not tell.
+type Device = Result<Option<Attached>>;
+
 /// The record, and the attachment, where it is there.
-fn find_both(args: &Args, kernel: &LinuxKernel) -> anyhow::Result<(Record, Option<Attached>)> {
-    let by_uuid = |record: &Record| -> Option<Attached> {
-        let all = imgdm::device::list::list(kernel).ok()?;
-        all.into_iter().find(|attached| attached.uuid.to_string() == record.uuid)
+fn find_both(args: &Args, kernel: &LinuxKernel) -> anyhow::Result<(Record, Device)> {
+    let by_uuid = |record: &Record| -> Device {
+        match imgdm::device::list::list(kernel) {
+            Ok(all) => {
+                Ok(all.into_iter().find(|attached| attached.uuid.to_string() == record.uuid))
+            }
+            // Without device-mapper nothing is attached.
+            Err(error) if matches!(error.kind(), ErrorKind::KernelLacks(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
     };
-    let by_path = |path: &Path| -> Result<(Record, Option<Attached>)> {
-        let record = read_record(path)?;
-        let attached = by_uuid(&record);
-        Ok((record, attached))
+    let by_path = |path: &Path| -> Result<(Record, Device)> {
+        let record = read_record(&end_of_links(path))?;
+        let device = by_uuid(&record);
+        Ok((record, device))
     };
     let Some(target) = &args.target else {
         return Ok(by_path(args.record.as_deref().unwrap_or(Path::new("")))?);
     };
     match find(kernel, target, FileId::of_path(target)) {
         Ok(attached) => {
-            let known = args.record.clone().or_else(|| record_path(&attached.uuid));
+            let named = args.record.as_deref().map(end_of_links);
+            let known = named.or_else(|| record_path(&attached.uuid));
             let path = known.ok_or_else(|| {
                 let name = printable(&attached.name);
                 let message = format!("no record of '{name}' is known: it was attached without --evidence, or give --record FILE");
@@ -155,7 +159,7 @@ fn find_both(args: &Args, kernel: &LinuxKernel) -> anyhow::Result<(Record, Optio
                 let message = "this is the record of another attachment".to_owned();
                 return Err(Error::new(ErrorKind::Usage(message)).at_path(path).into());
             }
-            Ok((record, Some(attached)))
+            Ok((record, Ok(Some(attached))))
         }
         Err(not_attached) => match &args.record {
             Some(path) => Ok(by_path(path)?),
@@ -163,6 +167,27 @@ fn find_both(args: &Args, kernel: &LinuxKernel) -> anyhow::Result<(Record, Optio
             None => Err(not_attached.into()),
         },
     }
+}
+
+/// What is to be said of the device, by how far its record got.
+fn finding(state: State, device: &Device) -> Option<String> {
+    let text = match (state, device) {
+        (State::Detached, _) | (State::Attached | State::Detaching, Ok(Some(_))) => return None,
+        (_, Err(error)) => {
+            return Some(format!("can't tell whether it is attached: {}", in_full(error)));
+        }
+        (State::Attached | State::Detaching, Ok(None)) => {
+            "the device went without 'imgdm detach': its files were not hashed again"
+        }
+        (State::Attaching, Ok(Some(_))) => "attaching was cut off: the record was not completed",
+        (State::Attaching, Ok(None)) => "attaching was cut off: nothing is attached",
+    };
+    Some(text.to_owned())
+}
+
+/// The record that the user names, by a link perhaps.
+fn end_of_links(path: &Path) -> PathBuf {
+    path.canonicalize().unwrap_or_else(|_| path.to_owned())
 }
 
 fn file_now(file: &RecordedFile) -> FileNow {
@@ -186,6 +211,9 @@ fn print_human(record: &Record, now: &Now) -> anyhow::Result<()> {
     }
     writeln!(out, "  sha256 of table: {}", printable(&record.table_sha256))?;
     writeln!(out, "  sha256 of disk:  {}", printable(&or_none(&record.device_sha256)))?;
+    for warning in &record.warnings {
+        writeln!(out, "  warning:         {}", printable(warning))?;
+    }
     print_act(&mut out, "attach", &record.attach)?;
     if let Some(act) = &record.detach {
         print_act(&mut out, "detach", act)?;
@@ -205,7 +233,11 @@ fn print_human(record: &Record, now: &Now) -> anyhow::Result<()> {
             print_file(&mut out, file, file_now)?;
         }
     }
-    let attached = if now.attached { "attached" } else { "not attached" };
+    let attached = match now.attached {
+        Some(true) => "attached",
+        Some(false) => "not attached",
+        None => "can't tell whether it is attached",
+    };
     let verified = match now.verified {
         Some(true) => ", its tables are those of the image, and nothing can be written to",
         _ => "",

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use nix::libc;
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::args;
@@ -272,14 +273,24 @@ fn what_does_not_go_with_evidence_is_refused_and_leaves_nothing() {
 }
 
 #[test]
-fn attaching_again_keeps_the_record_of_then() {
+fn attaching_again_keeps_the_record_of_then_and_gives_no_other() {
     let case = Case::new(Scratch::new());
     let device = case.attach();
     let record = case.record();
     let other = case.scratch.path("records/other.json");
     let option = format!("--evidence={}", other.display());
-    assert_eq!(attach(args![option, &case.image]), device);
+    // Neither another record nor the hash that it has not: both would be missed later.
+    for line in [
+        args!["attach", option, &case.image].to_vec(),
+        args!["attach", "--evidence", "--hash", &case.image].to_vec(),
+    ] {
+        let said = imgdm(line).refused(75);
+        let known = format!("attached already, and its record is {}", case.report.display());
+        assert!(said.contains(&known), "{said}");
+    }
     assert!(!other.exists());
+    assert_eq!(case.attach(), device);
+    assert_eq!(attach(args!["--evidence", &case.image]), device);
     assert_eq!(case.record(), record);
     device.detach();
     assert_eq!(case.record()["state"], "detached");
@@ -409,21 +420,141 @@ fn a_full_disk_keeps_neither_a_device_without_a_record_nor_one_from_going() {
     assert_eq!(read(&kept)["state"], "detached");
     assert_eq!(read(&kept)["files"][0]["after"]["sha256"], sha256(&case.image));
     imgdm(args!["report", &kept]).ok();
+    // Nor does the next attachment of the same image take it away.
+    let text = fs::read(&kept).unwrap();
+    fs::create_dir(case.scratch.path("elsewhere")).unwrap();
+    let next = case.scratch.path("elsewhere/next.json");
+    attach(args![format!("--evidence={}", next.display()), &case.image]).detach();
+    assert_eq!(fs::read(&kept).unwrap(), text);
     fs::remove_file(kept).unwrap();
     tool("umount", [&small]);
 }
 
 #[test]
-fn a_record_that_is_lost_sight_of_is_warned_of_or_named() {
+fn a_closed_pipe_takes_neither_the_device_nor_its_record() {
+    let case = Case::new(Scratch::new());
+    let (imgdm_path, option) = (imgdm_path(), case.option());
+    sh(&format!(
+        "(sleep 0.5; exec {} attach {} {}) | true",
+        imgdm_path.display(),
+        option.display(),
+        case.image.display()
+    ));
+    assert_eq!(case.record()["state"], "attached");
+    imgdm(["report", "disk"]).ok();
+    imgdm(["detach", "disk"]).ok();
+    assert_eq!(case.record()["state"], "detached");
+}
+
+#[test]
+fn a_device_that_can_not_be_taken_back_keeps_its_record_and_the_cause_is_told() {
+    let case = Case::new(Scratch::new());
+    let mut line = imgdm_command(args!["attach", case.option(), "--hash", &case.image]);
+    let attaching = start(line.env("IMGDM_FAULT", "evidence.attached:stop").stdin(Stdio::null()));
+    wait_for("it to stop", || attaching.is_stopped());
+    let held = fs::File::open("/dev/mapper/disk").unwrap();
+    attaching.signal(Signal::SIGINT);
+    attaching.signal(Signal::SIGCONT);
+    let ran = attaching.finish();
+    assert_eq!(ran.signal(), Some(libc::SIGINT), "{ran}");
+    assert!(ran.stderr.contains("/dev/mapper/disk stays"), "{ran}");
+    assert_eq!(case.record()["state"], "attached");
+    drop(held);
+    imgdm(["detach", "disk"]).ok();
+    assert_eq!(case.record()["state"], "detached");
+}
+
+#[test]
+fn a_record_that_went_or_became_something_else_is_an_error_that_keeps_no_device() {
+    let case = Case::new(Scratch::new());
+    let away = case.scratch.path("away.json");
+    for put in ["true", "mkfifo", "ln -s /dev/zero", "truncate -s 1G"] {
+        case.attach();
+        fs::rename(&case.report, &away).unwrap();
+        sh(&format!("{put} {}", case.report.display()));
+        let said = imgdm(["--quiet", "detach", "disk"]).refused(1);
+        assert!(said.contains("no record was completed"), "{put}: {said}");
+        assert_nothing_left();
+        let [link] = links().try_into().unwrap();
+        assert_eq!(fs::read_link(link).unwrap(), case.report);
+        let _ = fs::remove_file(&case.report);
+        let report = imgdm(args!["report", &away]);
+        assert_eq!(report.code(), Some(1), "{report}");
+    }
+    for link in links() {
+        fs::remove_file(link).unwrap();
+    }
+}
+
+#[test]
+fn who_can_write_to_evidence_is_refused_by_name_and_who_can_not_is_not() {
+    let case = Case::new(Scratch::new());
+    let refused = |options: &[&str], image: &Path, part: &str| {
+        let mut line = args!["attach", case.option()].to_vec();
+        line.extend(options.iter().map(std::ffi::OsString::from));
+        line.push(image.into());
+        let said = imgdm(line).refused(75);
+        assert!(said.contains(part), "{said}");
+        assert!(!case.report.exists());
+        assert_nothing_left();
+    };
+    let writer = fs::OpenOptions::new().append(true).open(&case.base).unwrap();
+    refused(&[], &case.image, &format!("process {}", std::process::id()));
+    drop(writer);
+    let bound = tool("losetup", args!["-f", "--show", &case.base]);
+    refused(&[], &case.image, bound.trim());
+    tool("losetup", ["-d", bound.trim()]);
+    let reader = fs::File::open(&case.base).unwrap();
+    case.attach().detach();
+    fs::remove_file(&case.report).unwrap();
+    drop(reader);
+
+    let (block, place) = (block_device(), case.scratch.path("mnt"));
+    fs::create_dir(&place).unwrap();
+    tool("mkfs.ext4", args!["-q", "-F", &block]);
+    tool("mount", args![&block, &place]);
+    refused(&["-f", "raw", "--name=block"], &block, &format!("the mount {}", place.display()));
+    tool("mount", args!["-o", "remount,ro", &place]);
+    let device = attach(args![case.option(), "-f", "raw", "--name=block", &block]);
+    // That it is used at all is in the record.
+    let warnings = case.record()["warnings"].to_string();
+    assert!(warnings.contains(place.to_str().unwrap()), "{warnings}");
+    device.detach();
+    tool("umount", [&place]);
+}
+
+#[test]
+fn a_report_of_one_who_may_not_ask_the_kernel_says_so() {
+    let case = Case::new(Scratch::new());
+    case.attach();
+    for (path, mode) in [(case.scratch.directory(), 0o755), (&case.report, 0o644)] {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+    let user = ["--reuid=65534", "--regid=65534", "--clear-groups", "--"];
+    let report = |more: &[&str]| {
+        let mut line = command("setpriv", user);
+        run(line.arg(imgdm_path()).arg("report").args(more).arg(&case.report))
+    };
+    let ran = report(&[]);
+    assert_eq!(ran.code(), Some(1), "{ran}");
+    assert!(ran.stdout.contains("can't tell whether it is attached"), "{ran}");
+    assert!(!ran.stdout.contains("went without"), "{ran}");
+    let now = serde_json::from_str::<Value>(&report(&["--output=json"]).stdout).unwrap();
+    assert_eq!(now["now"]["attached"], Value::Null);
+    imgdm(["detach", "disk"]).ok();
+}
+
+#[test]
+fn a_record_that_is_lost_sight_of_is_an_error_or_named() {
     let case = Case::new(Scratch::new());
     let device = case.attach();
     fs::remove_dir_all(LINKS).unwrap();
     assert!(imgdm(["report", "disk"]).refused(66).contains("--record"));
     let named = args!["report", "--record", &case.report, "disk"];
     imgdm(named).ok();
-    let ran = imgdm(["detach", "disk"]);
-    assert!(ran.stderr.contains("no record is completed"), "{ran}");
-    ran.ok();
+    let said = imgdm(["--quiet", "detach", "disk"]).refused(1);
+    assert!(said.contains("no record was completed"), "{said}");
+    assert_nothing_left();
     assert_eq!(case.record()["state"], "attached");
     fs::remove_file(&case.report).unwrap();
 
@@ -453,6 +584,21 @@ fn a_file_that_went_from_its_place_is_hashed_through_its_loop_device() {
     assert_eq!(record["files"][0]["after"]["sha256"], image_sum);
     assert_eq!(record["files"][0]["changed"], serde_json::json!([]));
     assert_eq!(record["state"], "detached");
+
+    // The end of one that is not of whole sectors no loop device shows: neither the same nor
+    // another.
+    fs::remove_file(&case.report).unwrap();
+    fs::rename(case.scratch.path("moved.qcow2"), &case.image).unwrap();
+    case.attach();
+    let moved = case.scratch.path("moved.raw");
+    fs::rename(&case.base, &moved).unwrap();
+    let said = imgdm(["detach", "disk"]).refused(1);
+    assert!(said.contains("unknown") && !said.contains("changed:"), "{said}");
+    let file = &case.record()["files"][1];
+    assert_eq!([&file["changed"], &file["after"]], [&Value::Null, &Value::Null]);
+    let sum = sh(&format!("head -c 2M {} | sha256sum", moved.display()));
+    let sum = sum.split_whitespace().next().unwrap();
+    assert!(file["problem"].as_str().unwrap().contains(sum), "{file}");
 }
 
 #[test]

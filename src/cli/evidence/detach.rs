@@ -14,10 +14,11 @@ use imgdm::device::{DeviceId, Interrupt, Kernel, fault};
 use imgdm::error::printable;
 use imgdm::lock::{self, Sharing};
 use imgdm::source::Source;
+use imgdm::units::SECTOR_SIZE;
 use imgdm::{Error, ErrorKind, Result};
 
 use super::record::{Act, FileState, Record, RecordedFile, State, is_change, now, role_name};
-use super::{hash_files, in_full, link_of, read_record, record_path, text_of, unlink};
+use super::{hash_files, in_full, read_record, record_path, rescue, text_of, unlink};
 use crate::cli::Globals;
 use crate::cli::output::show_path;
 use crate::cli::save::save_over;
@@ -42,10 +43,13 @@ pub(crate) fn detach_with_record(
         // One that was named can be named right.
         Err(error) if given.is_some() => return Err(error.into()),
         Err(error) => {
-            globals.warn(format_args!("no record is completed: {}", in_full(&error)));
             detach(kernel, attached, false, interrupt)?;
-            unlink(&attached.uuid.to_string());
-            return Ok(());
+            // The link stays: should the record turn up again, it tells where that was.
+            anyhow::bail!(
+                "'{}' is detached, but its files were not hashed again and no record was completed: {}",
+                printable(&attached.name),
+                in_full(&error)
+            );
         }
     };
     let mut work = Work { path, record, held: Vec::new(), problems: Vec::new() };
@@ -74,7 +78,9 @@ pub(crate) fn detach_with_record(
 
 /// The record of an attachment.
 fn find_record(attached: &Attached, given: Option<&Path>) -> Result<(PathBuf, Record)> {
-    let remembered = given.map(Path::to_owned).or_else(|| record_path(&attached.uuid));
+    // The link that the user may name it by stays one.
+    let named = given.map(|path| path.canonicalize().unwrap_or_else(|_| path.to_owned()));
+    let remembered = named.or_else(|| record_path(&attached.uuid));
     let path = remembered.ok_or_else(|| {
         let name = printable(&attached.name);
         let message =
@@ -141,7 +147,19 @@ impl Work {
                 self.problems.push(format!("{}: {problem}", show_path(&file.path())));
                 file.problem = Some(problem.to_owned());
             }
+            let is_cut = !in_place && is_cut_by_loop(file.before.size, after.size);
             match hashes.next() {
+                Some(Ok(hash)) if is_cut => {
+                    let problem = format!(
+                        "a loop device shows whole sectors, so whether all of it is as it was is unknown; the sha256 of its first {} bytes is {hash}",
+                        after.size
+                    );
+                    self.problems.push(format!("{}: {problem}", show_path(&file.path())));
+                    file.problem = Some(match &file.problem {
+                        Some(before) => format!("{before}; {problem}"),
+                        None => problem,
+                    });
+                }
                 Some(Ok(hash)) => after.sha256 = Some(hash),
                 Some(Err(error)) => {
                     let problem = format!("it can't be hashed: {}", error.without_path());
@@ -150,8 +168,9 @@ impl Work {
                 }
                 None => {}
             }
-            file.changed = Some(file.before.differences(&after));
-            file.after = Some(after);
+            // What was looked at is not the file that was looked at before.
+            file.changed = (!is_cut).then(|| file.before.differences(&after));
+            file.after = Some(after).filter(|_| !is_cut);
             self.held.push(Some(source).filter(|_| in_place));
         }
         Ok(())
@@ -195,19 +214,14 @@ impl Work {
         let saved = self.save();
         self.held.clear();
         if let Err(error) = saved {
-            // Nothing is to be lost: the link gives way to the record itself.
-            let instead = link_of(&self.record.uuid);
-            unlink(&self.record.uuid);
-            let written =
-                text_of(&self.record).and_then(|text| crate::cli::save::save_new(&instead, &text));
-            let place = match written {
-                Ok(()) => format!("it is in {} instead, until the next boot", show_path(&instead)),
+            // Nothing is to be lost.
+            let place = match rescue(&self.record) {
+                Ok(place) => format!("it is in {} instead, until the next boot", show_path(&place)),
                 Err(other) => format!("nor to {}", in_full(&other)),
             };
             self.problems.push(format!("{}; {place}", in_full(&error)));
-        } else {
-            unlink(&self.record.uuid);
         }
+        unlink(&self.record.uuid);
         let name = printable(&self.record.name);
         let mut said = Vec::new();
         for file in &self.record.files {
@@ -227,6 +241,12 @@ impl Work {
         said.append(&mut self.problems);
         anyhow::bail!("'{name}' is detached, but not all is as it should be: {}", said.join("; "))
     }
+}
+
+/// True where a loop device over a file of `size` bytes shows `shown`, which is all but the
+/// part of a sector at its end.
+fn is_cut_by_loop(size: u64, shown: u64) -> bool {
+    size != shown && size / SECTOR_SIZE * SECTOR_SIZE == shown
 }
 
 /// Opens a file of the attachment by its path, and where that leads elsewhere by now, the loop

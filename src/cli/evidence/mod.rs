@@ -9,15 +9,16 @@ pub(crate) mod detach;
 pub(crate) mod record;
 
 use std::collections::BTreeSet;
-use std::fs::{self, DirBuilder};
-use std::io::Write;
-use std::os::unix::fs::DirBuilderExt;
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use imgdm::chain::Chain;
 use imgdm::device::attach::Options;
 use imgdm::device::name::{DmName, DmUuid};
+use imgdm::device::writers::{CanWrite, can_write};
 use imgdm::device::{Interrupt, fault};
 use imgdm::hash::{Algorithm, hash_file};
 use imgdm::lock::Sharing;
@@ -27,6 +28,7 @@ use imgdm::scratch::{OnError, ScratchWork};
 use imgdm::source::{FileId, Source};
 use imgdm::units::ByteLen;
 use imgdm::{Error, ErrorKind, Result};
+use nix::libc;
 
 use super::Globals;
 use super::output::{JsonPath, show_path};
@@ -37,6 +39,8 @@ use record::{Act, FileState, Record, RecordedFile, RecordedSnapshot, State, VERS
 
 /// Links by UUID to the records of what is attached.
 const LINKS: &str = "/run/imgdm/evidence";
+/// Bytes of a record, at most: one of 1024 files has less than two million.
+const RECORD_MAX: u64 = 64 << 20;
 
 /// Arguments of an attachment that a record is kept of.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -60,6 +64,8 @@ pub(crate) struct Planned<'a> {
     pub(crate) uuid: &'a DmUuid,
     pub(crate) content: ContentArgs,
     pub(crate) places: &'a PlaceArgs,
+    /// What the user was warned of.
+    pub(crate) warnings: &'a [String],
     pub(crate) interrupt: &'a Interrupt<'a>,
 }
 
@@ -111,20 +117,61 @@ impl EvidenceArgs {
         }
     }
 
-    /// Refuses files on which reading them would leave a trace.
+    /// Refuses files on which reading them would leave a trace, or that somebody can write to;
+    /// gives a warning of each of which that can't be told.
     ///
     /// # Errors
-    /// `PermissionDenied`, naming the file.
-    pub(crate) fn check_files(&self, chain: &Chain) -> Result<()> {
-        let leaves_trace = |(.., file): &(_, _, &Arc<Source>)| !file.leaves_access_time();
-        match sources(chain).find(leaves_trace).filter(|_| self.is_given()) {
-            None => Ok(()),
-            Some((.., file)) => {
+    /// `PermissionDenied` or `InUse`, naming the file.
+    pub(crate) fn check_files(&self, chain: &Chain) -> Result<Vec<String>> {
+        let mut unknown = Vec::new();
+        for (.., file) in sources(chain).filter(|_| self.is_given()) {
+            if !file.leaves_access_time() {
                 let message = "--evidence: it can't be read without changing its access time (O_NOATIME): be its owner, or root";
-                Err(Error::new(ErrorKind::PermissionDenied(message.to_owned()))
-                    .at_path(file.path()))
+                return Err(Error::new(ErrorKind::PermissionDenied(message.to_owned()))
+                    .at_path(file.path()));
+            }
+            match can_write(file) {
+                CanWrite::Nobody => {}
+                CanWrite::Somebody(who) => {
+                    let who = match who.as_slice() {
+                        [] => "somebody who can't be found".to_owned(),
+                        who => who.join(", "),
+                    };
+                    let message = format!("--evidence: it can be written to meanwhile, by {who}");
+                    return Err(Error::new(ErrorKind::InUse(message)).at_path(file.path()));
+                }
+                CanWrite::Unknown => unknown.push(format!(
+                    "{}: whether anybody has it open for writing can't be told here",
+                    show_path(file.path())
+                )),
             }
         }
+        Ok(unknown)
+    }
+
+    /// Refuses to take the record that there is of an attachment for the one asked for, where
+    /// it is not.
+    ///
+    /// # Errors
+    /// `InUse`: another REPORT is asked for, or a hash that it has not.
+    pub(crate) fn check_record_of(&self, uuid: &DmUuid) -> Result<()> {
+        let Some(report) = &self.evidence else { return Ok(()) };
+        let known = record_path(uuid);
+        let is_other = report.as_ref().is_some_and(|report| {
+            let report = std::path::absolute(report).unwrap_or_else(|_| report.clone());
+            known.as_ref() != Some(&report)
+        });
+        let record = known.as_deref().map(read_record);
+        let has_hash = matches!(&record, Some(Ok(Record { device_sha256: Some(_), .. })));
+        let why = match (is_other, self.hash && !has_hash) {
+            (true, _) => "it gets no other",
+            (_, true) => "which has no sha256 of the device, and gets none later",
+            (false, false) => return Ok(()),
+        };
+        let place = known.map_or_else(|| "not known any more".to_owned(), |path| show_path(&path));
+        let message =
+            format!("it is attached already, and its record is {place}: {why} (detach it first)");
+        Err(Error::new(ErrorKind::InUse(message)))
     }
 
     /// Hashes the files and writes the record; none where no record is to be kept.
@@ -176,6 +223,7 @@ impl EvidenceArgs {
             files: recorded,
             table_sha256: table_digest(planned.plan)?.to_string(),
             device_sha256: None,
+            warnings: planned.warnings.to_vec(),
             attach: act,
             detach: None,
         };
@@ -271,8 +319,8 @@ fn text_of(record: &Record) -> Result<Vec<u8>> {
     Ok(text)
 }
 
-/// The record of an attachment that is being made. Dropped before it [stays](Self::stays), the
-/// record goes: there will be no device either.
+/// The record of an attachment that is being made. Dropped before it [stays](Self::stays), or
+/// where it [goes](Self::goes), the record goes: there will be no device either.
 #[must_use = "dropped, it takes the record away"]
 pub(crate) struct Evidence {
     path: PathBuf,
@@ -338,9 +386,14 @@ impl Evidence {
         self.save()
     }
 
-    /// The device is there for good.
-    pub(crate) fn stays(mut self) {
+    /// The device is there for good, as far as anybody knows.
+    pub(crate) fn stays(&mut self) {
         self.stays = true;
+    }
+
+    /// The device is gone again.
+    pub(crate) fn goes(mut self) {
+        self.stays = false;
     }
 
     fn save(&self) -> Result<()> {
@@ -366,10 +419,8 @@ fn link(uuid: &str, record: &Path) -> Result<()> {
     let make = || -> std::io::Result<()> {
         DirBuilder::new().recursive(true).mode(0o700).create(LINKS)?;
         // Of an earlier attachment that was removed without imgdm.
-        match fs::remove_file(&link) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
-            _ => std::os::unix::fs::symlink(record, &link),
-        }
+        remove_link(&link)?;
+        std::os::unix::fs::symlink(record, &link)
     };
     make().map_err(|error| {
         let message = "cannot note where the record is".to_owned();
@@ -378,7 +429,26 @@ fn link(uuid: &str, record: &Path) -> Result<()> {
 }
 
 fn unlink(uuid: &str) {
-    let _ = fs::remove_file(link_of(uuid));
+    let _ = remove_link(&link_of(uuid));
+}
+
+/// Removes a symbolic link, where it is there; anything else stays.
+fn remove_link(link: &Path) -> std::io::Result<()> {
+    match link.symlink_metadata() {
+        Ok(metadata) if metadata.is_symlink() => fs::remove_file(link),
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Keeps a record that can't be written where it belongs, under a name that no other has.
+///
+/// # Errors
+/// Nor can it be written there.
+fn rescue(record: &Record) -> Result<PathBuf> {
+    let place = Path::new(LINKS).join(format!("{}.{}.json", record.uuid, record::now()));
+    save_new(&place, &text_of(record)?)?;
+    Ok(place)
 }
 
 /// Where the record of the device of that UUID is, as far as that is known.
@@ -386,17 +456,31 @@ pub(crate) fn record_path(uuid: &DmUuid) -> Option<PathBuf> {
     fs::read_link(link_of(&uuid.to_string())).ok()
 }
 
-/// Reads a record.
+/// Reads a record, through no symbolic link.
 ///
 /// # Errors
 /// It can't be read, or is none of this imgdm's.
 pub(crate) fn read_record(path: &Path) -> Result<Record> {
-    let text =
-        fs::read(path).map_err(|error| Error::io("cannot read the record", error).at_path(path))?;
+    let failed = |error| Error::io("cannot read the record", error).at_path(path);
     let not_one = |why: String| {
         let message = format!("this is no record of an evidence attachment: {why}");
         Error::invalid(message).at_path(path)
     };
+    let no_file = || not_one("it is no regular file".to_owned());
+    if !path.symlink_metadata().map_err(failed)?.is_file() {
+        return Err(no_file());
+    }
+    // Whatever has come there since, it is not waited for.
+    let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW | libc::O_NOCTTY;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(failed)?;
+    if !file.metadata().map_err(failed)?.is_file() {
+        return Err(no_file());
+    }
+    let mut text = Vec::new();
+    file.take(RECORD_MAX + 1).read_to_end(&mut text).map_err(failed)?;
+    if text.len() as u64 > RECORD_MAX {
+        return Err(not_one(format!("it is longer than {RECORD_MAX} bytes")));
+    }
     let record: Record =
         serde_json::from_slice(&text).map_err(|error| not_one(error.to_string()))?;
     match record.imgdm_evidence {

@@ -35,6 +35,9 @@ pub(crate) struct Record {
     pub(crate) table_sha256: String,
     /// sha256 of all that the device gave after it was attached, with `--hash`.
     pub(crate) device_sha256: Option<String>,
+    /// What was not as it should be when it was attached: a file system without locks, damage.
+    #[serde(default)]
+    pub(crate) warnings: Vec<String>,
     pub(crate) attach: Act,
     pub(crate) detach: Option<Act>,
 }
