@@ -5,10 +5,12 @@
 //! writes to those directories alone. It opens no image.
 
 mod escape;
+mod mounts;
 mod units;
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
+use std::fmt::Display;
 use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::symlink;
@@ -18,7 +20,9 @@ use std::process::ExitCode;
 use imgdm::imgdmtab::{self, DEFAULT_PATH};
 use imgdm::{Error, ErrorKind, Result};
 
+use super::output::show_path;
 use super::{exit, tab};
+use mounts::Mounts;
 use units::{Made, Setting, What};
 
 /// The name by which the program is called to be a generator.
@@ -47,11 +51,19 @@ struct Log {
 }
 
 impl Log {
-    fn error(&self, message: impl std::fmt::Display) {
+    fn error(&self, message: impl Display) {
+        self.log(3, &message);
+    }
+
+    fn notice(&self, message: impl Display) {
+        self.log(5, &message);
+    }
+
+    fn log(&self, level: u8, message: &dyn Display) {
         let _ = writeln!(io::stderr(), "{NAME}: {message}");
         if self.to_kernel {
-            // One write is one record; <3> is its level, error.
-            let record = format!("<3>{NAME}[{}]: {message}\n", std::process::id());
+            // One write is one record.
+            let record = format!("<{level}>{NAME}[{}]: {message}\n", std::process::id());
             let kernel = fs::OpenOptions::new().write(true).open("/dev/kmsg");
             let _ = kernel.and_then(|mut kernel| kernel.write_all(record.as_bytes()));
         }
@@ -83,9 +95,21 @@ fn generate(directory: &Path, log: &Log) -> Result<()> {
         let message = "the program's path is not UTF-8: no unit could name it";
         Error::new(ErrorKind::Usage(message.to_owned())).at_path(&program)
     })?;
-    let mounted = mounted(&file_of("SYSTEMD_FSTAB", "/etc/fstab"));
-    let setting = Setting { program, tab: &path, mounted: &mounted };
+    let fstab = fs::read(file_of("SYSTEMD_FSTAB", "/etc/fstab")).unwrap_or_default();
+    let mounts = Mounts::parse(&fstab);
+    let mounted: BTreeSet<_> = mounts.devices().cloned().collect();
     let in_initrd = is_initrd();
+    let entries: Vec<_> =
+        tab.entries.iter().filter(|entry| entry.boot.initrd || !in_initrd).collect();
+    let circular = mounts::circular(&entries, &mounts);
+    for (line, directory) in &circular {
+        log.notice(format_args!(
+            "{}: line {line}: not waiting for the mount of {}, which waits for this image",
+            show_path(&path),
+            show_path(directory)
+        ));
+    }
+    let setting = Setting { program, tab: &path, mounted: &mounted, circular: &circular };
     let too_long = |name: &str, line| {
         let kind = imgdmtab::TabErrorKind::Name(format!(
             "the name '{name}' becomes too long as the name of a unit"
@@ -93,7 +117,7 @@ fn generate(directory: &Path, log: &Log) -> Result<()> {
         imgdmtab::TabError { line, name: None, kind }.at(&path)
     };
     let mut made = BTreeSet::new();
-    for entry in tab.entries.iter().filter(|entry| entry.boot.initrd || !in_initrd) {
+    for entry in entries {
         match units::of_entry(entry, &setting) {
             Some(units) => made.extend(units),
             None => log.error(too_long(&entry.name, entry.line)),
@@ -111,14 +135,6 @@ fn generate(directory: &Path, log: &Log) -> Result<()> {
         0 => Ok(()),
         _ => Err(Error::new(ErrorKind::Io("some units could not be made".to_owned()))),
     }
-}
-
-/// The devices that fstab mounts, by path.
-fn mounted(fstab: &Path) -> BTreeSet<PathBuf> {
-    let text = fs::read(fstab).unwrap_or_default();
-    let lines = text.split(|&byte| byte == b'\n').filter_map(imgdmtab::fields);
-    let sources = lines.filter_map(|fields| Some(imgdmtab::unescape(fields.first()?)));
-    sources.map(PathBuf::from).filter(|source| source.starts_with("/dev")).collect()
 }
 
 fn make(directory: &Path, made: &Made) -> Result<()> {

@@ -20,6 +20,7 @@ root    /srv/../root.qcow2       -           x-initrd.attach,compressed=refuse,p
 typo    /srv/typo.qcow2          -           nofial
 disk    /srv/other.qcow2
 a/b     /srv/c.qcow2
+tmp     /srv/tmp.raw             -           format=raw
 relative disk.qcow2
 ";
 const FSTAB: &str = "\
@@ -28,6 +29,7 @@ const FSTAB: &str = "\
 /dev/mapper/part92  /b auto ro 0 0
 \t/dev/disk/by-imgdm/part9-part10 /c auto ro 0 0
 UUID=x /d auto ro 0 0
+/dev/mapper/tmp /var/tmp/ ext4 ro 0 0
 ";
 
 /// A table, an fstab, and the program by its other name.

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use imgdm::device::name::DmName;
-use imgdm::imgdmtab::{BootOptions, DEFAULT_PATH, Entry};
+use imgdm::imgdmtab::{AttachOption, BootOptions, DEFAULT_PATH, Entry};
 
 use super::escape;
 
@@ -35,12 +35,14 @@ pub(crate) struct Setting<'a> {
     pub(crate) tab: &'a Path,
     /// The devices that fstab mounts.
     pub(crate) mounted: &'a BTreeSet<PathBuf>,
+    /// Directories, each with the line of an entry, that its service can't wait for.
+    pub(crate) circular: &'a BTreeSet<(usize, PathBuf)>,
 }
 
 /// The units of one entry; none where systemd takes no names so long.
 pub(crate) fn of_entry(entry: &Entry, setting: &Setting<'_>) -> Option<Vec<Made>> {
     let service = escape::unit(format!("{PREFIX}{}.service", escape::instance(&entry.name)))?;
-    let devices = devices(entry, setting.mounted)?;
+    let devices = devices(entry, setting.mounted);
     // Without these nothing could wait for the image.
     devices.first()?;
     let boot = &entry.boot;
@@ -77,7 +79,8 @@ pub(crate) fn of_wrong_line(name: &str, line: usize, setting: &Setting<'_>) -> O
         line,
         name: name.to_owned(),
         image: PathBuf::from("/"),
-        options: Vec::new(),
+        // It writes nothing, and so needs no place for it.
+        options: vec![AttachOption { name: "compressed", value: Some("refuse".into()) }],
         boot: BootOptions { noauto: true, nofail: true, ..BootOptions::default() },
     };
     of_entry(&entry, setting)
@@ -104,32 +107,58 @@ impl DeviceUnits {
 }
 
 /// The devices of an entry that may be waited for: its own first.
-fn devices(entry: &Entry, mounted: &BTreeSet<PathBuf>) -> Option<Vec<DeviceUnits>> {
-    let name = DmName::new(&entry.name).ok()?;
-    let mapper = |name: &DmName| PathBuf::from(format!("/dev/mapper/{name}"));
-    let by_imgdm = |name: &str| PathBuf::from(format!("/dev/disk/by-imgdm/{name}"));
-    let partition =
-        |number| [mapper(&name.partition(number)), by_imgdm(&format!("{name}-part{number}"))];
+fn devices(entry: &Entry, mounted: &BTreeSet<PathBuf>) -> Vec<DeviceUnits> {
+    let sure = sure_paths(entry);
+    let units = sure.iter().filter_map(|path| DeviceUnits::new(path, true));
+    let found = mounted_partitions(entry, mounted);
+    units.chain(found.filter_map(|path| DeviceUnits::new(path, false))).collect()
+}
+
+/// The paths of an entry's devices.
+pub(crate) fn paths(entry: &Entry, mounted: &BTreeSet<PathBuf>) -> Vec<PathBuf> {
+    let mut paths = sure_paths(entry);
+    paths.extend(mounted_partitions(entry, mounted).cloned());
+    paths
+}
+
+fn mapper(name: &DmName) -> PathBuf {
+    PathBuf::from(format!("/dev/mapper/{name}"))
+}
+
+fn by_imgdm(name: &str) -> PathBuf {
+    PathBuf::from(format!("/dev/disk/by-imgdm/{name}"))
+}
+
+fn partition(name: &DmName, number: u32) -> [PathBuf; 2] {
+    [mapper(&name.partition(number)), by_imgdm(&format!("{name}-part{number}"))]
+}
+
+/// The devices that are there once the entry is attached: its own first.
+fn sure_paths(entry: &Entry) -> Vec<PathBuf> {
+    let Ok(name) = DmName::new(&entry.name) else { return Vec::new() };
     let mut all = vec![mapper(&name), by_imgdm(name.as_str())];
     let numbers = entry.values("partition").filter_map(|number| number.to_str()?.parse().ok());
-    all.extend(numbers.flat_map(partition));
+    all.extend(numbers.flat_map(|number| partition(&name, number)));
     let volumes = entry.values("lv").filter_map(|volume| volume.to_str()?.split_once('/'));
     let volumes = volumes.filter_map(|(_, volume)| name.logical_volume(volume).ok());
     all.extend(volumes.flat_map(|volume| [mapper(&volume), by_imgdm(volume.as_str())]));
-    let sure = all.iter().filter_map(|path| DeviceUnits::new(path, true));
-    let mut units: Vec<_> = sure.collect();
-    if entry.has("partitions") {
-        // Which there are is only known once it is attached: those that fstab mounts.
-        let is_partition = |path: &&PathBuf| {
-            let text = path.to_str().unwrap_or_default();
-            let digits = text.len() - text.trim_end_matches(|c: char| c.is_ascii_digit()).len();
-            let number = text.get(text.len() - digits..).and_then(|digits| digits.parse().ok());
-            number.is_some_and(|number| partition(number).contains(path))
-        };
-        let mounted = mounted.iter().filter(is_partition);
-        units.extend(mounted.filter_map(|path| DeviceUnits::new(path, false)));
-    }
-    Some(units)
+    all
+}
+
+/// Which partitions there are of an entry with all of them is only known once it is
+/// attached: those that fstab mounts.
+fn mounted_partitions<'a>(
+    entry: &Entry,
+    mounted: &'a BTreeSet<PathBuf>,
+) -> impl Iterator<Item = &'a PathBuf> {
+    let name = DmName::new(&entry.name).ok().filter(|_| entry.has("partitions"));
+    mounted.iter().filter(move |path| {
+        let text = path.to_str().unwrap_or_default();
+        let digits = text.len() - text.trim_end_matches(|c: char| c.is_ascii_digit()).len();
+        let number = text.get(text.len() - digits..).and_then(|digits| digits.parse().ok());
+        let both = name.as_ref().zip(number);
+        both.is_some_and(|(name, number)| partition(name, number).contains(path))
+    })
 }
 
 /// The target that an entry belongs to.
@@ -185,6 +214,12 @@ fn service_text(entry: &Entry, devices: &[DeviceUnits], setting: &Setting<'_>) -
     for path in other_paths(entry) {
         line("RequiresMountsFor", &mounts_for(&path));
     }
+    for path in scratch_paths(entry) {
+        let at = (entry.line, path);
+        if !setting.circular.contains(&at) {
+            line("RequiresMountsFor", &mounts_for(&at.1));
+        }
+    }
     for device in devices {
         line("Before", &device.blockdev);
         line("Wants", &device.blockdev);
@@ -221,24 +256,27 @@ RestrictSUIDSGID=yes
 SystemCallArchitectures=native
 ";
 
-/// What else has to be mounted: keys, data files, backing files, scratch files.
-fn other_paths(entry: &Entry) -> Vec<PathBuf> {
-    let mut paths: Vec<_> = ["key-file", "data-file"]
-        .into_iter()
-        .flat_map(|option| entry.values(option))
-        .map(PathBuf::from)
-        .collect();
+/// What else has to be mounted: keys, data files, backing files.
+pub(crate) fn other_paths(entry: &Entry) -> Vec<PathBuf> {
+    let options = ["key-file", "data-file"].into_iter();
+    let mut paths: Vec<_> =
+        options.flat_map(|option| entry.values(option)).map(PathBuf::from).collect();
     paths.extend(entry.boot.requires_mounts_for.iter().cloned());
+    paths
+}
+
+/// Where an entry's scratch files may go, which has to be mounted, too.
+pub(crate) fn scratch_paths(entry: &Entry) -> Vec<PathBuf> {
     let value = |option| entry.values(option).next().map(PathBuf::from);
     let compressed = value("compressed");
     // The initrd has other places.
-    if !entry.boot.initrd && compressed.as_deref() != Some(Path::new("refuse")) {
-        let scratch = value("scratch-dir");
-        paths.push(scratch.unwrap_or_else(|| PathBuf::from("/var/tmp")));
-        if compressed.as_deref() == Some(Path::new("cache")) {
-            let cache = value("cache-dir");
-            paths.push(cache.unwrap_or_else(|| PathBuf::from("/var/cache/imgdm")));
-        }
+    if entry.boot.initrd || compressed.as_deref() == Some(Path::new("refuse")) {
+        return Vec::new();
+    }
+    let mut paths = vec![value("scratch-dir").unwrap_or_else(|| PathBuf::from("/var/tmp"))];
+    if compressed.as_deref() == Some(Path::new("cache")) {
+        let cache = value("cache-dir");
+        paths.push(cache.unwrap_or_else(|| PathBuf::from("/var/cache/imgdm")));
     }
     paths
 }
