@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg, PosixFadviseAdvice, posix_fadvise};
+use nix::fcntl::{FcntlArg, Flock, FlockArg, OFlag, PosixFadviseAdvice, fcntl, posix_fadvise};
 use nix::libc;
 use nix::time::{ClockId, clock_gettime};
 
@@ -37,13 +37,66 @@ pub struct LinuxKernel {
     loop_control: OnceCell<File>,
 }
 
+/// Memory in multiples of this suits every device for reads past the page cache.
+const DIRECT_ALIGNMENT: usize = 4096;
+
 /// A block device that is read.
-struct BlockReader(File);
+struct BlockReader {
+    file: File,
+    /// Its logical block size, where it can be read past the page cache: a file system that
+    /// somebody has mounted keeps its own view of some blocks there (ext4 its journal's
+    /// superblock).
+    direct: Option<usize>,
+}
+
+impl BlockReader {
+    fn new(file: File) -> Self {
+        // Others keep the device open, and so its pages, whatever became of what lies below.
+        let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+        let direct = set_direct(&file, true)
+            .and_then(|()| Ok(usize::try_from(sys::logical_block_size(file.as_fd())?).ok()))
+            .ok()
+            .flatten()
+            .filter(|block| (1..=DIRECT_ALIGNMENT).contains(block) && block.is_power_of_two());
+        let mut reader = Self { file, direct };
+        // Whether it really can be read so shows with its first block.
+        if direct.is_none_or(|block| reader.read_direct(0, &mut [0; 512], block).is_err()) {
+            let _ = set_direct(&reader.file, false);
+            reader.direct = None;
+        }
+        reader
+    }
+
+    fn read_direct(&self, offset: u64, buffer: &mut [u8], block: usize) -> io::Result<()> {
+        let too_far = || io::Error::from(io::ErrorKind::InvalidInput);
+        let skipped = usize::try_from(offset % block as u64).map_err(|_| too_far())?;
+        let length = skipped.checked_add(buffer.len()).ok_or_else(too_far)?;
+        let length = length.checked_next_multiple_of(block).ok_or_else(too_far)?;
+        let mut memory = vec![0; length.checked_add(DIRECT_ALIGNMENT).ok_or_else(too_far)?];
+        let start = memory.as_ptr().align_offset(DIRECT_ALIGNMENT);
+        let aligned = memory.get_mut(start..start.saturating_add(length)).ok_or_else(too_far)?;
+        self.file.read_exact_at(aligned, offset - skipped as u64)?;
+        let read = aligned.get(skipped..skipped + buffer.len()).ok_or_else(too_far)?;
+        buffer.copy_from_slice(read);
+        Ok(())
+    }
+}
 
 impl DeviceReader for BlockReader {
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        self.0.read_exact_at(buffer, offset)
+        match self.direct {
+            Some(block) => self.read_direct(offset, buffer, block),
+            None => self.file.read_exact_at(buffer, offset),
+        }
     }
+}
+
+/// Sets whether a file is read past the page cache.
+fn set_direct(file: &File, direct: bool) -> io::Result<()> {
+    let mut flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
+    flags.set(OFlag::O_DIRECT, direct);
+    fcntl(file, FcntlArg::F_SETFL(flags))?;
+    Ok(())
 }
 
 /// An open device-mapper device.
@@ -351,9 +404,7 @@ impl Kernel for LinuxKernel {
         let path = self.block_device_path(number);
         let file = nodes::open_block(number, &path)
             .map_err(|error| Error::io("cannot open the device", error).at_path(&path))?;
-        // Others keep the device open, and so its pages, whatever became of what lies below.
-        let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
-        Ok(Arc::new(BlockReader(file)))
+        Ok(Arc::new(BlockReader::new(file)))
     }
 
     fn block_device_path(&self, number: DeviceNumber) -> PathBuf {

@@ -417,3 +417,20 @@ fn a_hundred_thousand_segments_take_little_memory() {
     assert_found("large", "mapping", 70_000 * 4096, 4096);
     device.detach();
 }
+
+#[test]
+fn what_a_mounted_file_system_keeps_in_the_page_cache_is_not_the_devices_content() {
+    let scratch = Scratch::new();
+    let image = scratch.path("disk.raw");
+    File::create(&image).unwrap().set_len(16 << 20).unwrap();
+    tool("mkfs.ext4", args!["-q", "-F", &image]);
+    let device = attach(args!["-f", "raw", &image]);
+    let place = scratch.path("mounted");
+    fs::create_dir(&place).unwrap();
+    // Without noload: ext4 makes itself a view of its journal's superblock.
+    tool("mount", args!["-t", "ext4", "-o", "ro", &device.path, &place]);
+    assert_ne!(device.sha256(), sha256(&image), "the page cache has nothing of its own");
+    assert_verified(["--content", "disk"]);
+    tool("umount", [&place]);
+    device.detach();
+}
