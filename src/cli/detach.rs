@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use imgdm::device::detach::{detach, detach_all, find};
+use imgdm::device::detach::{detach, detach_all, find, find_by_default_name};
 use imgdm::device::going::wait_until_gone;
 use imgdm::device::linux::LinuxKernel;
 use imgdm::device::list::Attached;
@@ -44,6 +44,11 @@ pub(crate) struct Args {
     /// Where nothing is attached, succeed
     #[arg(long)]
     if_attached: bool,
+
+    /// The argument is an image, and only what 'imgdm attach' of it without options makes is
+    /// meant, not what it is attached as besides. For imgdm@.service
+    #[arg(long, hide = true, conflicts_with_all = ["all", "wait", "record"])]
+    default_name: bool,
 }
 
 pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
@@ -78,7 +83,11 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
         anyhow::ensure!(busy == 0, "{busy} of {} could not be detached", results.len());
         return Ok(());
     };
-    let found = find(&kernel, target, FileId::of_path(target));
+    let id = FileId::of_path(target);
+    let found = match args.default_name {
+        true => find_by_default_name(&kernel, target, id),
+        false => find(&kernel, target, id),
+    };
     if args.wait {
         let going = match &found {
             Ok(attached) if !attached.deferred_remove => None,

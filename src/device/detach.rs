@@ -11,7 +11,7 @@ use std::time::Duration;
 use super::attach::sweep;
 use super::compare::{describe, part_of};
 use super::list::{Attached, attached, list};
-use super::name::DeviceRole;
+use super::name::{DeviceRole, DmName};
 use super::stacked::with_holders;
 use super::{
     DeviceId, DeviceInfo, DeviceNumber, Interrupt, Kernel, LoopHandle, PATIENCE, loop_node,
@@ -96,6 +96,36 @@ pub fn find<K: Kernel>(kernel: &K, argument: &Path, id: Option<FileId>) -> Resul
             Err(Error::new(ErrorKind::Usage(message)).at_path(argument))
         }
     }
+}
+
+/// The attachment of an image that `attach` without options has made or would make: under
+/// the name that follows from the image's path, of its active layer, without a record. Other
+/// attachments of the image do not count. `id` is what is at that path, if anything; an image
+/// that was replaced there is known by the path, too.
+///
+/// # Errors
+/// [`ErrorKind::NotAttached`], or no name follows from the path.
+pub fn find_by_default_name<K: Kernel>(
+    kernel: &K,
+    image: &Path,
+    id: Option<FileId>,
+) -> Result<Attached> {
+    let name = DmName::from_image(image, None)?;
+    let absolute = std::path::absolute(image).unwrap_or_else(|_| image.to_owned());
+    let is_it = |attached: &Attached| {
+        let of_image = attached.active_loop().is_some_and(|active| {
+            Some(active.info.file) == id
+                || active.info.path.as_ref().is_some_and(|known| known.path == absolute)
+        });
+        of_image
+            && attached.name == name.as_str()
+            && !attached.uuid.is_snapshot()
+            && !attached.is_evidence()
+    };
+    list(kernel)?.into_iter().find(is_it).ok_or_else(|| {
+        let message = format!("this image is not attached under the name '{name}'");
+        Error::new(ErrorKind::NotAttached(message)).at_path(image)
+    })
 }
 
 /// Refuses, as [`detach`] would, what somebody has open, without taking it down.

@@ -203,6 +203,38 @@ fn an_image_is_attached_by_its_path() {
 }
 
 #[test]
+fn the_unit_of_a_path_takes_down_only_what_it_attached() {
+    booted();
+    let path = "/srv/images/by path%.raw";
+    let unit = tool("systemd-escape", ["--path", "--template=imgdm@.service", path]);
+    let unit = unit.trim();
+    let before = our_devices();
+    imgdm(["attach", "--name", "other", path]).ok();
+    tool("systemctl", ["start", unit]);
+    tool("systemctl", ["stop", unit]);
+    assert_eq!(
+        (show(unit, "Result"), show(unit, "ExecMainStatus")),
+        ("success".into(), "0".into())
+    );
+    assert!(!Path::new("/dev/mapper/by_path_").exists());
+    // Its own is gone before it is stopped.
+    tool("systemctl", ["start", unit]);
+    imgdm(["detach", "by_path_"]).ok();
+    tool("systemctl", ["stop", unit]);
+    assert_eq!(show(unit, "Result"), "success");
+    // Another image under that name is none of its business.
+    tool("systemctl", ["start", unit]);
+    imgdm(["detach", "by_path_"]).ok();
+    imgdm(["attach", "--name", "by_path_", "/srv/images/asked.raw"]).ok();
+    tool("systemctl", ["stop", unit]);
+    for name in ["other", "by_path_"] {
+        assert!(Path::new("/dev/mapper").join(name).exists(), "{name} is gone");
+        imgdm(["detach", name]).ok();
+    }
+    assert_eq!(our_devices(), before);
+}
+
+#[test]
 fn a_daemon_reload_changes_nothing() {
     booted();
     let generated = || sh("cd /run/systemd/generator; find . -print | sort; cat imgdm-tab@*");
