@@ -43,7 +43,7 @@ $(BUILT)/imgdm:
 install: | $(BUILT)/imgdm
 	@scripts/install install
 
-uninstall: | $(BUILT)/imgdm
+uninstall:
 	@scripts/install uninstall
 
 static:
@@ -52,11 +52,12 @@ static:
 	mkdir -p $(TARGET_DIR)/static
 	cp $(TARGET_DIR)/$(STATIC_TARGET)/static/imgdm $(TARGET_DIR)/static/imgdm
 
-deb: | $(BUILT)/imgdm
+# Not of what an earlier build left.
+deb: build
 	@scripts/setup deb
 	packaging/deb
 
-rpm: | $(BUILT)/imgdm
+rpm: build
 	@scripts/setup rpm
 	packaging/rpm
 
