@@ -1,8 +1,11 @@
 //! Master boot records with logical partitions, and the tables nested in their partitions
 //! (libblkid's dos.c, minix.c).
 
+use std::collections::BTreeSet;
+
 use super::{
-    Disk, Entry, PartitionTable, PartitionType, TableKind, bsd, foreign, le16, le32, sector,
+    ChainFault, Disk, Entry, PartitionTable, PartitionType, TableKind, TableWarning, bsd, foreign,
+    le16, le32, sector,
 };
 use crate::error::Result;
 use crate::signature;
@@ -162,8 +165,9 @@ fn push(
     true
 }
 
-/// The logical partitions of an extended one: a chain of boot records, each of which only
-/// leads further on.
+/// The logical partitions of an extended one: a chain of boot records. It may lead back, as
+/// fdisk makes it where a partition was deleted and another one made in its place. The kernel
+/// follows it then, as libblkid did before 2026.
 fn logical(
     disk: &mut dyn Disk,
     table: &mut PartitionTable,
@@ -174,18 +178,25 @@ fn logical(
     let area_end = area.start + area.length;
     let (mut here, mut here_length) = (area.start, area.length);
     let mut empty = 0;
+    let mut visited = BTreeSet::new();
     if area.start == 0 {
         return Ok(());
     }
-    loop {
+    let fault = loop {
         empty += 1;
         if empty > MAX_EMPTY_RECORDS {
-            return Ok(());
+            break ChainFault::TooLong;
         }
-        let Some(record) = sector(disk, here)? else { return Ok(()) };
-        if !has_magic(&record) {
-            return Ok(());
+        if !visited.insert(here) {
+            break ChainFault::Loop;
         }
+        let Some(record) = sector(disk, here)?.filter(has_magic) else {
+            // An extended partition in which there was never any has no record either.
+            if here == area.start {
+                return Ok(());
+            }
+            break ChainFault::NoRecord;
+        };
         let slots = slots(&record);
         for (index, slot) in slots.into_iter().enumerate() {
             let start = here + slot.start;
@@ -211,11 +222,13 @@ fn logical(
         let link = slots.into_iter().find(|s| s.length > 0 && s.is_extended() && s.start != 0);
         let Some(link) = link else { return Ok(()) };
         let next = area.start + link.start;
-        if next + link.length > area_end || next <= here {
-            return Ok(());
-        }
         (here, here_length) = (next, link.length);
-    }
+        if next + link.length > area_end {
+            break ChainFault::OutOfExtended;
+        }
+    };
+    table.warnings.push(TableWarning::ChainCut { extended, sector: here, fault });
+    Ok(())
 }
 
 /// The tables inside of primary partitions of other systems.

@@ -171,6 +171,40 @@ pub enum TableWarning {
     /// A partition entry points out of where partitions can be; it is passed over, as
     /// libblkid does.
     EntryIgnored(u32),
+    /// The chain of an extended partition's boot records breaks off: logical partitions may
+    /// be missing.
+    ChainCut {
+        /// The extended partition's number.
+        extended: u32,
+        /// The sector of 512 bytes of the record that is not followed.
+        sector: u64,
+        /// Why.
+        fault: ChainFault,
+    },
+}
+
+/// Why a boot record of an extended partition is not followed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChainFault {
+    /// What the link says is there reaches past the end of the extended partition.
+    OutOfExtended,
+    /// The chain has been there before.
+    Loop,
+    /// Too many records before it have no partition.
+    TooLong,
+    /// There is no boot record.
+    NoRecord,
+}
+
+impl fmt::Display for ChainFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::OutOfExtended => "it reaches out of the extended partition",
+            Self::Loop => "the chain leads back to it",
+            Self::TooLong => "too many before it have no partition",
+            Self::NoRecord => "there is none",
+        })
+    }
 }
 
 impl fmt::Display for TableWarning {
@@ -186,6 +220,10 @@ impl fmt::Display for TableWarning {
             Self::EntryIgnored(number) => {
                 write!(f, "partition entry {number} points out of the usable space; it is ignored")
             }
+            Self::ChainCut { extended, sector, fault } => write!(
+                f,
+                "logical partitions in partition {extended} may be missing: the boot record at sector {sector} is not followed: {fault}"
+            ),
         }
     }
 }

@@ -121,14 +121,26 @@ fn a_chain_of_extended_records_without_end_ends() {
     for sector in 1..8000 {
         disk.slot(sector, 0, 0x05, u32::try_from(sector).unwrap(), 1);
     }
-    assert_eq!(disk.table().partitions.len(), 1);
+    let cut = |sector, fault| [TableWarning::ChainCut { extended: 1, sector, fault }];
+    let table = disk.table();
+    assert_eq!(table.partitions.len(), 1);
+    assert_eq!(table.warnings, cut(101, ChainFault::TooLong));
     assert!(disk.read < 1 << 20, "{}", disk.read);
     // One that leads back.
     let mut disk = Memory::new(1 << 20);
     disk.slot(0, 0, 0x05, 10, 100);
     disk.slot(10, 0, 0x05, 20, 10);
     disk.slot(30, 0, 0x05, 20, 10);
-    assert_eq!(disk.table().partitions.len(), 1);
+    let table = disk.table();
+    assert_eq!(table.partitions.len(), 1);
+    assert_eq!(table.warnings, cut(30, ChainFault::Loop));
+    // One that leads out, and one that leads to no record.
+    disk.slot(30, 0, 0x05, 95, 10);
+    assert_eq!(disk.table().warnings, cut(105, ChainFault::OutOfExtended));
+    disk.slot(30, 0, 0x05, 40, 10);
+    assert_eq!(disk.table().warnings, cut(50, ChainFault::NoRecord));
+    disk.slot(30, 0, 0x05, 0, 0);
+    assert_eq!(disk.table().warnings, []);
 }
 
 #[test]

@@ -93,9 +93,14 @@ pub(crate) fn partx(image: &Path) -> Outcome<Vec<Row>> {
 /// Writes a table as sfdisk's script describes it.
 pub(crate) fn sfdisk(image: &Path, script: &str) -> Outcome {
     File::create(image).and_then(|file| file.set_len(DISK_BYTES)).map_err(|e| e.to_string())?;
-    let mut child = Command::new("sfdisk")
-        .args(["--quiet", "--no-reread", "--no-tell-kernel", "--force"])
-        .arg(image)
+    let mut sfdisk = Command::new("sfdisk");
+    sfdisk.args(["--quiet", "--no-reread", "--no-tell-kernel", "--force"]).arg(image);
+    run_with_input(&mut sfdisk, script)
+}
+
+/// Runs sfdisk with a script.
+fn run_with_input(command: &mut Command, script: &str) -> Outcome {
+    let mut child = command
         .stdin(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -176,6 +181,34 @@ fn tables_of_sfdisk_are_read_as_libblkid_reads_them() {
         }
     }
     assert!(found > 100, "only {found} partitions were made");
+}
+
+#[test]
+fn logical_partitions_out_of_order_are_read_as_libblkid_reads_them() {
+    let dir = scratch_dir("partitions-backwards").unwrap();
+    let image = dir.path().join("disk");
+    let logical = |start: u32| format!("start={start}, size=8000, type=83\n");
+    let script = format!(
+        "label: dos\nstart=2048, size=100000, type=5\n{}{}{}",
+        logical(4096),
+        logical(20480),
+        logical(40960)
+    );
+    sfdisk(&image, &script).unwrap();
+    let in_order = ours(&image);
+    let sfdisk_again = |arguments: &[&str], script: &str| {
+        let mut sfdisk = Command::new("sfdisk");
+        sfdisk.args(["--quiet", "--no-reread", "--no-tell-kernel"]).args(arguments);
+        run_with_input(&mut sfdisk, script).unwrap();
+    };
+    let path = image.to_str().unwrap();
+    sfdisk_again(&["--delete", path, "6"], "");
+    sfdisk_again(&["--append", path], &logical(20480));
+    assert_eq!(assert_same(&image, &|| script.clone()).unwrap(), in_order.len());
+    let starts = |rows: &[Row]| rows.iter().map(|row| row.1).collect::<Vec<_>>();
+    assert_eq!(starts(&ours(&image)), [2048, 4096, 40960, 20480]);
+    let table = partition::read(&mut FileDisk(File::open(&image).unwrap())).unwrap().unwrap();
+    assert_eq!(table.warnings, []);
 }
 
 #[test]
