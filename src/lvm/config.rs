@@ -5,9 +5,9 @@
 use super::Fault;
 
 /// Most entries and array elements, each, of a text. One logical volume has some 15.
-const MAX_ENTRIES: usize = 1 << 20;
+pub(super) const MAX_ENTRIES: usize = 1 << 20;
 /// Most sections inside of each other. LVM's own metadata has six.
-const MAX_DEPTH: usize = 16;
+pub(super) const MAX_DEPTH: usize = 16;
 /// No node.
 const NONE: u32 = u32::MAX;
 
@@ -170,7 +170,7 @@ impl<'t> Config<'t> {
             let index = config.push(name, &mut open)?;
             match tokens.need()? {
                 Token::Open if open.len() < MAX_DEPTH => open.push((index, NONE)),
-                Token::Open => return Err(Fault::TooLarge),
+                Token::Open => return Err(Fault::TooDeep),
                 Token::Equals => {
                     let values = config.values(&mut tokens)?;
                     if let Some(node) = config.nodes.last_mut() {
@@ -185,12 +185,12 @@ impl<'t> Config<'t> {
 
     /// Adds an entry to the innermost open section.
     fn push(&mut self, name: &'t str, open: &mut [(u32, u32)]) -> Result<u32, Fault> {
-        let index = u32::try_from(self.nodes.len()).map_err(|_| Fault::TooLarge)?;
+        let index = u32::try_from(self.nodes.len()).map_err(|_| Fault::TooManyEntries)?;
         if self.nodes.len() >= MAX_ENTRIES {
-            return Err(Fault::TooLarge);
+            return Err(Fault::TooManyEntries);
         }
         self.nodes.push(Node { name, child: NONE, next: NONE, values: None });
-        let Some((section, last)) = open.last_mut() else { return Err(Fault::TooLarge) };
+        let Some((section, last)) = open.last_mut() else { return Err(Fault::TooDeep) };
         if let Some(last) = self.nodes.get_mut(*last as usize) {
             last.next = index;
         } else if let Some(section) = self.nodes.get_mut(*section as usize) {
@@ -219,13 +219,13 @@ impl<'t> Config<'t> {
             let value = tokens.value(first)?;
             self.push_value(value)?;
         }
-        let index = |at: usize| u32::try_from(at).map_err(|_| Fault::TooLarge);
+        let index = |at: usize| u32::try_from(at).map_err(|_| Fault::TooManyEntries);
         Ok((index(start)?, index(self.values.len())?))
     }
 
     fn push_value(&mut self, value: Value<'t>) -> Result<(), Fault> {
         if self.values.len() >= MAX_ENTRIES {
-            return Err(Fault::TooLarge);
+            return Err(Fault::TooManyEntries);
         }
         self.values.push(value);
         Ok(())
@@ -341,10 +341,13 @@ mod tests {
 
     #[test]
     fn a_text_without_end_is_bounded() {
-        assert_eq!(Config::parse(&"a {".repeat(1 << 20)).unwrap_err(), Fault::TooLarge);
-        assert_eq!(Config::parse(&"a=1 ".repeat(MAX_ENTRIES + 1)).unwrap_err(), Fault::TooLarge);
+        assert_eq!(Config::parse(&"a {".repeat(1 << 20)).unwrap_err(), Fault::TooDeep);
+        assert_eq!(
+            Config::parse(&"a=1 ".repeat(MAX_ENTRIES + 1)).unwrap_err(),
+            Fault::TooManyEntries
+        );
         let array = format!("a = [{}]", "1,".repeat(MAX_ENTRIES + 1));
-        assert_eq!(Config::parse(&array).unwrap_err(), Fault::TooLarge);
+        assert_eq!(Config::parse(&array).unwrap_err(), Fault::TooManyEntries);
     }
 
     proptest! {

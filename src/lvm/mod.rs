@@ -43,8 +43,14 @@ pub enum Fault {
     Header,
     /// An area reaches past the end of the physical volume.
     OutOfVolume,
-    /// There is more metadata than is read.
+    /// The text is longer than is read.
     TooLarge,
+    /// With the texts before it there is more than is read of one disk.
+    TotalTooLarge,
+    /// The text has more entries than are kept.
+    TooManyEntries,
+    /// The text has more sections inside of each other than are followed.
+    TooDeep,
     /// The checksum of the metadata is not that of its text.
     TextChecksum,
     /// The text is not LVM's syntax.
@@ -65,7 +71,18 @@ impl fmt::Display for Fault {
             Self::HeaderChecksum => f.write_str("the checksum of its header is wrong"),
             Self::Header => f.write_str("its header contradicts itself"),
             Self::OutOfVolume => f.write_str("it reaches past the end of the physical volume"),
-            Self::TooLarge => write!(f, "it holds more than is read ({MAX_TEXT} bytes)"),
+            Self::TooLarge => write!(f, "its text is longer than is read ({MAX_TEXT} bytes)"),
+            Self::TotalTooLarge => write!(
+                f,
+                "with the other areas it holds more than is read of one disk ({MAX_TOTAL_TEXT} bytes)"
+            ),
+            Self::TooManyEntries => {
+                write!(f, "its text has more entries than are kept ({})", config::MAX_ENTRIES)
+            }
+            Self::TooDeep => {
+                let most = config::MAX_DEPTH;
+                write!(f, "its text has more than {most} sections inside of each other")
+            }
             Self::TextChecksum => f.write_str("the checksum of its text is wrong"),
             Self::Syntax { line } => write!(f, "its text is not understood at line {line}"),
             Self::Field(name) => write!(f, "'{name}' in its text is missing or wrong"),
@@ -190,7 +207,7 @@ pub fn read(disk: &mut dyn Disk, places: &[GuestRange]) -> Result<Lvm> {
                         continue;
                     }
                     match budget.checked_sub(location.size) {
-                        None => Err(Fault::TooLarge),
+                        None => Err(Fault::TotalTooLarge),
                         Some(rest) => {
                             budget = rest;
                             let text = label::read_text(disk, *place, location)?;

@@ -428,7 +428,7 @@ fn areas_without_end_are_read_within_bounds() {
     assert_eq!(lvm.warnings.len(), 24);
     assert!(disk.read <= MAX_TOTAL_TEXT + (1 << 20), "{}", disk.read);
     let too_large = |warning: &&Warning| {
-        matches!(warning, Warning::MetadataArea { fault: Fault::TooLarge, .. })
+        matches!(warning, Warning::MetadataArea { fault: Fault::TotalTooLarge, .. })
     };
     assert_eq!(lvm.warnings.iter().filter(too_large).count(), 20);
 }
