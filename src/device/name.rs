@@ -94,6 +94,12 @@ fn name_fault(name: &str) -> Option<String> {
     Some(format!("has the byte {wrong:#04x} in it, and only {PLAIN} are allowed"))
 }
 
+/// True for what follows `NAME-` in the name of an inner device.
+fn is_inner(suffix: &str) -> bool {
+    let index = suffix.strip_prefix("inner");
+    index.is_some_and(|index| !index.is_empty() && index.bytes().all(|b| b.is_ascii_digit()))
+}
+
 impl DmName {
     /// A name that the user gave: taken as it is, or refused.
     ///
@@ -147,13 +153,16 @@ impl DmName {
         Self(format!("{}{between}{number}", self.0))
     }
 
-    /// The name of the logical volume `volume` on the disk: `NAME-VOLUME`.
+    /// The name of the logical volume `volume` on the disk: `NAME-VOLUME`; `NAME--VOLUME`
+    /// where the former is that of an inner device. No volume's name starts with a `-`, so
+    /// that this one is no other volume's.
     ///
     /// # Errors
     /// The volume's name, which is a stranger's, has bytes in it that udev would change, or
     /// is too long.
     pub fn logical_volume(&self, volume: &str) -> Result<Self> {
-        let name = format!("{}-{volume}", self.0);
+        let between = if is_inner(volume) { "--" } else { "-" };
+        let name = format!("{}{between}{volume}", self.0);
         let fault = if volume.is_empty() {
             "is empty".to_owned()
         } else if let Some(wrong) = volume.bytes().find(|&byte| !is_plain(byte)) {
@@ -534,7 +543,15 @@ mod tests {
         let name = |name: &str| DmName::new(name).unwrap();
         assert_eq!(name("disk").partition(1).as_str(), "disk1");
         assert_eq!(name("disk2").partition(10).as_str(), "disk2p10");
-        assert_eq!(name("disk").logical_volume("root").unwrap().as_str(), "disk-root");
+        for (volume, wanted) in [
+            ("root", "disk-root"),
+            ("inner", "disk-inner"),
+            ("inner0", "disk--inner0"),
+            ("inner0a", "disk-inner0a"),
+        ] {
+            assert_eq!(name("disk").logical_volume(volume).unwrap().as_str(), wanted);
+        }
+        assert_ne!(name("disk").logical_volume("inner0").unwrap(), name("disk").inner(0));
         for volume in ["", "a b", "a/b", "\u{e9}", &"x".repeat(123)] {
             assert!(name("disk").logical_volume(volume).is_err(), "{volume}");
         }
