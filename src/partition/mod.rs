@@ -119,6 +119,8 @@ impl fmt::Display for PartitionType {
 /// Why a partition is listed, but can't be attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unusable {
+    /// It has no sector.
+    Empty,
     /// It reaches past the end of the disk.
     OutOfDisk,
     /// It shares sectors with the partition of this number, which comes first.
@@ -128,6 +130,7 @@ pub enum Unusable {
 impl fmt::Display for Unusable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Empty => f.write_str("it has no sector"),
             Self::OutOfDisk => f.write_str("it reaches past the end of the disk"),
             Self::Overlaps(other) => write!(f, "it overlaps partition {other}"),
         }
@@ -296,7 +299,9 @@ impl PartitionTable {
                     && other.inside != Some(this.number)
                     && !other.range.intersection(this.range).is_empty()
             });
-            this.unusable = if this.range.end > end {
+            this.unusable = if this.range.is_empty() {
+                Some(Unusable::Empty)
+            } else if this.range.end > end {
                 Some(Unusable::OutOfDisk)
             } else {
                 overlapped.map(|other| Unusable::Overlaps(other.number))

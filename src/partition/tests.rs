@@ -96,6 +96,28 @@ fn out_of_the_disk_and_overlapping_are_listed_with_the_reason() {
 }
 
 #[test]
+fn a_partition_without_a_sector_is_listed_with_the_reason() {
+    // BSD: two slices of type 7, the first of which is empty.
+    let mut disk = Memory::new(1 << 20);
+    let label = 512;
+    disk.put(label, &0x8256_4557u32.to_le_bytes()).put(label + 132, &0x8256_4557u32.to_le_bytes());
+    disk.put(label + 138, &[2]);
+    for (index, (length, start)) in [(0u32, 90u32), (100, 50)].into_iter().enumerate() {
+        let at = label + 148 + index * 16;
+        disk.put(at, &length.to_le_bytes()).put(at + 4, &start.to_le_bytes()).put(at + 12, &[7]);
+    }
+    let sum = disk.bytes[label..label + 148 + 32]
+        .as_chunks::<2>()
+        .0
+        .iter()
+        .fold(0u16, |sum, word| sum ^ u16::from_le_bytes(*word));
+    disk.put(label + 136, &sum.to_le_bytes());
+    let table = disk.table();
+    let found: Vec<_> = table.partitions.iter().map(|p| (sectors(p), p.unusable)).collect();
+    assert_eq!(found, [((1, 90, 0), Some(Unusable::Empty)), ((2, 50, 100), None)]);
+}
+
+#[test]
 fn logical_partitions_do_not_overlap_the_extended_one_that_holds_them() {
     let mut disk = Memory::new(1 << 20);
     disk.slot(0, 1, 0x05, 10, 100);

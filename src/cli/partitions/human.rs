@@ -115,16 +115,21 @@ fn row(
         inside.map(|outer| format!("in {outer}")),
         is_active.then(|| "active".to_owned()),
         partition.unusable.map(|why| match why {
+            Unusable::Empty => "empty".to_owned(),
             Unusable::OutOfDisk => "past the end of the disk".to_owned(),
             Unusable::Overlaps(other) => format!("overlaps {other}"),
         }),
     ];
     let notes: Vec<_> = notes.into_iter().flatten().collect();
+    let last = match partition.range.is_empty() {
+        true => "-".to_owned(),
+        false => sector(partition.range.end.get()).saturating_sub(1).to_string(),
+    };
     let nested = if partition.table == table.kind { "" } else { partition.table.name() };
     [
         partition.number.to_string(),
         sector(partition.range.start.get()).to_string(),
-        sector(partition.range.end.get()).saturating_sub(1).to_string(),
+        last,
         human_size(partition.range.length().get()),
         kind.unwrap_or_default(),
         nested.to_owned(),

@@ -78,6 +78,7 @@ struct JsonPartition {
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum JsonUnusable {
+    Empty,
     OutOfDisk,
     /// With the partition of this number.
     Overlaps(u32),
@@ -217,6 +218,7 @@ fn partition(partition: &Partition, found: Option<&Signature>) -> JsonPartition 
         extended: partition.is_extended,
         inside: partition.inside,
         unusable: partition.unusable.map(|why| match why {
+            Unusable::Empty => JsonUnusable::Empty,
             Unusable::OutOfDisk => JsonUnusable::OutOfDisk,
             Unusable::Overlaps(other) => JsonUnusable::Overlaps(other),
         }),

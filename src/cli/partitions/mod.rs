@@ -110,7 +110,8 @@ fn look<'c>(chain: &'c Chain, ciphers: &'c Ciphers, interrupt: Interrupt<'c>) ->
     let table = partition::read(&mut disk)?;
     let mut contents = Vec::new();
     for partition in table.iter().flat_map(|table| &table.partitions) {
-        let has_content = !partition.is_extended && partition.unusable != Some(Unusable::OutOfDisk);
+        let is_inside = matches!(partition.unusable, None | Some(Unusable::Overlaps(_)));
+        let has_content = !partition.is_extended && is_inside;
         contents.push(match has_content {
             true => signature::probe(&mut disk, partition.range)?,
             false => None,
