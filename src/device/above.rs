@@ -10,7 +10,7 @@ use super::compare::describe;
 use super::disk::DeviceDisk;
 use super::name::{DeviceRole, DmName, DmUuid};
 use super::volumes::{self, Ground};
-use super::{DeviceId, DeviceInfo, DeviceNumber, Kernel};
+use super::{DeviceId, DeviceInfo, DeviceNumber, Interrupt, Kernel};
 use crate::error::{Error, ErrorKind, Result, printable};
 use crate::lvm;
 use crate::partition::{self, Disk, Partition, PartitionTable, TableKind, TableWarning, Unusable};
@@ -166,11 +166,12 @@ pub(super) fn wanted<K: Kernel>(
     above: &Above,
     (name, top): (&DmName, &DmUuid),
     number: DeviceNumber,
+    interrupt: Interrupt<'_>,
 ) -> Result<(Vec<WantedAbove>, Vec<AboveWarning>)> {
     if above.is_empty() {
         return Ok((Vec::new(), Vec::new()));
     }
-    let mut disk = DeviceDisk::open(kernel, number)?;
+    let mut disk = DeviceDisk::open(kernel, number)?.interrupted_by(interrupt);
     let at_disk = |error: Error| error.at_path(PathBuf::from("/dev/mapper").join(name.as_str()));
     let table = partition::read(&mut disk).map_err(at_disk)?;
     let (chosen, mut warnings) = look(&mut disk, table.as_ref(), &above.partitions)?;

@@ -3,19 +3,20 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::{DeviceNumber, DeviceReader, Kernel};
+use super::{DeviceNumber, DeviceReader, Interrupt, Kernel};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partition::Disk;
 use crate::units::{ByteLen, GuestOffset, SECTOR_SIZE};
 
 /// A device that is read as the kernel serves it: decrypted, with all layers.
-pub struct DeviceDisk {
+pub struct DeviceDisk<'a> {
     reader: Arc<dyn DeviceReader>,
     size: ByteLen,
     path: PathBuf,
+    interrupt: Interrupt<'a>,
 }
 
-impl DeviceDisk {
+impl<'a> DeviceDisk<'a> {
     /// Opens the device of these numbers.
     ///
     /// # Errors
@@ -24,16 +25,24 @@ impl DeviceDisk {
         let (size, _) = kernel.block_device(number)?;
         let size = size.to_bytes().unwrap_or(u64::MAX / SECTOR_SIZE * SECTOR_SIZE);
         let (reader, path) = (kernel.reader(number)?, kernel.block_device_path(number));
-        Ok(Self { reader, size: ByteLen::new(size), path })
+        let interrupt = Interrupt::never();
+        Ok(Self { reader, size: ByteLen::new(size), path, interrupt })
+    }
+
+    /// No longer to be read once a signal came: what is looked for may take many reads.
+    #[must_use]
+    pub fn interrupted_by(self, interrupt: Interrupt<'a>) -> Self {
+        Self { interrupt, ..self }
     }
 }
 
-impl Disk for DeviceDisk {
+impl Disk for DeviceDisk<'_> {
     fn size(&self) -> ByteLen {
         self.size
     }
 
     fn read(&mut self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
+        self.interrupt.check()?;
         let here = |error: Error| error.at_offset(offset.get()).at_path(&self.path);
         let failed = |error| here(Error::io("cannot read the device", error));
         let outside = || {
@@ -59,6 +68,7 @@ impl Disk for DeviceDisk {
 #[cfg(test)]
 mod tests {
     use std::io;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
 
@@ -78,7 +88,8 @@ mod tests {
     #[test]
     fn any_bytes_are_read_by_whole_sectors_and_none_past_the_end() {
         let (reader, size) = (Arc::new(Numbered), ByteLen::new(4 * 512));
-        let mut disk = DeviceDisk { reader, size, path: PathBuf::new() };
+        let interrupt = Interrupt::never();
+        let mut disk = DeviceDisk { reader, size, path: PathBuf::new(), interrupt };
         for (offset, length) in [(0, 512), (511, 2), (1, 100), (600, 1448), (2047, 1), (2048, 0)] {
             let mut buffer = vec![0xee; length];
             disk.read(GuestOffset::new(offset), &mut buffer).unwrap();
@@ -90,5 +101,17 @@ mod tests {
             let read = disk.read(GuestOffset::new(offset), &mut vec![0; length]);
             assert!(read.is_err(), "{offset}+{length}");
         }
+    }
+
+    #[test]
+    fn nothing_is_read_once_a_signal_came() {
+        let signal = AtomicUsize::new(0);
+        let (reader, size) = (Arc::new(Numbered), ByteLen::new(4 * 512));
+        let disk = DeviceDisk { reader, size, path: PathBuf::new(), interrupt: Interrupt::never() };
+        let mut disk = disk.interrupted_by(Interrupt::new(&signal));
+        disk.read(GuestOffset::ZERO, &mut [0; 512]).unwrap();
+        signal.store(15, Ordering::Relaxed);
+        let error = disk.read(GuestOffset::ZERO, &mut [0; 512]).unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::Interrupted(15));
     }
 }

@@ -1,14 +1,17 @@
 //! FAT and exFAT.
 
+use std::collections::BTreeSet;
+
 use super::{Area, Signature, text, utf16_le};
 use crate::error::Result;
 use crate::partition::{le16, le32};
 
 const ENTRY_LENGTH: usize = 32;
 /// Clusters of a root directory that are looked through for the label.
-const MAX_CLUSTERS: u32 = 100;
-/// Entries of a root directory that are looked through: 64 KiB of each cluster.
-const MAX_ENTRIES: u64 = 2048;
+const MAX_CLUSTERS: usize = 100;
+/// Bytes of each cluster, or of a root directory of FAT12 and FAT16, that are looked
+/// through.
+const MAX_LENGTH: u64 = 64 << 10;
 
 /// FAT12, FAT16 and FAT32.
 pub(super) fn vfat(area: &mut Area<'_>) -> Result<Option<Signature>> {
@@ -28,7 +31,7 @@ pub(super) fn vfat(area: &mut Area<'_>) -> Result<Option<Signature>> {
     } else {
         let entries = u64::from(le16(&boot, 17));
         let has_serial = matches!(boot[38], 0x28 | 0x29);
-        (label_in(area, data_start, entries)?, has_serial.then_some(39))
+        (label_in(area, data_start, entries * ENTRY_LENGTH as u64)?, has_serial.then_some(39))
     };
     let mut found = Signature::filesystem("vfat").with_label(label.unwrap_or_default());
     if let Some(at) = serial {
@@ -52,11 +55,15 @@ fn root_label_32(
 ) -> Result<Option<String>> {
     let fat_start = u64::from(le16(boot, 14)) * u64::from(le16(boot, 11));
     let mut cluster = le32(boot, 44);
-    for _ in 0..MAX_CLUSTERS {
+    let mut visited = BTreeSet::new();
+    while visited.len() < MAX_CLUSTERS && visited.insert(cluster) {
         let Some(index) = cluster.checked_sub(2) else { break };
         let at = data_start + u64::from(index) * cluster_size;
-        if let Some(label) = label_in(area, at, cluster_size / ENTRY_LENGTH as u64)? {
+        if let Some(label) = label_in(area, at, cluster_size)? {
             return Ok(Some(label));
+        }
+        if area.directories == 0 {
+            break;
         }
         let Some(next) = area.read::<4>(fat_start + u64::from(cluster) * 4)? else { break };
         cluster = le32(&next, 0) & 0x0fff_ffff;
@@ -64,21 +71,19 @@ fn root_label_32(
     Ok(None)
 }
 
-/// The volume's name in a directory of so many entries.
-fn label_in(area: &mut Area<'_>, at: u64, entries: u64) -> Result<Option<String>> {
+/// The volume's name in a directory of so many bytes.
+fn label_in(area: &mut Area<'_>, at: u64, length: u64) -> Result<Option<String>> {
     const FREE: u8 = 0xe5;
     const VOLUME: u8 = 0x08;
     const DIRECTORY: u8 = 0x10;
     const LONG_NAME: u8 = 0x0f;
-    for index in 0..entries.min(MAX_ENTRIES) {
-        let Some(entry) = area.read::<ENTRY_LENGTH>(at + index * ENTRY_LENGTH as u64)? else {
-            break;
-        };
+    let directory = area.directory(at, length.min(MAX_LENGTH))?;
+    for entry in directory.as_chunks::<ENTRY_LENGTH>().0 {
         let attributes = entry[11];
         if entry[0] == 0 {
             break;
         }
-        let has_cluster = le16(&entry, 20) != 0 || le16(&entry, 26) != 0;
+        let has_cluster = le16(entry, 20) != 0 || le16(entry, 26) != 0;
         if entry[0] == FREE || has_cluster || attributes & 0x3f == LONG_NAME {
             continue;
         }
@@ -113,12 +118,15 @@ pub(super) fn exfat(area: &mut Area<'_>) -> Result<Option<Signature>> {
     let heap_start = u64::from(le32(&boot, 88)) << sector_shift;
     let cluster_size = 1u64 << (sector_shift + cluster_shift);
     let mut cluster = le32(&boot, 96);
-    for _ in 0..MAX_CLUSTERS {
+    let mut visited = BTreeSet::new();
+    while visited.len() < MAX_CLUSTERS && visited.insert(cluster) {
         let Some(index) = cluster.checked_sub(2) else { break };
         let at = heap_start.saturating_add(u64::from(index).saturating_mul(cluster_size));
-        for entry in 0..(cluster_size / ENTRY_LENGTH as u64).min(MAX_ENTRIES) {
-            let place = at.saturating_add(entry * ENTRY_LENGTH as u64);
-            let Some(entry) = area.read::<ENTRY_LENGTH>(place)? else { return Ok(Some(found)) };
+        let directory = area.directory(at, cluster_size.min(MAX_LENGTH))?;
+        if directory.is_empty() {
+            break;
+        }
+        for entry in directory.as_chunks::<ENTRY_LENGTH>().0 {
             match entry[0] {
                 0 => return Ok(Some(found)),
                 0x83 => {

@@ -84,12 +84,40 @@ impl Signature {
     }
 }
 
+/// Most bytes of directories that are searched for the label of one file system.
+const MAX_DIRECTORIES: u64 = 1 << 20;
+/// Bytes that a read of a directory counts as, at least: small ones take as long.
+const LEAST_COUNTED: u64 = 4096;
+
+/// What may be read of directories, which are a chain of a stranger's making, on one disk:
+/// 16 MiB. Where it is used up, labels of FAT and exFAT file systems stay unknown.
+#[derive(Debug)]
+pub struct Budget(u64);
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self(16 * MAX_DIRECTORIES)
+    }
+}
+
 /// Finds what lies in `range` of a disk; `None` for nothing that is known. Where several
 /// could be meant, containers (RAID, LVM, encryption) go before file systems.
 ///
 /// # Errors
 /// What reading the disk says.
 pub fn probe(disk: &mut dyn Disk, range: GuestRange) -> Result<Option<Signature>> {
+    probe_within(disk, range, &mut Budget::default())
+}
+
+/// As [`probe`], for one of many places on a disk, which share the budget.
+///
+/// # Errors
+/// What reading the disk says.
+pub fn probe_within(
+    disk: &mut dyn Disk,
+    range: GuestRange,
+    budget: &mut Budget,
+) -> Result<Option<Signature>> {
     const PROBERS: [Prober; 20] = [
         containers::linux_raid,
         containers::lvm2,
@@ -112,7 +140,12 @@ pub fn probe(disk: &mut dyn Disk, range: GuestRange) -> Result<Option<Signature>
         others::apfs,
         linux::erofs,
     ];
-    first_of(&PROBERS, &mut Area::new(disk, range))
+    let mut area = Area::new(disk, range);
+    let allowed = area.directories.min(budget.0);
+    area.directories = allowed;
+    let found = first_of(&PROBERS, &mut area);
+    budget.0 = budget.0.saturating_sub(allowed - area.directories);
+    found
 }
 
 type Prober = fn(&mut Area<'_>) -> Result<Option<Signature>>;
@@ -147,12 +180,14 @@ fn whole_disk_is(probers: &[Prober], disk: &mut dyn Disk) -> Result<bool> {
 pub(crate) struct Area<'d> {
     disk: &'d mut dyn Disk,
     range: GuestRange,
+    /// Bytes of directories that may still be read.
+    directories: u64,
 }
 
 impl<'d> Area<'d> {
     /// That part of that disk.
     pub(crate) fn new(disk: &'d mut dyn Disk, range: GuestRange) -> Self {
-        Self { disk, range }
+        Self { disk, range, directories: MAX_DIRECTORIES }
     }
 
     /// Bytes of it.
@@ -164,6 +199,16 @@ impl<'d> Area<'d> {
     pub(crate) fn read<const N: usize>(&mut self, offset: u64) -> Result<Option<[u8; N]>> {
         let mut bytes = [0; N];
         Ok(self.fill(offset, &mut bytes)?.then_some(bytes))
+    }
+
+    /// The part of a directory at `offset` that is `length` bytes long, as far as the area and
+    /// the budget go; empty where that is nowhere.
+    fn directory(&mut self, offset: u64, length: u64) -> Result<Vec<u8>> {
+        let length = length.min(self.size().saturating_sub(offset)).min(self.directories) / 32 * 32;
+        self.directories = self.directories.saturating_sub(length.max(LEAST_COUNTED));
+        let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
+        let is_there = !bytes.is_empty() && self.fill(offset, &mut bytes)?;
+        Ok(if is_there { bytes } else { Vec::new() })
     }
 
     /// Fills `buffer` from `offset` on; false where the area ends before.

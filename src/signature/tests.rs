@@ -4,6 +4,20 @@ use super::*;
 
 struct Memory(Vec<u8>);
 
+/// One of which it is counted how often it is read.
+struct Counted(Memory, u64);
+
+impl Disk for Counted {
+    fn size(&self) -> ByteLen {
+        self.0.size()
+    }
+
+    fn read(&mut self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
+        self.1 += 1;
+        self.0.read(offset, buffer)
+    }
+}
+
 impl Disk for Memory {
     fn size(&self) -> ByteLen {
         ByteLen::new(self.0.len() as u64)
@@ -133,4 +147,52 @@ fn no_bytes_whatsoever_make_it_panic() {
         let range = whole(&disk);
         probe(&mut disk, range).unwrap();
     }
+}
+
+/// A FAT32 of clusters of so many sectors, whose root directory is full and has no label. The
+/// chain of its clusters leads from each to the next one, or to itself.
+fn fat32_without_end(cluster_sectors: u8, is_loop: bool) -> Memory {
+    const FAT_SECTORS: usize = 64;
+    let mut disk = Memory(vec![b'x'; 8 << 20]);
+    disk.0[..512].fill(0);
+    disk.0[11..17].copy_from_slice(&[0, 2, cluster_sectors, 1, 0, 1]);
+    disk.0[21] = 0xf8;
+    disk.0[32..36].copy_from_slice(&(16u32 << 10).to_le_bytes());
+    disk.0[36..40].copy_from_slice(&u32::try_from(FAT_SECTORS).unwrap().to_le_bytes());
+    disk.0[44] = 2;
+    disk.0[0x52..0x5a].copy_from_slice(b"FAT32   ");
+    disk.0[510..512].copy_from_slice(&[0x55, 0xaa]);
+    for cluster in 0..u32::try_from(FAT_SECTORS * 128).unwrap() {
+        let at = 512 + cluster as usize * 4;
+        let next = if is_loop { cluster } else { cluster + 1 };
+        disk.0[at..at + 4].copy_from_slice(&next.to_le_bytes());
+    }
+    disk
+}
+
+#[test]
+fn a_directory_without_end_is_searched_within_bounds() {
+    for (cluster_sectors, is_loop, most) in
+        [(1, false, 300), (128, false, 120), (1, true, 100), (128, true, 100)]
+    {
+        let memory = fat32_without_end(cluster_sectors, is_loop);
+        let range = whole(&memory);
+        let mut disk = Counted(memory, 0);
+        let found = probe(&mut disk, range).unwrap().unwrap();
+        assert_eq!((found.kind, found.label), ("vfat", None));
+        assert!(disk.1 < most, "{cluster_sectors} {is_loop}: {} reads", disk.1);
+    }
+}
+
+#[test]
+fn all_partitions_of_a_disk_share_what_is_read_of_directories() {
+    let memory = fat32_without_end(1, false);
+    let range = whole(&memory);
+    let (mut disk, mut budget) = (Counted(memory, 0), Budget::default());
+    for _ in 0..256 {
+        let found = probe_within(&mut disk, range, &mut budget).unwrap().unwrap();
+        assert_eq!(found.kind, "vfat");
+    }
+    // 200 reads of each were 51,200.
+    assert!(disk.1 < 20_000, "{} reads", disk.1);
 }

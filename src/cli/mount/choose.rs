@@ -6,7 +6,7 @@ use imgdm::error::printable;
 use imgdm::filesystem::has_driver;
 use imgdm::lvm::{self, Lvm};
 use imgdm::partition::{self, Disk, Partition};
-use imgdm::signature::{Signature, Usage, probe};
+use imgdm::signature::{Budget, Signature, Usage, probe, probe_within};
 use imgdm::units::{GuestOffset, GuestRange};
 use imgdm::{Error, ErrorKind, Result};
 
@@ -69,10 +69,11 @@ pub(super) fn choose(disk: &mut dyn Disk, asked: &Place, kind: Option<&str>) -> 
         let table = partition::read(disk)?;
         let places = lvm::places(table.as_ref(), disk.size());
         let lvm = lvm::read(disk, &places)?;
-        let mut partitions = Vec::new();
+        let (mut partitions, mut budget) = (Vec::new(), Budget::default());
         for partition in table.map(|table| table.partitions).unwrap_or_default() {
             let usable = partition.unusable.is_none() && !partition.is_extended;
-            let found = if usable { probe(disk, partition.range)? } else { None };
+            let found =
+                if usable { probe_within(disk, partition.range, &mut budget)? } else { None };
             partitions.push((partition, found));
         }
         let volumes = volumes(&lvm);

@@ -205,6 +205,7 @@ fn mount_image(
         Wanted { above: &above(&asked), publish: is_published(kernel, args)?, keep: false };
     let mut pending = args.build.build(kernel, wanted, globals)?;
     let chosen = DeviceDisk::open(kernel, pending.last_number())
+        .map(|disk| disk.interrupted_by(interrupt))
         .and_then(|mut disk| choose(&mut disk, &asked, args.kind.as_deref()));
     let target = match chosen {
         Ok(target) => target,
@@ -285,7 +286,7 @@ impl Work<'_> {
             ));
             return Ok(Done::Nothing);
         }
-        let mut disk = DeviceDisk::open(kernel, number)?;
+        let mut disk = DeviceDisk::open(kernel, number)?.interrupted_by(self.interrupt);
         let range = whole(&disk);
         if let Some(how) = unclean(&mut disk, range, &target.kind)? {
             let (image, Target { place, kind }) = (show_path(args.image()), target);

@@ -81,7 +81,7 @@ impl<'k, K: Kernel> Pending<'k, K> {
     fn build_above(&mut self, above: &Above, interrupt: &Interrupt<'_>) -> Result<()> {
         let kernel = self.stack.kernel;
         let top = (&self.name, &self.top.uuid);
-        let (wanted, warnings) = above::wanted(kernel, above, top, self.top.number)?;
+        let (wanted, warnings) = above::wanted(kernel, above, top, self.top.number, *interrupt)?;
         self.warnings.extend(warnings);
         if wanted.is_empty() {
             return Ok(());
