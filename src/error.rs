@@ -143,6 +143,26 @@ impl Error {
         text
     }
 
+    /// True where a signal asked the work to stop, so that nothing is to go on without what
+    /// failed.
+    pub fn is_interruption(&self) -> bool {
+        matches!(self.0.kind, ErrorKind::Interrupted(_))
+    }
+
+    /// An error that says the same; its causes are but text.
+    pub(crate) fn told_again(&self) -> Self {
+        let mut causes = Vec::new();
+        let mut cause = std::error::Error::source(self);
+        while let Some(next) = cause {
+            causes.push(next.to_string());
+            cause = next.source();
+        }
+        let source: Option<Box<dyn std::error::Error + Send + Sync>> =
+            (!causes.is_empty()).then(|| causes.join(": ").into());
+        let (path, offset) = (self.0.path.clone(), self.0.offset);
+        Self(Box::new(Details { kind: self.0.kind.clone(), path, offset, source }))
+    }
+
     /// What went wrong.
     pub fn kind(&self) -> &ErrorKind {
         &self.0.kind

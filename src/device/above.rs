@@ -114,6 +114,8 @@ pub enum AboveWarning {
     NoPartitions(TableKind),
     /// There is no partition table on the disk. What lies there instead.
     NoTable(Option<Signature>),
+    /// Whether there is a partition table can't be read, for this reason.
+    TableUnknown(String),
     /// LVM's metadata can be read all the same.
     Lvm(lvm::Warning),
 }
@@ -132,6 +134,9 @@ impl fmt::Display for AboveWarning {
             }
             Self::Unaligned(number) => {
                 write!(f, "partition {number} is passed over: {UNALIGNED}")
+            }
+            Self::TableUnknown(why) => {
+                write!(f, "the partition table can't be read: {why}")
             }
             Self::NoPartitions(kind) => {
                 write!(f, "the partition table ({kind}) has no partition")
@@ -173,7 +178,18 @@ pub(super) fn wanted<K: Kernel>(
     }
     let mut disk = DeviceDisk::open(kernel, number)?.interrupted_by(interrupt);
     let at_disk = |error: Error| error.at_path(PathBuf::from("/dev/mapper").join(name.as_str()));
-    let table = partition::read(&mut disk).map_err(at_disk)?;
+    let table = match partition::read(&mut disk) {
+        // All that can be had is none, and the disk is there all the same.
+        Err(error)
+            if above.partitions == Partitions::All
+                && above.logical_volumes.is_empty()
+                && !error.is_interruption() =>
+        {
+            let warning = AboveWarning::TableUnknown(error.without_path());
+            return Ok((Vec::new(), vec![warning]));
+        }
+        table => table.map_err(at_disk)?,
+    };
     let (chosen, mut warnings) = look(&mut disk, table.as_ref(), &above.partitions)?;
     let block = block(kernel, number)?;
     let mut devices = Vec::new();
@@ -214,7 +230,11 @@ fn look<'t>(
             return Ok((Vec::new(), Vec::new()));
         }
         let whole = GuestRange::new(GuestOffset::ZERO, GuestOffset::new(disk.size().get()));
-        let warning = AboveWarning::NoTable(signature::probe(disk, whole)?);
+        let content = match signature::probe(disk, whole) {
+            Err(error) if error.is_interruption() => return Err(error),
+            content => content.unwrap_or_default(),
+        };
+        let warning = AboveWarning::NoTable(content);
         return match asked {
             Partitions::All => Ok((Vec::new(), vec![warning])),
             _ => Err(Error::new(ErrorKind::PartitionNotFound(warning.to_string()))),
@@ -259,8 +279,9 @@ fn choose_one(table: &PartitionTable, number: u32) -> Result<&Partition> {
             [several @ .., last] => format!("partitions {} and {last}", several.join(", ")),
         };
         return Err(Error::new(ErrorKind::PartitionNotFound(format!(
-            "there is no partition {number}: the {} table has {there}",
-            table.kind
+            "there is no partition {number}: the {} table has {there}{}",
+            table.kind,
+            table.unreadable().map(|warning| format!("; {warning}")).unwrap_or_default()
         ))));
     };
     match found.unusable {

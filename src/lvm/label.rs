@@ -38,35 +38,43 @@ pub(super) struct Label {
     pub(super) areas: Vec<(u64, u64)>,
 }
 
-/// Reads `N` bytes at `offset` of the volume that `place` is; none where it ends before.
-fn read<const N: usize>(
+/// Fills `buffer` from `offset` of the volume that `place` is, or tells what is wrong; only an
+/// interruption is an error.
+fn fill(
     disk: &mut dyn Disk,
     place: GuestRange,
     offset: u64,
-) -> Result<Option<[u8; N]>> {
-    let mut bytes = [0; N];
-    Ok(fill(disk, place, offset, &mut bytes)?.then_some(bytes))
-}
-
-fn fill(disk: &mut dyn Disk, place: GuestRange, offset: u64, buffer: &mut [u8]) -> Result<bool> {
+    buffer: &mut [u8],
+) -> Result<std::result::Result<(), Fault>> {
     let end = offset.checked_add(buffer.len() as u64);
     if end.is_none_or(|end| end > place.length().get()) {
-        return Ok(false);
+        return Ok(Err(Fault::OutOfVolume));
     }
     let at: GuestOffset = place.start.saturating_add(ByteLen::new(offset));
-    disk.read(at, buffer)?;
-    Ok(true)
+    match disk.read(at, buffer) {
+        Ok(()) => Ok(Ok(())),
+        Err(error) if error.is_interruption() => Err(error),
+        Err(_) => Ok(Err(Fault::Unreadable(at))),
+    }
 }
 
 /// The label of what lies at `place`. None where that is no physical volume; a fault where
-/// it has a label that can't be used.
+/// it has a label that can't be used, or may have one that can't be read.
 pub(super) fn read_label(
     disk: &mut dyn Disk,
     place: GuestRange,
 ) -> Result<Option<std::result::Result<Label, Fault>>> {
     let mut fault = None;
     for number in 0..LABEL_SECTORS {
-        let Some(sector) = read::<SECTOR>(disk, place, number * SECTOR as u64)? else { break };
+        let mut sector = [0; SECTOR];
+        match fill(disk, place, number * SECTOR as u64, &mut sector)? {
+            Ok(()) => {}
+            Err(Fault::OutOfVolume) => break,
+            Err(error) => {
+                fault = fault.or(Some(Err(error)));
+                continue;
+            }
+        }
         if !sector.starts_with(LABEL_MAGIC)
             || &sector[24..32] != LABEL_TYPE
             || le64(&sector, 8) != number
@@ -117,10 +125,9 @@ pub(super) fn read_location(
     place: GuestRange,
     offset: u64,
 ) -> Result<std::result::Result<Option<Location>, Fault>> {
-    let Some(header) = read::<SECTOR>(disk, place, offset)? else {
-        return Ok(Err(Fault::OutOfVolume));
-    };
-    Ok(parse_area_header(&header, place, offset))
+    let mut header = [0; SECTOR];
+    let filled = fill(disk, place, offset, &mut header)?;
+    Ok(filled.and_then(|()| parse_area_header(&header, place, offset)))
 }
 
 fn parse_area_header(
@@ -170,10 +177,10 @@ pub(super) fn read_text(
     let mut text = vec![0; length];
     let first = usize::try_from(area_size - offset).unwrap_or(length).min(length);
     let (head, tail) = text.split_at_mut(first);
-    if !fill(disk, place, area.saturating_add(offset), head)?
-        || !fill(disk, place, area.saturating_add(AREA_HEADER_LENGTH), tail)?
-    {
-        return Ok(Err(Fault::OutOfVolume));
+    for (at, part) in [(offset, head), (AREA_HEADER_LENGTH, tail)] {
+        if let Err(fault) = fill(disk, place, area.saturating_add(at), part)? {
+            return Ok(Err(fault));
+        }
     }
     if checksum(&text) != expected {
         return Ok(Err(Fault::TextChecksum));

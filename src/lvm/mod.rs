@@ -41,6 +41,8 @@ pub enum Fault {
     HeaderChecksum,
     /// The header of a metadata area contradicts itself.
     Header,
+    /// What starts here on the disk can't be read.
+    Unreadable(GuestOffset),
     /// An area reaches past the end of the physical volume.
     OutOfVolume,
     /// The text is longer than is read.
@@ -70,6 +72,7 @@ impl fmt::Display for Fault {
             Self::LabelChecksum => f.write_str("its label's checksum is wrong"),
             Self::HeaderChecksum => f.write_str("the checksum of its header is wrong"),
             Self::Header => f.write_str("its header contradicts itself"),
+            Self::Unreadable(at) => write!(f, "the disk can't be read at {at}"),
             Self::OutOfVolume => f.write_str("it reaches past the end of the physical volume"),
             Self::TooLarge => write!(f, "its text is longer than is read ({MAX_TEXT} bytes)"),
             Self::TotalTooLarge => write!(
@@ -94,7 +97,8 @@ impl fmt::Display for Fault {
 /// What is not as it should be, though more could be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Warning {
-    /// What starts here has a label of LVM that can't be used.
+    /// What starts here has a label of LVM that can't be used, or may have one that can't be
+    /// read.
     Label {
         /// First byte of what should be a physical volume.
         at: GuestOffset,
@@ -120,6 +124,9 @@ pub enum Warning {
 impl fmt::Display for Warning {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Label { at, fault: fault @ Fault::Unreadable(_) } => {
+                write!(f, "whether an LVM physical volume starts at {at} is not known: {fault}")
+            }
             Self::Label { at, fault } => {
                 write!(f, "the LVM physical volume at {at} can't be used: {fault}")
             }
@@ -176,7 +183,7 @@ pub fn places(table: Option<&PartitionTable>, disk_size: ByteLen) -> Vec<GuestRa
 /// Reads what LVM has at `places` of a disk (see [`places`]).
 ///
 /// # Errors
-/// What reading the disk says. Damaged metadata is a warning.
+/// What an interrupted read says. Metadata that is damaged or can't be read is a warning.
 pub fn read(disk: &mut dyn Disk, places: &[GuestRange]) -> Result<Lvm> {
     let mut lvm = Lvm::default();
     let mut labels = Vec::new();
@@ -289,9 +296,21 @@ impl Lvm {
         });
         volume.ok_or_else(|| {
             Error::new(ErrorKind::NotFound(format!(
-                "there is no logical volume '{wanted}' on the disk: {}",
-                self.names()
+                "there is no logical volume '{wanted}' on the disk: {}{}",
+                self.names(),
+                self.unreadable().map(|warning| format!("; {warning}")).unwrap_or_default()
             )))
+        })
+    }
+
+    /// The first warning of what can't be read.
+    pub fn unreadable(&self) -> Option<&Warning> {
+        self.warnings.iter().find(|warning| {
+            matches!(
+                warning,
+                Warning::Label { fault: Fault::Unreadable(_), .. }
+                    | Warning::MetadataArea { fault: Fault::Unreadable(_), .. }
+            )
         })
     }
 

@@ -10,6 +10,22 @@ struct Disk3 {
     read: u64,
 }
 
+/// One of which this byte can't be read, for this reason.
+struct Holed<'d>(&'d mut Disk3, u64, ErrorKind);
+
+impl Disk for Holed<'_> {
+    fn size(&self) -> ByteLen {
+        self.0.size()
+    }
+
+    fn read(&mut self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
+        match (offset.get()..offset.get() + buffer.len() as u64).contains(&self.1) {
+            true => Err(Error::new(self.2.clone())),
+            false => Disk::read(self.0, offset, buffer),
+        }
+    }
+}
+
 const VOLUME: usize = 3 * MIB;
 const AREA: (usize, usize) = (AREA_AT, 64 << 10);
 const OTHER_AREA: (usize, usize) = (2 * MIB, 64 << 10);
@@ -232,6 +248,39 @@ fn a_damaged_area_is_said_and_the_other_one_is_taken() {
         .collect();
     assert_eq!(faults, [Fault::OutOfVolume, Fault::OutOfVolume]);
     assert_eq!(lvm.physical_volumes[0].group, None);
+}
+
+#[test]
+fn what_cannot_be_read_of_a_volume_is_said_and_what_else_there_is_is_taken() {
+    let text = group_text("vg", 1, &[FIRST], &logical_text("a", &[]));
+    let mut disk = Disk3::new(2);
+    put_label(disk.volume(1), FIRST, &[AREA, OTHER_AREA]);
+    put_area(disk.volume(1), AREA, AREA_HEADER, &text);
+    put_area(disk.volume(1), OTHER_AREA, AREA_HEADER, &text);
+    let (places, start) = ([place(0), place(1)], VOLUME as u64);
+    let broken = || ErrorKind::Io("a broken sector".to_owned());
+    let unreadable = |at| Fault::Unreadable(GuestOffset::new(at));
+    // A sector of the other place where a label could be: nobody knows.
+    let lvm = read(&mut Holed(&mut disk, 700, broken()), &places).unwrap();
+    assert_eq!(lvm.groups.len(), 1);
+    assert_eq!(lvm.warnings, [Warning::Label { at: GuestOffset::ZERO, fault: unreadable(512) }]);
+    // One before the label, which is found.
+    let lvm = read(&mut Holed(&mut disk, start, broken()), &places).unwrap();
+    assert_eq!((lvm.groups.len(), &lvm.warnings[..]), (1, &[][..]));
+    // The header of an area, and its text: the other area is read.
+    for (byte, said) in [(AREA_AT, AREA_AT), (AREA_AT + 520, AREA_AT + AREA_HEADER)] {
+        let lvm = read(&mut Holed(&mut disk, start + byte as u64, broken()), &places).unwrap();
+        assert_eq!(lvm.groups.len(), 1);
+        let at = GuestOffset::new(start + AREA_AT as u64);
+        let fault = unreadable(start + said as u64);
+        assert_eq!(lvm.warnings, [Warning::MetadataArea { at, fault }]);
+    }
+    let lvm = read(&mut Holed(&mut disk, start + 512, broken()), &places).unwrap();
+    let error = lvm.find("vg/a").unwrap_err().to_string();
+    assert!(error.contains("not known") && error.contains("can't be read"), "{error}");
+    let signal = ErrorKind::Interrupted(15);
+    let error = read(&mut Holed(&mut disk, 700, signal.clone()), &places).unwrap_err();
+    assert_eq!(error.kind(), &signal);
 }
 
 #[test]

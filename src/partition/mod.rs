@@ -8,6 +8,7 @@ mod bsd;
 mod dos;
 mod foreign;
 mod gpt;
+mod noting;
 #[cfg(test)]
 mod tests;
 mod type_name;
@@ -18,6 +19,7 @@ use crate::error::Result;
 use crate::units::{ByteLen, GuestOffset, GuestRange, SECTOR_SIZE};
 
 pub(crate) use dos::is_fat;
+pub use noting::Noting;
 
 /// Most partitions of a disk that are listed: those of a GPT of the usual size, and the
 /// logical ones that the kernel would show.
@@ -169,6 +171,8 @@ pub enum TableWarning {
     BackupGptUsed,
     /// The backup GPT is damaged or missing, as after the disk was enlarged.
     NoBackupGpt,
+    /// What starts here can't be read, and is taken for missing.
+    Unreadable(GuestOffset),
     /// There are more partitions than are listed.
     TooManyPartitions,
     /// A partition entry points out of where partitions can be; it is passed over, as
@@ -195,7 +199,7 @@ pub enum ChainFault {
     Loop,
     /// Too many records before it have no partition.
     TooLong,
-    /// There is no boot record.
+    /// There is no boot record, or it can't be read.
     NoRecord,
 }
 
@@ -205,7 +209,7 @@ impl fmt::Display for ChainFault {
             Self::OutOfExtended => "it reaches out of the extended partition",
             Self::Loop => "the chain leads back to it",
             Self::TooLong => "too many before it have no partition",
-            Self::NoRecord => "there is none",
+            Self::NoRecord => "there is none that can be read",
         })
     }
 }
@@ -217,6 +221,10 @@ impl fmt::Display for TableWarning {
                 f.write_str("the primary GPT is damaged; its backup at the end of the disk is used")
             }
             Self::NoBackupGpt => f.write_str("the GPT has no good backup at the end of the disk"),
+            Self::Unreadable(at) => write!(
+                f,
+                "the disk can't be read at {at}: what the partition table has there is missing"
+            ),
             Self::TooManyPartitions => {
                 write!(f, "only the first {MAX_PARTITIONS} partitions are listed")
             }
@@ -281,6 +289,11 @@ impl PartitionTable {
         true
     }
 
+    /// The first warning of what can't be read.
+    pub fn unreadable(&self) -> Option<&TableWarning> {
+        self.warnings.iter().find(|warning| matches!(warning, TableWarning::Unreadable(_)))
+    }
+
     /// The number after the last one that was given out.
     fn next_number(&self) -> u32 {
         self.partitions.last().map_or(1, |last| last.number.saturating_add(1))
@@ -330,36 +343,44 @@ impl Entry {
 /// Reads the partition table of a disk; `None` where there is none.
 ///
 /// # Errors
-/// What reading the disk says. A damaged table is none, or one with warnings.
+/// What reading the disk says, where no table is found without what can't be read; else that
+/// is a warning. A damaged table is none, or one with warnings.
 pub fn read(disk: &mut dyn Disk) -> Result<Option<PartitionTable>> {
     // A foreign magic at the start of the disk goes before a master boot record's two
     // bytes, as in libblkid.
     type Reader = fn(&mut dyn Disk) -> Result<Option<PartitionTable>>;
     const READERS: [Reader; 6] =
         [foreign::aix_sgi_sun, dos::read, gpt::read, foreign::mac, foreign::ultrix, bsd::read];
+    let mut disk = Noting::new(disk);
     for reader in READERS {
-        if let Some(mut table) = reader(disk)? {
+        if let Some(mut table) = reader(&mut disk)? {
             table.judge(disk.size());
+            table.warnings.extend(disk.take().into_iter().map(TableWarning::Unreadable));
             return Ok(Some(table));
         }
     }
-    Ok(None)
+    disk.into_error().map_or(Ok(None), Err)
 }
 
-/// The sector of 512 bytes at this sector number; `None` past the end of the disk.
+/// The sector of 512 bytes at this sector number; `None` where that can't be read, or past the
+/// end of the disk.
 fn sector(disk: &mut dyn Disk, number: u64) -> Result<Option<[u8; 512]>> {
     let mut bytes = [0; 512];
     Ok(read_at(disk, number.saturating_mul(SECTOR_SIZE), &mut bytes)?.then_some(bytes))
 }
 
-/// Fills `buffer` from byte `offset` on; false where that reaches past the end of the disk.
+/// Fills `buffer` from byte `offset` on; false where that can't be read, which [`Noting`] keeps,
+/// or reaches past the end of the disk.
 fn read_at(disk: &mut dyn Disk, offset: u64, buffer: &mut [u8]) -> Result<bool> {
     let inside =
         offset.checked_add(buffer.len() as u64).is_some_and(|end| end <= disk.size().get());
-    if inside {
-        disk.read(GuestOffset::new(offset), buffer)?;
+    if !inside {
+        return Ok(false);
     }
-    Ok(inside)
+    match disk.read(GuestOffset::new(offset), buffer) {
+        Err(error) if error.is_interruption() => Err(error),
+        read => Ok(read.is_ok()),
+    }
 }
 
 /// The little-endian 16 bits at `at`; the caller keeps it inside.

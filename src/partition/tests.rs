@@ -1,7 +1,7 @@
 //! Disks in memory, hostile ones above all.
 
 use super::*;
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 
 /// A disk of which only what was put there is not zero.
 struct Memory {
@@ -50,6 +50,28 @@ impl Disk for Memory {
     }
 }
 
+/// A disk of which some sectors can't be read, for this reason.
+struct Holed<'m>(&'m mut Memory, &'static [u64], ErrorKind);
+
+impl Disk for Holed<'_> {
+    fn size(&self) -> ByteLen {
+        self.0.size()
+    }
+
+    fn read(&mut self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
+        let end = offset.get() + buffer.len() as u64;
+        let is_touched = |&sector: &u64| offset.get() < (sector + 1) * 512 && sector * 512 < end;
+        match self.1.iter().any(is_touched) {
+            true => Err(Error::new(self.2.clone()).at_offset(offset.get())),
+            false => self.0.read(offset, buffer),
+        }
+    }
+}
+
+fn broken() -> ErrorKind {
+    ErrorKind::Io("a broken sector".to_owned())
+}
+
 /// A disk of which nothing can be read.
 struct Broken;
 
@@ -78,6 +100,37 @@ fn a_disk_without_a_table_has_none() {
 #[test]
 fn what_cannot_be_read_is_an_error_and_not_a_disk_without_partitions() {
     assert!(read(&mut Broken).is_err());
+}
+
+#[test]
+fn a_place_that_cannot_be_read_takes_away_only_what_it_holds() {
+    let mut disk = Memory::new(1 << 20);
+    disk.slot(0, 0, 0x83, 200, 100);
+    disk.slot(0, 1, 0x05, 10, 100);
+    disk.slot(10, 0, 0x83, 1, 9);
+    disk.slot(10, 1, 0x05, 20, 50);
+    disk.slot(30, 0, 0x82, 2, 8);
+    let unreadable = |sector: u64| TableWarning::Unreadable(GuestOffset::new(sector * 512));
+    let numbers = |table: &PartitionTable| -> Vec<_> {
+        table.partitions.iter().map(|partition| partition.number).collect()
+    };
+    let table = read(&mut Holed(&mut disk, &[30], broken())).unwrap().unwrap();
+    assert_eq!(numbers(&table), [1, 2, 5]);
+    let fault = ChainFault::NoRecord;
+    let cut = TableWarning::ChainCut { extended: 2, sector: 30, fault };
+    assert_eq!(table.warnings, [cut, unreadable(30)]);
+    let table = read(&mut Holed(&mut disk, &[10], broken())).unwrap().unwrap();
+    assert_eq!((numbers(&table), table.warnings), (vec![1, 2], vec![unreadable(10)]));
+    // What is not of the table at all.
+    let table = read(&mut Holed(&mut disk, &[200, 2047], broken())).unwrap().unwrap();
+    assert_eq!((numbers(&table).len(), table.warnings), (4, Vec::new()));
+    // Whether there is a table.
+    let error = read(&mut Holed(&mut disk, &[0], broken())).unwrap_err();
+    assert_eq!((error.kind(), error.offset()), (&broken(), Some(0)));
+    // A signal is no broken sector.
+    let signal = ErrorKind::Interrupted(2);
+    let error = read(&mut Holed(&mut disk, &[30], signal.clone())).unwrap_err();
+    assert_eq!(error.kind(), &signal);
 }
 
 #[test]

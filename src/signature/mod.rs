@@ -14,7 +14,7 @@ mod tests;
 
 use std::fmt::Write as _;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::partition::Disk;
 use crate::units::{ByteLen, GuestOffset, GuestRange};
 
@@ -104,7 +104,7 @@ impl Default for Budget {
 /// could be meant, containers (RAID, LVM, encryption) go before file systems.
 ///
 /// # Errors
-/// What reading the disk says.
+/// What reading the disk says, where nothing is found without what can't be read.
 pub fn probe(disk: &mut dyn Disk, range: GuestRange) -> Result<Option<Signature>> {
     probe_within(disk, range, &mut Budget::default())
 }
@@ -112,7 +112,7 @@ pub fn probe(disk: &mut dyn Disk, range: GuestRange) -> Result<Option<Signature>
 /// As [`probe`], for one of many places on a disk, which share the budget.
 ///
 /// # Errors
-/// What reading the disk says.
+/// As [`probe`].
 pub fn probe_within(
     disk: &mut dyn Disk,
     range: GuestRange,
@@ -143,9 +143,12 @@ pub fn probe_within(
     let mut area = Area::new(disk, range);
     let allowed = area.directories.min(budget.0);
     area.directories = allowed;
-    let found = first_of(&PROBERS, &mut area);
+    let found = first_of(&PROBERS, &mut area)?;
     budget.0 = budget.0.saturating_sub(allowed - area.directories);
-    found
+    match (found, area.unreadable) {
+        (None, Some(error)) => Err(error),
+        (found, _) => Ok(found),
+    }
 }
 
 type Prober = fn(&mut Area<'_>) -> Result<Option<Signature>>;
@@ -182,12 +185,14 @@ pub(crate) struct Area<'d> {
     range: GuestRange,
     /// Bytes of directories that may still be read.
     directories: u64,
+    /// Why the first of what can't be read can't.
+    unreadable: Option<Error>,
 }
 
 impl<'d> Area<'d> {
     /// That part of that disk.
     pub(crate) fn new(disk: &'d mut dyn Disk, range: GuestRange) -> Self {
-        Self { disk, range, directories: MAX_DIRECTORIES }
+        Self { disk, range, directories: MAX_DIRECTORIES, unreadable: None }
     }
 
     /// Bytes of it.
@@ -195,7 +200,7 @@ impl<'d> Area<'d> {
         self.range.length().get()
     }
 
-    /// The `N` bytes from `offset` on; `None` where it ends before.
+    /// The `N` bytes from `offset` on; `None` where it ends before, or they can't be read.
     pub(crate) fn read<const N: usize>(&mut self, offset: u64) -> Result<Option<[u8; N]>> {
         let mut bytes = [0; N];
         Ok(self.fill(offset, &mut bytes)?.then_some(bytes))
@@ -211,14 +216,21 @@ impl<'d> Area<'d> {
         Ok(if is_there { bytes } else { Vec::new() })
     }
 
-    /// Fills `buffer` from `offset` on; false where the area ends before.
+    /// Fills `buffer` from `offset` on; false where the area ends before, or can't be read.
     fn fill(&mut self, offset: u64, buffer: &mut [u8]) -> Result<bool> {
         let inside = offset.checked_add(buffer.len() as u64).is_some_and(|end| end <= self.size());
-        if inside {
-            let at: GuestOffset = self.range.start.saturating_add(ByteLen::new(offset));
-            self.disk.read(at, buffer)?;
+        if !inside {
+            return Ok(false);
         }
-        Ok(inside)
+        let at: GuestOffset = self.range.start.saturating_add(ByteLen::new(offset));
+        match self.disk.read(at, buffer) {
+            Ok(()) => Ok(true),
+            Err(error) if error.is_interruption() => Err(error),
+            Err(error) => {
+                self.unreadable.get_or_insert(error);
+                Ok(false)
+            }
+        }
     }
 }
 

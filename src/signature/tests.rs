@@ -1,6 +1,7 @@
 //! Superblocks put by hand where no tool makes them, and noise.
 
 use super::*;
+use crate::error::ErrorKind;
 
 struct Memory(Vec<u8>);
 
@@ -27,6 +28,22 @@ impl Disk for Memory {
         let at = usize::try_from(offset.get()).unwrap();
         buffer.copy_from_slice(&self.0[at..at + buffer.len()]);
         Ok(())
+    }
+}
+
+/// One of which this byte can't be read, for this reason.
+struct Holed<'m>(&'m mut Memory, u64, ErrorKind);
+
+impl Disk for Holed<'_> {
+    fn size(&self) -> ByteLen {
+        self.0.size()
+    }
+
+    fn read(&mut self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
+        match (offset.get()..offset.get() + buffer.len() as u64).contains(&self.1) {
+            true => Err(Error::new(self.2.clone()).at_offset(offset.get())),
+            false => self.0.read(offset, buffer),
+        }
     }
 }
 
@@ -195,4 +212,21 @@ fn all_partitions_of_a_disk_share_what_is_read_of_directories() {
     }
     // 200 reads of each were 51,200.
     assert!(disk.1 < 20_000, "{} reads", disk.1);
+}
+
+#[test]
+fn a_superblock_that_cannot_be_read_is_none_and_hides_no_other() {
+    let mut ext2 = disk(1 << 20, &[(1024 + 56, &[0x53, 0xef])]);
+    let range = whole(&ext2);
+    let broken = || ErrorKind::Io("a broken sector".to_owned());
+    // Where a RAID's superblock would be, at the end, and the label of LVM.
+    for place in [(1 << 20) - 8192, (1 << 20) - (64 << 10), 512] {
+        let found = probe(&mut Holed(&mut ext2, place, broken()), range).unwrap().unwrap();
+        assert_eq!(found.kind, "ext2", "{place}");
+    }
+    let error = probe(&mut Holed(&mut ext2, 1024 + 56, broken()), range).unwrap_err();
+    assert_eq!(error.kind(), &broken());
+    let signal = ErrorKind::Interrupted(15);
+    let error = probe(&mut Holed(&mut ext2, 512, signal.clone()), range).unwrap_err();
+    assert_eq!(error.kind(), &signal);
 }

@@ -12,6 +12,7 @@ use crate::common::images::scratch_dir;
 use crate::common::lvm::{
     AREA_AT, AREA_HEADER, FIRST, MIB, group_text, linear_text, logical_text, put_area, put_label,
 };
+use crate::common::patch::Patch;
 use crate::common::process::{Outcome, run};
 use crate::common::qemu;
 use crate::crypt::secrets;
@@ -181,6 +182,45 @@ fn partitions_of_any_image_are_those_of_its_raw_copy() {
         assert_eq!(ran.code(), Some(67), "{}", ran.describe());
     }
     assert_eq!(DISK_BYTES, fs::metadata(dir.join("disk.raw")).unwrap().len());
+}
+
+#[test]
+fn a_cluster_that_cannot_be_inflated_takes_away_only_what_it_holds() {
+    let dir = scratch_dir("listed-broken").unwrap();
+    let dir = dir.path();
+    disk(dir, "gpt").unwrap();
+    qemu::img(dir, &["convert", "-O", "qcow2", "-c", "disk.raw", "image"]).unwrap();
+    let sound = compare(dir, &["image"], "disk.raw").unwrap();
+    let rest = |report: &Value| {
+        let table = &report["table"];
+        (table.clone(), report["partitions"].clone(), report["lvm"].clone())
+    };
+    // The backup GPT; the superblocks of the second partition; a volume's label.
+    let second = 21 << 20;
+    let volume = sound["lvm"]["physical_volumes"][0]["start"].as_u64().unwrap();
+    for (at, lost) in [(DISK_BYTES - 512, None), (second, Some(1)), (volume, Some(4))] {
+        let image = Patch::open(&dir.join("image")).unwrap();
+        let entry = image.l2_entry(at).unwrap();
+        let place = image.u64(entry).unwrap();
+        assert!(place >> 62 == 1, "a compressed cluster at {at:#x}: {place:#x}");
+        let place = place & ((1 << 54) - 1);
+        let before: [u8; 8] = image.bytes(place).unwrap();
+        image.put(place, &[0xff; 8]).unwrap();
+        let ran = imgdm(dir, &["partitions", "--output=json", "image"]).unwrap().ok().unwrap();
+        image.put(place, &before).unwrap();
+        let mut report: Value = serde_json::from_slice(&ran.stdout).unwrap();
+        let warnings = report["warnings"].as_array().unwrap();
+        assert!(!warnings.is_empty() && ran.stderr.contains("can't be read at 0x"), "{report}");
+        if let Some(lost) = lost {
+            assert_eq!(report["partitions"][lost]["content"], Value::Null);
+            report["partitions"][lost]["content"] = sound["partitions"][lost]["content"].clone();
+        }
+        if lost == Some(4) {
+            assert_eq!(report["lvm"]["physical_volumes"], Value::Array(Vec::new()));
+            report["lvm"] = sound["lvm"].clone();
+        }
+        assert_eq!(rest(&report), rest(&sound), "{at:#x}");
+    }
 }
 
 #[test]

@@ -57,7 +57,11 @@ pub(super) fn whole(disk: &dyn Disk) -> GuestRange {
 /// What reading says; there is no file system, or more than one that can be meant.
 pub(super) fn choose(disk: &mut dyn Disk, asked: &Place, kind: Option<&str>) -> Result<Target> {
     let range = whole(disk);
-    let found = probe(disk, range)?;
+    let (found, unread) = match probe(disk, range) {
+        Err(error) if error.is_interruption() => return Err(error),
+        Err(error) => (None, Some(error)),
+        Ok(found) => (found, None),
+    };
     let target = |place: &Place, found: &str| {
         let kind = kind.unwrap_or(found).to_owned();
         Ok(Target { place: place.clone(), kind })
@@ -66,14 +70,26 @@ pub(super) fn choose(disk: &mut dyn Disk, asked: &Place, kind: Option<&str>) -> 
         return target(asked, found.kind);
     }
     if *asked == Place::Disk {
-        let table = partition::read(disk)?;
+        let table = match partition::read(disk) {
+            Err(error) if kind.is_none() || error.is_interruption() => return Err(error),
+            table => table.unwrap_or_default(),
+        };
         let places = lvm::places(table.as_ref(), disk.size());
         let lvm = lvm::read(disk, &places)?;
         let (mut partitions, mut budget) = (Vec::new(), Budget::default());
+        let mut is_certain = true;
         for partition in table.map(|table| table.partitions).unwrap_or_default() {
             let usable = partition.unusable.is_none() && !partition.is_extended;
-            let found =
-                if usable { probe_within(disk, partition.range, &mut budget)? } else { None };
+            let found = match usable.then(|| probe_within(disk, partition.range, &mut budget)) {
+                None => None,
+                Some(Ok(found)) => found,
+                Some(Err(error)) if error.is_interruption() => return Err(error),
+                // It may be the one that is meant.
+                Some(Err(_)) => {
+                    is_certain = false;
+                    None
+                }
+            };
             partitions.push((partition, found));
         }
         let volumes = volumes(&lvm);
@@ -83,7 +99,7 @@ pub(super) fn choose(disk: &mut dyn Disk, asked: &Place, kind: Option<&str>) -> 
             is_mountable.then_some((partition.number, found.kind))
         });
         if let (Some((number, kind)), None, true) =
-            (mountable.next(), mountable.next(), volumes.is_empty())
+            (mountable.next(), mountable.next(), volumes.is_empty() && is_certain)
         {
             return target(&Place::Partition(number), kind);
         }
@@ -93,7 +109,7 @@ pub(super) fn choose(disk: &mut dyn Disk, asked: &Place, kind: Option<&str>) -> 
     }
     match kind {
         Some(kind) => target(asked, kind),
-        None => Err(no_file_system(asked, found.as_ref())),
+        None => Err(unread.unwrap_or_else(|| no_file_system(asked, found.as_ref()))),
     }
 }
 
@@ -255,6 +271,41 @@ mod tests {
             choose(&mut empty, &Place::Disk, Some("ext4")).unwrap(),
             target(Place::Disk, "ext4")
         );
+    }
+
+    /// One of which this byte can't be read, for this reason.
+    struct Holed(Memory, u64, ErrorKind);
+
+    impl Disk for Holed {
+        fn size(&self) -> ByteLen {
+            self.0.size()
+        }
+
+        fn read(&mut self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
+            match (offset.get()..offset.get() + buffer.len() as u64).contains(&self.1) {
+                true => Err(Error::new(self.2.clone())),
+                false => self.0.read(offset, buffer),
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_no_obstacle_to_the_users_type_and_not_chosen_around() {
+        let broken = || ErrorKind::Io("a broken sector".to_owned());
+        let mut disk = Holed(Memory(vec![0; 65536]), 1024, broken());
+        for place in [Place::Disk, Place::Partition(3)] {
+            let chosen = choose(&mut disk, &place, Some("udf")).unwrap();
+            assert_eq!(chosen, target(place.clone(), "udf"));
+            assert_eq!(choose(&mut disk, &place, None).unwrap_err().kind(), &broken());
+        }
+        disk.2 = ErrorKind::Interrupted(2);
+        let error = choose(&mut disk, &Place::Disk, Some("udf")).unwrap_err();
+        assert_eq!(error.kind(), &disk.2);
+        // The one that can't be read may have the file system that is meant.
+        let mut disk = Holed(partitioned(2), u64::try_from(2 * PART * 512).unwrap(), broken());
+        put_ext2(&mut disk.0, PART * 512);
+        let error = choose(&mut disk, &Place::Disk, None).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::Usage(_)), "{error}");
     }
 
     #[test]

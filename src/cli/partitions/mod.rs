@@ -7,9 +7,9 @@ use imgdm::Result;
 use imgdm::chain::Chain;
 use imgdm::device::Interrupt;
 use imgdm::lvm::{self, Lvm};
-use imgdm::partition::{self, Disk, PartitionTable, Unusable};
+use imgdm::partition::{self, Disk, Noting, PartitionTable, Unusable};
 use imgdm::read::{ChainReader, Ciphers};
-use imgdm::signature::{self, Signature};
+use imgdm::signature::{self, Budget, Signature};
 use imgdm::units::{ByteLen, GuestOffset, GuestRange};
 
 use super::Globals;
@@ -47,6 +47,8 @@ struct Found<'c> {
     /// What lies on each partition of the table.
     contents: Vec<Option<Signature>>,
     lvm: Lvm,
+    /// What could not be read, for people.
+    unread: Vec<String>,
 }
 
 impl Found<'_> {
@@ -54,7 +56,8 @@ impl Found<'_> {
     fn warnings(&self) -> Vec<String> {
         let of_table = self.table.iter().flat_map(|table| &table.warnings);
         let of_lvm = self.lvm.warnings.iter().map(ToString::to_string);
-        of_table.map(ToString::to_string).chain(of_lvm).collect()
+        let unread = self.unread.iter().cloned();
+        of_table.map(ToString::to_string).chain(unread).chain(of_lvm).collect()
     }
 
     /// The number of the partition at a place; none for the whole disk.
@@ -103,21 +106,48 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     }
 }
 
-/// Reads what is on the disk.
+/// Reads what is on the disk. What can't be read is missing, and told, as long as anything is
+/// found at all.
 fn look<'c>(chain: &'c Chain, ciphers: &'c Ciphers, interrupt: Interrupt<'c>) -> Result<Found<'c>> {
-    let size = chain.virtual_size();
-    let mut disk = GuestDisk::new(chain, ciphers, interrupt);
-    let table = partition::read(&mut disk)?;
+    let mut guest = GuestDisk::new(chain, ciphers, interrupt);
+    let mut disk = Noting::new(&mut guest);
+    let (table, failed) = match partition::read(&mut disk) {
+        Ok(table) => (table, None),
+        Err(error) if error.is_interruption() => return Err(error),
+        Err(error) => (None, Some(error)),
+    };
+    // These are among the table's own warnings.
+    disk.take();
+    let (mut unread, mut budget) = (Vec::new(), Budget::default());
+    let mut content_of = |range, what: &dyn Fn() -> String| {
+        let content = match signature::probe_within(&mut disk, range, &mut budget) {
+            Err(error) if error.is_interruption() => return Err(error),
+            content => content.unwrap_or_default(),
+        };
+        if let Some(at) = disk.take().first() {
+            let what = what();
+            unread.push(format!(
+                "{what} can't be read at {at}: what lies on it may be another thing"
+            ));
+        }
+        Ok(content)
+    };
     let mut contents = Vec::new();
     for partition in table.iter().flat_map(|table| &table.partitions) {
         let is_inside = matches!(partition.unusable, None | Some(Unusable::Overlaps(_)));
         let has_content = !partition.is_extended && is_inside;
         contents.push(match has_content {
-            true => signature::probe(&mut disk, partition.range)?,
+            true => content_of(partition.range, &|| format!("partition {}", partition.number))?,
             false => None,
         });
     }
-    let content = signature::probe(&mut disk, chain.whole())?;
-    let lvm = lvm::read(&mut disk, &lvm::places(table.as_ref(), size))?;
-    Ok(Found { chain, content, table, contents, lvm })
+    let content = content_of(chain.whole(), &|| "the disk".to_owned())?;
+    let lvm = lvm::read(&mut disk, &lvm::places(table.as_ref(), chain.virtual_size()))?;
+    if let Some(error) = failed {
+        if content.is_none() && lvm.physical_volumes.is_empty() {
+            return Err(error);
+        }
+        unread.push(format!("the partition table can't be read: {}", error.without_path()));
+    }
+    Ok(Found { chain, content, table, contents, lvm, unread })
 }

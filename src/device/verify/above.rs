@@ -30,6 +30,13 @@ impl Content {
         Ok(Self { table, lvm })
     }
 
+    /// What of it can't be read, in words.
+    fn unreadable(&self) -> Option<String> {
+        let of_table = self.table.as_ref().and_then(PartitionTable::unreadable);
+        let of_lvm = || self.lvm.unreadable().map(ToString::to_string);
+        of_table.map(ToString::to_string).or_else(of_lvm)
+    }
+
     /// The table that the device of a partition has to have.
     fn of_partition(&self, number: u32, ground: Ground) -> Option<Vec<TableLine>> {
         let mut partitions = self.table.iter().flat_map(|table| &table.partitions);
@@ -88,6 +95,11 @@ pub(super) fn check<K: Kernel>(
         }
         if above.info.deferred_remove {
             found.note(format!("'{name}' is marked for removal at its last close"));
+        }
+        if let (None, Some(why)) = (&wanted, content.unreadable()) {
+            let what = format!("'{name}' can't be compared: {why}");
+            found.add(Finding::new(FindingKind::Unreadable, what));
+            continue;
         }
         let what = match wanted {
             None => format!("'{name}' is there, but the disk has no {what}"),
