@@ -67,7 +67,7 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     signal::keep_from_workers()?;
     let kernel = LinuxKernel::new();
     let above = args.above();
-    let wanted = Wanted { above: &above, publish: args.publish, keep: args.keep };
+    let wanted = Wanted { above: &above, publish: args.publish, as_it_is: false, keep: args.keep };
     let (pending, evidence) = if args.evidence.is_given() {
         args.build.build_recorded(&kernel, wanted, &args.evidence, globals)?
     } else {

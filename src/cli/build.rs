@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use clap::ValueEnum;
 use imgdm::ErrorKind;
 use imgdm::device::attach::{
-    Above, DirectIo, LayerFiles, Options, Pending, Request, build, find_attached,
+    Above, DirectIo, LayerFiles, Options, Pending, Request, build, find_attached, find_same_disk,
 };
 use imgdm::device::keys::Keys;
 use imgdm::device::linux::LinuxKernel;
@@ -97,6 +97,9 @@ pub(crate) struct Wanted<'a> {
     pub(crate) above: &'a Above,
     /// Let blkid, LVM and others look into the devices.
     pub(crate) publish: bool,
+    /// Where the disk is attached already, take it as it is, under whatever name, unless one
+    /// is given, and with whatever options.
+    pub(crate) as_it_is: bool,
     /// Where it is attached already and marked for removal, take the mark away.
     pub(crate) keep: bool,
 }
@@ -241,6 +244,11 @@ fn build_all<'k>(
         keep: wanted.keep,
         interrupt,
     };
+    if wanted.as_it_is
+        && let Some(there) = find_same_disk(kernel, &request(&plan, None), args.name.is_some())?
+    {
+        return Ok((there, None));
+    }
     // What takes long, or asks for keys, is not done for nothing.
     let prepared = Prepared::of(chain, &plan, args.content, &args.places, globals)?;
     if (prepared.takes_long() || !plan.crypts().is_empty() || evidence.is_given())

@@ -1,8 +1,9 @@
 //! `imgdm detach`: the device, its loop devices and locks go.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use imgdm::device::Interrupt;
 use imgdm::device::detach::{detach, detach_all, find, find_by_default_name};
 use imgdm::device::going::wait_until_gone;
 use imgdm::device::linux::LinuxKernel;
@@ -32,9 +33,9 @@ pub(crate) struct Args {
     #[arg(long)]
     deferred: bool,
 
-    /// Wait for what the kernel is taking down by itself, as after the umount of an 'imgdm
-    /// mount'. Where nothing is attached any more, succeed
-    #[arg(long, conflicts_with_all = ["all", "deferred"])]
+    /// Detach nothing, but wait for what the kernel is taking down by itself, as after the
+    /// umount of an 'imgdm mount'. Where nothing is attached any more, succeed
+    #[arg(long, conflicts_with_all = ["all", "deferred", "record"])]
     wait: bool,
 
     /// The record of an evidence attachment, where it is not known any more
@@ -83,25 +84,14 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
         anyhow::ensure!(busy == 0, "{busy} of {} could not be detached", results.len());
         return Ok(());
     };
+    if args.wait {
+        return Ok(wait(&kernel, target, &interrupt)?);
+    }
     let id = FileId::of_path(target);
     let found = match args.default_name {
         true => find_by_default_name(&kernel, target, id),
         false => find(&kernel, target, id),
     };
-    if args.wait {
-        let going = match &found {
-            Ok(attached) if !attached.deferred_remove => None,
-            Ok(attached) => Some(Some(&attached.uuid)),
-            Err(error) if is_not_attached(error) => Some(None),
-            Err(_) => None,
-        };
-        if let Some(going) = going {
-            return match wait_until_gone(&kernel, going, &interrupt) {
-                Err(error) if matches!(error.kind(), ErrorKind::KernelLacks(_)) => Ok(()),
-                other => Ok(other?),
-            };
-        }
-    }
     match found {
         Ok(attached) => detach_one(&attached),
         Err(error) if args.if_attached && is_not_attached(&error) => Ok(()),
@@ -115,6 +105,34 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
             }
             Err(error.into())
         }
+    }
+}
+
+/// Waits until what is on its way is gone. A file that no device has the name of is meant as
+/// the image: to say that nothing is attached would mean that its locks are gone.
+fn wait(kernel: &LinuxKernel, target: &Path, interrupt: &Interrupt<'_>) -> imgdm::Result<()> {
+    let id = FileId::of_path(target);
+    let mut found = find(kernel, target, id);
+    if found.as_ref().is_err_and(is_not_attached)
+        && !imgdm::open::is_path(target.as_os_str())
+        && target.exists()
+    {
+        found = find(kernel, &Path::new(".").join(target), id);
+    }
+    let going = match &found {
+        Ok(attached) if !attached.deferred_remove => {
+            let name = imgdm::error::printable(&attached.name);
+            return Err(Error::new(ErrorKind::InUse(format!(
+                "'{name}' is attached to stay: 'imgdm detach {name}' takes it down"
+            ))));
+        }
+        Ok(attached) => Some(&attached.uuid),
+        Err(error) if is_not_attached(error) => None,
+        Err(_) => return found.map(drop),
+    };
+    match wait_until_gone(kernel, going, interrupt) {
+        Err(error) if matches!(error.kind(), ErrorKind::KernelLacks(_)) => Ok(()),
+        other => other,
     }
 }
 

@@ -72,12 +72,6 @@ impl OpenArgs {
         given.into_iter().find_map(|(option, is_given)| is_given.then_some(option))
     }
 
-    /// A snapshot is meant, and not the active layer.
-    #[cfg(feature = "device")]
-    pub(crate) fn has_snapshot(&self) -> bool {
-        self.snapshots.snapshot.is_some()
-    }
-
     /// The policy that these arguments ask for.
     pub(crate) fn policy(&self) -> OpenPolicy {
         self.policy_for(self.snapshots.snapshot.as_ref())

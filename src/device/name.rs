@@ -39,6 +39,8 @@ const LOOP_NAME_MAX: usize = 63;
 pub const UUID_PREFIX: &str = "IMGDM-";
 const UUID_VERSION: &str = "IMGDM-1-";
 const IDENTITY_DIGITS: usize = 40;
+/// Those of the identity that are of the name.
+const NAME_DIGITS: usize = 8;
 const SNAPSHOT_DIGITS: usize = 16;
 const OPTION_DIGITS: usize = 8;
 const VOLUME_DIGITS: usize = 8;
@@ -312,7 +314,7 @@ fn files_hash(files: &[FileIdentity]) -> String {
         hash.update((file.format.len() as u64).to_le_bytes());
         hash.update(&file.format);
     }
-    hex(&hash.finalize(), IDENTITY_DIGITS - 8)
+    hex(&hash.finalize(), IDENTITY_DIGITS - NAME_DIGITS)
 }
 
 impl DmUuid {
@@ -324,7 +326,7 @@ impl DmUuid {
         options: u32,
     ) -> Self {
         let mut identity = files_hash(files);
-        identity.push_str(&hex(&Sha256::digest(name.as_str()), 8));
+        identity.push_str(&hex(&Sha256::digest(name.as_str()), NAME_DIGITS));
         let depth = files.iter().map(|file| file.layer.saturating_add(1)).max().unwrap_or(0);
         Self { role: DeviceRole::Top, identity, snapshot: snapshot_hash(snapshot), depth, options }
     }
@@ -339,6 +341,14 @@ impl DmUuid {
     /// whatever its name.
     pub fn is_of_files(&self, files: &[FileIdentity]) -> bool {
         self.identity.starts_with(&files_hash(files))
+    }
+
+    /// True where both are of the same files and snapshot, whatever their names and options.
+    pub fn is_same_disk(&self, other: &Self) -> bool {
+        let files = IDENTITY_DIGITS - NAME_DIGITS;
+        self.identity.get(..files) == other.identity.get(..files)
+            && self.snapshot == other.snapshot
+            && self.depth == other.depth
     }
 
     /// The description in the kernel's keyring of a layer's key. The part before the colon

@@ -399,16 +399,47 @@ fn what_is_attached_already_is_used_and_stays() {
     let vfat = file_system(&scratch, "vfat", "v");
     let image = partitioned(&scratch, "disk.raw", &[(LINUX, &ext4), (LINUX, &vfat)]);
     let place = place(&scratch, "mnt");
-    let device = attach(args!["--publish", &image]);
-    mount(args!["-p", "2", &image, &place]);
-    assert_mounted(&place);
-    let said = imgdm(["detach", "disk"]).refused(75);
-    assert!(said.contains(&*place.to_string_lossy()), "{said}");
+    let record = Scratch::new();
+    let evidence = format!("--evidence={}", record.path("record.json").display());
+    // However it was attached, even under another name.
+    for option in ["--publish", "--direct-io=off", "--zero=loop", "--name=other", &evidence] {
+        let device = attach(args![option, &image]);
+        let name = device.path.file_name().unwrap().to_str().unwrap().to_owned();
+        mount(args!["-t", "auto", "-p", "2", &image, &place]);
+        assert_mounted(&place);
+        let said = imgdm(["detach", &name]).refused(75);
+        assert!(said.contains(&*place.to_string_lossy()), "{option}: {said}");
+        umount(&place);
+        wait_for("the partition to go", || our_devices() == [name.as_str()]);
+        assert_eq!(listed()[0]["deferred_remove"], false);
+        assert_eq!(sha256(&device.path), sha256(&image));
+        device.detach();
+    }
+    // Under a name of its own where one is asked for.
+    let device = attach([&image]);
+    mount(args!["--name", "mine", "-p", "2", &image, &place]);
+    assert!(our_devices().contains(&"mine2".to_owned()));
     umount(&place);
-    wait_for("the partition to go", || our_devices() == ["disk"]);
-    assert_eq!(listed()[0]["deferred_remove"], false);
-    assert_eq!(sha256(&device.path), sha256(&image));
+    wait_for("the second one to go", || our_devices() == ["disk"]);
     device.detach();
+    assert_nothing_left();
+}
+
+#[test]
+fn a_file_system_that_was_on_the_disk_before_its_partitions_is_not_mounted() {
+    let scratch = Scratch::on_disk();
+    let ext4 = file_system(&scratch, "ext4", "e");
+    let image = partitioned(&scratch, "disk.raw", &[(LINUX, &ext4)]);
+    // Superblock and no more, as a partitioning tool leaves it.
+    let stale = fs::read(file_system(&scratch, "ext4", "stale.raw")).unwrap();
+    let file = OpenOptions::new().write(true).open(&image).unwrap();
+    file.write_all_at(&stale[1024..2048], 1024).unwrap();
+    let place = place(&scratch, "mnt");
+    let ran = imgdm(args!["mount", &image, &place]);
+    assert!(ran.status.success() && ran.stderr.contains("partition 1"), "{ran}");
+    assert!(ran.stderr.contains("whole disk is not meant"), "{ran}");
+    assert_mounted(&place);
+    umount_all(&place);
 }
 
 #[test]
@@ -668,8 +699,19 @@ fn detach_waits_for_what_umount_has_left_to_the_kernel() {
     assert!(said.contains("disk"), "{said}");
     umount(&place);
     imgdm(["detach", "--wait", "disk"]).ok();
-    // What is not marked is detached.
-    attach([&image]);
-    imgdm(["detach", "--wait", "disk"]).ok();
+    // By the image's bare name too, as long as somebody has it open.
+    mount(args!["-p", "1", &image, &place]);
+    let held = fs::File::open("/dev/mapper/disk").or_else(|_| fs::File::open("/dev/dm-0")).unwrap();
+    umount(&place);
+    let mut detach = imgdm_command(["detach", "--wait", "disk.qcow2"]);
+    let said = run(detach.current_dir(scratch.path("."))).refused(75);
+    assert!(said.contains("disk"), "{said}");
+    drop(held);
+    run(detach.current_dir(scratch.path("."))).ok();
     assert_nothing_left();
+    // What is attached to stay is not waited for, and stays.
+    let attached = attach([&image]);
+    let said = imgdm(["detach", "--wait", "disk"]).refused(75);
+    assert!(said.contains("imgdm detach disk"), "{said}");
+    attached.detach();
 }

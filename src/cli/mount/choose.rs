@@ -5,7 +5,7 @@ use std::fmt;
 use imgdm::error::printable;
 use imgdm::filesystem::has_driver;
 use imgdm::lvm::{self, Lvm};
-use imgdm::partition::{self, Disk, Partition};
+use imgdm::partition::{self, Disk, Partition, PartitionTable};
 use imgdm::signature::{Budget, Signature, Usage, probe, probe_within};
 use imgdm::units::{GuestOffset, GuestRange};
 use imgdm::{Error, ErrorKind, Result};
@@ -43,6 +43,9 @@ pub(super) struct Target {
     pub(super) place: Place,
     /// Its type, by libblkid's name or as the user says.
     pub(super) kind: String,
+    /// What looks like a file system on the whole disk is not meant: it is older than the
+    /// partitions.
+    pub(super) over_whole_disk: bool,
 }
 
 /// The whole of a disk.
@@ -64,16 +67,21 @@ pub(super) fn choose(disk: &mut dyn Disk, asked: &Place, kind: Option<&str>) -> 
     };
     let target = |place: &Place, found: &str| {
         let kind = kind.unwrap_or(found).to_owned();
-        Ok(Target { place: place.clone(), kind })
+        Ok(Target { place: place.clone(), kind, over_whole_disk: false })
     };
-    if let Some(found) = found.as_ref().filter(|found| found.usage == Usage::Filesystem) {
+    let on_all = found.as_ref().filter(|found| found.usage == Usage::Filesystem);
+    if let Some(found) = on_all.filter(|_| *asked != Place::Disk) {
         return target(asked, found.kind);
     }
     if *asked == Place::Disk {
         let table = match partition::read(disk) {
-            Err(error) if kind.is_none() || error.is_interruption() => return Err(error),
+            Err(error) if error.is_interruption() => return Err(error),
+            Err(error) if kind.is_none() && on_all.is_none() => return Err(error),
             table => table.unwrap_or_default(),
         };
+        if let Some(found) = on_all.filter(|found| is_of_all(found, table.as_ref())) {
+            return target(asked, found.kind);
+        }
         let places = lvm::places(table.as_ref(), disk.size());
         let lvm = lvm::read(disk, &places)?;
         let (mut partitions, mut budget) = (Vec::new(), Budget::default());
@@ -93,15 +101,21 @@ pub(super) fn choose(disk: &mut dyn Disk, asked: &Place, kind: Option<&str>) -> 
             partitions.push((partition, found));
         }
         let volumes = volumes(&lvm);
-        let mut mountable = partitions.iter().filter_map(|(partition, found)| {
+        let mountable = partitions.iter().filter_map(|(partition, found)| {
             let found = found.as_ref()?;
             let is_mountable = found.usage == Usage::Filesystem && has_driver(found.kind);
             is_mountable.then_some((partition.number, found.kind))
         });
-        if let (Some((number, kind)), None, true) =
-            (mountable.next(), mountable.next(), volumes.is_empty() && is_certain)
-        {
-            return target(&Place::Partition(number), kind);
+        let mountable: Vec<_> = mountable.collect();
+        if volumes.is_empty() && is_certain {
+            match (&mountable[..], on_all) {
+                (&[(number, kind)], _) => {
+                    let target = target(&Place::Partition(number), kind)?;
+                    return Ok(Target { over_whole_disk: on_all.is_some(), ..target });
+                }
+                ([], Some(found)) => return target(asked, found.kind),
+                _ => {}
+            }
         }
         if !partitions.is_empty() || !volumes.is_empty() {
             return Err(ask(&partitions, &volumes));
@@ -111,6 +125,16 @@ pub(super) fn choose(disk: &mut dyn Disk, asked: &Place, kind: Option<&str>) -> 
         Some(kind) => target(asked, kind),
         None => Err(unread.unwrap_or_else(|| no_file_system(asked, found.as_ref()))),
     }
+}
+
+/// Whether a file system on the whole of a disk is meant though there is a partition table:
+/// it is one of those that come with a table, or the table lies inside of it. Otherwise it
+/// was there before the partitions, whose maker left its superblock.
+fn is_of_all(found: &Signature, table: Option<&PartitionTable>) -> bool {
+    let partitions = table.map_or(&[][..], |table| &table.partitions);
+    let mut usable = partitions.iter().filter(|p| p.unusable.is_none() && !p.is_extended);
+    let starts = |partition: &Partition| partition.range.start == GuestOffset::ZERO;
+    found.kind == "iso9660" || usable.clone().next().is_none() || usable.any(starts)
 }
 
 /// The logical volumes that are there to be used, with their sizes.
@@ -230,7 +254,7 @@ mod tests {
     }
 
     fn target(place: Place, kind: &str) -> Target {
-        Target { place, kind: kind.to_owned() }
+        Target { place, kind: kind.to_owned(), over_whole_disk: false }
     }
 
     #[test]
@@ -248,13 +272,26 @@ mod tests {
     }
 
     #[test]
-    fn a_file_system_on_the_whole_of_what_was_asked_for_goes_before_all_else() {
+    fn a_file_system_on_the_whole_of_a_partition_or_volume_goes_before_all_else() {
         let mut disk = partitioned(2);
         put_ext2(&mut disk, 0);
         put_ext2(&mut disk, PART * 512);
-        for place in [Place::Disk, Place::Partition(7), Place::Volume("vg/lv".to_owned())] {
+        for place in [Place::Partition(7), Place::Volume("vg/lv".to_owned())] {
             assert_eq!(choose(&mut disk, &place, None).unwrap(), target(place, "ext2"));
         }
+    }
+
+    #[test]
+    fn what_an_earlier_file_system_of_the_whole_disk_has_left_is_not_mounted() {
+        let mut disk = partitioned(2);
+        put_ext2(&mut disk, 0);
+        // Nothing else can be meant.
+        assert_eq!(choose(&mut disk, &Place::Disk, None).unwrap(), target(Place::Disk, "ext2"));
+        put_ext2(&mut disk, PART * 512);
+        assert_eq!(
+            choose(&mut disk, &Place::Disk, None).unwrap(),
+            Target { over_whole_disk: true, ..target(Place::Partition(1), "ext2") }
+        );
     }
 
     #[test]

@@ -7,10 +7,10 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use imgdm::device::attach::{Above, Options, Partitions, Pending};
+use imgdm::device::attach::{Above, Partitions, Pending};
 use imgdm::device::disk::DeviceDisk;
 use imgdm::device::linux::LinuxKernel;
-use imgdm::device::list::{Attached, list};
+use imgdm::device::list::list;
 use imgdm::device::mount::{self, Detached, MountPoint, Namespace};
 use imgdm::device::{DeviceId, DeviceNumber, Interrupt, Kernel, fault, udev};
 use imgdm::error::printable;
@@ -26,7 +26,7 @@ use choose::{Place, Target, choose, whole};
 /// Mount a file system of an image, read-only, until umount
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  imgdm mount -p 1 disk.qcow2 /mnt\n  imgdm mount -l before-update -p 1 disk.qcow2 /mnt\n  umount /mnt\n\nNothing is written or replayed. umount takes everything down: device, loop devices, locks.\n'imgdm detach --wait disk.qcow2' waits until they are gone."
+    after_help = "Examples:\n  imgdm mount -p 1 disk.qcow2 /mnt\n  imgdm mount -l before-update -p 1 disk.qcow2 /mnt\n  umount /mnt\n\nNothing is written or replayed. umount takes everything down: device, loop devices, locks.\n'imgdm detach --wait ./disk.qcow2' waits until they are gone."
 )]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -36,8 +36,8 @@ pub(crate) struct Args {
     #[arg(value_name = "DIR")]
     directory: PathBuf,
 
-    /// The partition with the file system. Without it: what lies on the whole disk, or on
-    /// the only partition that can be mounted
+    /// The partition with the file system. Without it: the only partition that can be
+    /// mounted, or what lies on the whole disk
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     partition: Option<u32>,
 
@@ -121,6 +121,11 @@ impl Args {
         MountPoint::open(&self.directory, namespace)
     }
 
+    /// The type that is asked for; `auto` is mount(8)'s word for none.
+    fn kind(&self) -> Option<&str> {
+        self.kind.as_deref().filter(|&kind| kind != "auto")
+    }
+
     fn image(&self) -> &Path {
         &self.build.open.image
     }
@@ -201,22 +206,26 @@ fn mount_image(
     let interrupt = signal::catch()?;
     let image = args.image();
     let asked = args.place();
-    let wanted =
-        Wanted { above: &above(&asked), publish: is_published(kernel, args)?, keep: false };
+    let wanted = Wanted { above: &above(&asked), publish: false, as_it_is: true, keep: false };
     let mut pending = args.build.build(kernel, wanted, globals)?;
     let chosen = DeviceDisk::open(kernel, pending.last_number())
         .map(|disk| disk.interrupted_by(interrupt))
-        .and_then(|mut disk| choose(&mut disk, &asked, args.kind.as_deref()));
+        .and_then(|mut disk| choose(&mut disk, &asked, args.kind()));
     let target = match chosen {
         Ok(target) => target,
         Err(error) => return Err(pending.undo(error.at_path(image)).into()),
     };
     if target.place != asked {
         globals.warn(format_args!(
-            "{}: mounting {} ({}), the only one with a file system",
+            "{}: mounting {} ({}), the only one with a file system{}",
             show_path(image),
             target.place,
-            target.kind
+            target.kind,
+            if target.over_whole_disk {
+                "; what looks like one on the whole disk is not meant"
+            } else {
+                ""
+            }
         ));
         pending = pending.with_above(&above(&target.place), &interrupt)?;
         for warning in pending.warnings() {
@@ -225,8 +234,10 @@ fn mount_image(
     }
     let work = Work { args, options, kernel, point, there, globals, interrupt };
     match work.mount(&mut pending, &target) {
-        // The mount has it open: with that it goes.
-        Ok(Done::Mounted) => Ok(()),
+        Ok(Done::Mounted) => {
+            pending.leave_to_openers();
+            Ok(())
+        }
         Ok(Done::Nothing) => {
             let leftovers = pending.take_down();
             anyhow::ensure!(leftovers.is_empty(), "left behind: {}", leftovers.join(", "));
@@ -246,19 +257,6 @@ fn above(place: &Place) -> Above {
         }
         Place::Volume(name) => Above { logical_volumes: vec![name.clone()], ..Above::default() },
     }
-}
-
-/// Whether the image is attached so that others may look into it: then so is what is mounted
-/// of it, for it is the same device.
-fn is_published(kernel: &LinuxKernel, args: &Args) -> Result<bool> {
-    let Some(file) = FileId::of_path(args.image()) else { return Ok(false) };
-    let is_snapshot = args.build.open.has_snapshot();
-    let is_it = |attached: &Attached| {
-        attached.uuid.is_snapshot() == is_snapshot
-            && attached.active_loop().is_some_and(|active| active.info.file == file)
-            && Options::from_bits(attached.uuid.options).is_ok_and(|options| options.publish)
-    };
-    Ok(list(kernel)?.iter().any(is_it))
 }
 
 /// All but what is built.
@@ -289,7 +287,7 @@ impl Work<'_> {
         let mut disk = DeviceDisk::open(kernel, number)?.interrupted_by(self.interrupt);
         let range = whole(&disk);
         if let Some(how) = unclean(&mut disk, range, &target.kind)? {
-            let (image, Target { place, kind }) = (show_path(args.image()), target);
+            let (image, Target { place, kind, .. }) = (show_path(args.image()), target);
             globals.warn(format_args!("{image}: the file system ({kind}) on {place}: {how}"));
         }
         if args.fake {

@@ -26,8 +26,8 @@ use crate::plan::{TableId, TableSource};
 use crate::source::Source;
 use crate::status::FileRole;
 use build::build_tables;
-use pending::Given;
 pub use pending::Pending;
+use pending::{Given, Terms};
 
 /// The files of one layer, as far as the device side needs them.
 #[derive(Clone, Copy, Debug)]
@@ -192,6 +192,44 @@ pub fn find_attached<'k, K: Kernel>(
     }
 }
 
+/// The same disk, where it is attached under whatever name, unless `only_its_name`, and with
+/// whatever options: with what is asked for on top of it. It stays as it is.
+///
+/// # Errors
+/// As [`build`].
+pub fn find_same_disk<'k, K: Kernel>(
+    kernel: &'k K,
+    request: &Request<'_>,
+    only_its_name: bool,
+) -> Result<Option<Pending<'k, K>>, AttachError> {
+    let (uuid, lock) = begin(kernel, request)?;
+    let mut found = None;
+    for device in kernel.devices()? {
+        let is_named_so = device.name == request.name.as_str();
+        let Ok(other) = device.uuid.parse::<DmUuid>() else { continue };
+        if other.role == DeviceRole::Top
+            && device.has_live_table
+            && other.is_same_disk(&uuid)
+            && (is_named_so || (found.is_none() && !only_its_name))
+        {
+            found = Some((device, other));
+        }
+    }
+    let Some((there, uuid)) = found else { return Ok(None) };
+    let terms = Terms {
+        name: DmName::new(&there.name)?,
+        keep: false,
+        rules: Options::from_bits(uuid.options)?.rules(),
+    };
+    // So that it does not go meanwhile.
+    let held = vec![kernel.open(there.number)?];
+    let (number, is_marked) = (there.number, there.deferred_remove);
+    let top = Given { name: there.name, uuid, number, is_old: true, is_marked };
+    Pending::new(terms, top, Stack::new(kernel), held, kernel.now(), lock)
+        .with_above(request.above, &request.interrupt)
+        .map(Some)
+}
+
 /// Builds an attachment up to the last step.
 ///
 /// What is attached already, with the same files, snapshot, options and live table, is left
@@ -258,7 +296,7 @@ fn there_before<'k, K: Kernel>(
     };
     let top = Given { name: there.name.clone(), uuid, number, is_old: true, is_marked };
     let since = kernel.now();
-    Ok(Pending::new(request, top, Stack::new(kernel), held, since, lock))
+    Ok(Pending::new(Terms::of(request), top, Stack::new(kernel), held, since, lock))
 }
 
 /// The attachment, built from the loop devices up.
@@ -284,7 +322,7 @@ fn newly_built<'k, K: Kernel>(
     drop(watch);
     let name = request.name.as_str().to_owned();
     let top = Given { name, uuid, number, is_old: false, is_marked: true };
-    Ok(Pending::new(request, top, stack, Vec::new(), since, lock))
+    Ok(Pending::new(Terms::of(request), top, stack, Vec::new(), since, lock))
 }
 
 /// Removes what other runs left when they were killed: devices of ours that have no live

@@ -20,8 +20,22 @@ pub(super) struct Given {
     pub(super) is_marked: bool,
 }
 
+/// What of a request matters once the disk is there.
+pub(super) struct Terms {
+    pub(super) name: DmName,
+    pub(super) keep: bool,
+    pub(super) rules: UdevRules,
+}
+
+impl Terms {
+    pub(super) fn of(request: &Request<'_>) -> Self {
+        let (name, keep, rules) = (request.name.clone(), request.keep, request.options.rules());
+        Self { name, keep, rules }
+    }
+}
+
 /// An attachment, all built and held open, whose new devices go at their last close. It ends
-/// by [`commit`](Self::commit), [`commit_deferred`](Self::commit_deferred) or
+/// by [`commit`](Self::commit), [`leave_to_openers`](Self::leave_to_openers) or
 /// [`undo`](Self::undo). Dropped, it goes too, but nothing waits for that. As long as it
 /// lives, no other imgdm builds or cleans up.
 #[must_use = "what is built goes when this is dropped"]
@@ -49,7 +63,7 @@ pub struct Pending<'k, K: Kernel> {
 
 impl<'k, K: Kernel> Pending<'k, K> {
     pub(super) fn new(
-        request: &Request<'_>,
+        terms: Terms,
         top: Given,
         stack: Stack<'k, K>,
         held: Vec<K::Node>,
@@ -57,7 +71,7 @@ impl<'k, K: Kernel> Pending<'k, K> {
         lock: K::Lock,
     ) -> Self {
         let (above, warnings, paths) = (Vec::new(), Vec::new(), Vec::new());
-        let (name, keep, rules) = (request.name.clone(), request.keep, request.options.rules());
+        let Terms { name, keep, rules } = terms;
         let published = 0;
         Self { top, above, name, since, keep, rules, warnings, paths, published, stack, held, lock }
     }
@@ -198,16 +212,10 @@ impl<'k, K: Kernel> Pending<'k, K> {
         }
     }
 
-    /// Leaves it to those who have opened it meanwhile: what has a mark for removal, as all
-    /// has that was built here, goes with the last of them.
-    ///
-    /// # Errors
-    /// As [`commit`](Self::commit).
-    pub fn commit_deferred(mut self, interrupt: &Interrupt<'_>) -> Result<Attachment, AttachError> {
-        match self.publish(interrupt).map(drop).and_then(|()| self.attachment()) {
-            Ok(attachment) => Ok(attachment),
-            Err(cause) => Err(self.undo(cause)),
-        }
+    /// Leaves it to those who have opened it meanwhile, like a mount: what has a mark for
+    /// removal, as all has that was built here, goes with the last of them.
+    pub fn leave_to_openers(self) {
+        drop(self);
     }
 
     /// Takes down what was built, as [`take_down`](Self::take_down), because of an error.

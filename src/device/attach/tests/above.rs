@@ -292,8 +292,7 @@ fn left_to_those_who_have_it_open_it_goes_with_the_last() {
     let paths = pending.publish(&Interrupt::never()).unwrap();
     assert_eq!(paths, [PathBuf::from("/dev/mapper/disk"), "/dev/mapper/disk1".into()]);
     let node = kernel.open(super::super::DeviceNumber { major: 253, minor: 2 }).unwrap();
-    let attachment = pending.commit_deferred(&Interrupt::never()).unwrap();
-    assert_eq!(names(&attachment), ["disk1"]);
+    pending.leave_to_openers();
     assert_eq!(devices(&kernel), ["disk-inner0", "disk", "disk1"]);
     assert!(kernel.with(|state| state.devices.values().all(|device| device.deferred)));
     // Another can be added to it meanwhile, which then goes with its own last user.
@@ -309,6 +308,30 @@ fn left_to_those_who_have_it_open_it_goes_with_the_last() {
     drop(node);
     kernel.change(|state| state.published.clear());
     assert!(is_empty(&kernel));
+}
+
+#[test]
+fn a_disk_that_is_attached_is_found_by_its_files_and_stays_as_it_is() {
+    let (kernel, fixture, above) = (FakeKernel::new(), fixture(), leaked(only(&[1])));
+    let other: &'static DmName = Box::leak(Box::new(DmName::new("other").unwrap()));
+    let direct = Options { direct_io: DirectIo::Off, ..Options::default() };
+    let attached = fixture
+        .attach_with(&kernel, |request| (request.name, request.options) = (other, direct))
+        .unwrap();
+    let found = |only_its_name| {
+        let change = |request: &mut Request<'_>| request.above = above;
+        fixture
+            .with_request(change, |request| find_same_disk(&kernel, request, only_its_name))
+            .unwrap()
+    };
+    assert!(found(true).is_none());
+    let pending = found(false).unwrap();
+    assert_eq!((pending.number(), pending.already_attached()), (attached.number, true));
+    assert_eq!(devices(&kernel), ["other-inner0", "other", "other1"]);
+    pending.leave_to_openers();
+    // Nobody has opened the partition.
+    assert_eq!(devices(&kernel), ["other-inner0", "other"]);
+    assert!(!kernel.with(|state| state.devices[&attached.number.minor].deferred));
 }
 
 #[test]
