@@ -15,6 +15,7 @@ use crate::args;
 use crate::encrypted::Encrypted;
 use crate::faults::{faulty, steps};
 use crate::guest::*;
+use crate::verify::{l2_entry, number};
 
 const SECTOR: u64 = 512;
 
@@ -97,6 +98,27 @@ fn extents() -> BTreeMap<String, (u64, u64)> {
 fn detach(name: &str) {
     assert_eq!(imgdm(["detach", name]).ok(), "");
     assert_nothing_left();
+}
+
+#[test]
+fn a_backup_table_that_cannot_be_read_takes_no_partition_away() {
+    let scratch = Scratch::new();
+    let raw = disk(&scratch, "disk.raw", 16, GPT);
+    let image = scratch.path("disk.qcow2");
+    qemu_img(args!["convert", "-O", "qcow2", "-c", &raw, &image]).ok();
+    let last = 16 * MIB / 65536 - 1;
+    let stream = number(&image, l2_entry(&image, last)) & ((1 << 54) - 1);
+    patch(&image, stream, &[0xff; 8]);
+    let options = ["--on-error=error-target", "--partitions"];
+    let (paths, said) = attach_with(args![options[0], options[1], &image]);
+    let all = ["disk", "disk1", "disk2", "disk3"].map(|name| format!("/dev/mapper/{name}"));
+    assert_eq!(paths, all);
+    assert!(said.contains("no good backup"), "{said}");
+    assert!(said.contains(&format!("can't be read at {:#x}", 16 * MIB - 512)), "{said}");
+    let wanted = [("disk1", (2048, 2048)), ("disk2", (6144, 4096)), ("disk3", (12288, 99))];
+    assert_eq!(extents(), wanted.map(|(name, extent)| (name.to_owned(), extent)).into());
+    imgdm(["verify", "disk"]).ok();
+    detach("disk");
 }
 
 #[test]

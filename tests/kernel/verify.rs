@@ -57,11 +57,11 @@ fn assert_found(name: &str, kind: &str, offset: u64, bytes: u64) {
 }
 
 /// Where the L2 entry of a cluster is, in a qcow2 of one L2 table of 64 KiB clusters.
-fn l2_entry(image: &Path, cluster: u64) -> u64 {
+pub(crate) fn l2_entry(image: &Path, cluster: u64) -> u64 {
     (number(image, number(image, 40)) & 0x00ff_ffff_ffff_fe00) + 8 * cluster
 }
 
-fn number(file: &Path, offset: u64) -> u64 {
+pub(crate) fn number(file: &Path, offset: u64) -> u64 {
     let mut bytes = [0; 8];
     File::open(file).unwrap().read_exact_at(&mut bytes, offset).unwrap();
     u64::from_be_bytes(bytes)
