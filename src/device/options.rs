@@ -68,6 +68,11 @@ impl Options {
             | u32::from(self.evidence) << EVIDENCE
     }
 
+    /// True where the same tables come of both.
+    pub(super) fn is_same_plan(&self, other: &Self) -> bool {
+        (self.bits() ^ other.bits()) & ((1 << DIRECT_IO) - 1) == 0
+    }
+
     /// What udev is to do with the devices that the user gets.
     pub(super) fn rules(&self) -> UdevRules {
         match self {

@@ -43,9 +43,9 @@ pub(super) struct Target {
     pub(super) place: Place,
     /// Its type, by libblkid's name or as the user says.
     pub(super) kind: String,
-    /// What looks like a file system on the whole disk is not meant: it is older than the
-    /// partitions.
-    pub(super) over_whole_disk: bool,
+    /// There are partitions, and what looks like a file system on the whole disk: that may be
+    /// older than they are.
+    pub(super) is_ambiguous: bool,
 }
 
 /// The whole of a disk.
@@ -67,7 +67,7 @@ pub(super) fn choose(disk: &mut dyn Disk, asked: &Place, kind: Option<&str>) -> 
     };
     let target = |place: &Place, found: &str| {
         let kind = kind.unwrap_or(found).to_owned();
-        Ok(Target { place: place.clone(), kind, over_whole_disk: false })
+        Ok(Target { place: place.clone(), kind, is_ambiguous: false })
     };
     let on_all = found.as_ref().filter(|found| found.usage == Usage::Filesystem);
     if let Some(found) = on_all.filter(|_| *asked != Place::Disk) {
@@ -111,9 +111,12 @@ pub(super) fn choose(disk: &mut dyn Disk, asked: &Place, kind: Option<&str>) -> 
             match (&mountable[..], on_all) {
                 (&[(number, kind)], _) => {
                     let target = target(&Place::Partition(number), kind)?;
-                    return Ok(Target { over_whole_disk: on_all.is_some(), ..target });
+                    return Ok(Target { is_ambiguous: on_all.is_some(), ..target });
                 }
-                ([], Some(found)) => return target(asked, found.kind),
+                // Partitions that hold something else, like LUKS, are the ones that are meant.
+                ([], Some(found)) if partitions.iter().all(|(_, found)| found.is_none()) => {
+                    return Ok(Target { is_ambiguous: true, ..target(asked, found.kind)? });
+                }
                 _ => {}
             }
         }
@@ -254,7 +257,7 @@ mod tests {
     }
 
     fn target(place: Place, kind: &str) -> Target {
-        Target { place, kind: kind.to_owned(), over_whole_disk: false }
+        Target { place, kind: kind.to_owned(), is_ambiguous: false }
     }
 
     #[test]
@@ -286,11 +289,20 @@ mod tests {
         let mut disk = partitioned(2);
         put_ext2(&mut disk, 0);
         // Nothing else can be meant.
-        assert_eq!(choose(&mut disk, &Place::Disk, None).unwrap(), target(Place::Disk, "ext2"));
+        assert_eq!(
+            choose(&mut disk, &Place::Disk, None).unwrap(),
+            Target { is_ambiguous: true, ..target(Place::Disk, "ext2") }
+        );
+        // Here it can, though it can't be mounted.
+        let start = 2 * PART * 512;
+        disk.0[start..start + 8].copy_from_slice(b"LUKS\xba\xbe\0\x02");
+        let error = choose(&mut disk, &Place::Disk, None).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::Usage(_)), "{error}");
+        assert!(error.to_string().contains("crypto_LUKS"), "{error}");
         put_ext2(&mut disk, PART * 512);
         assert_eq!(
             choose(&mut disk, &Place::Disk, None).unwrap(),
-            Target { over_whole_disk: true, ..target(Place::Partition(1), "ext2") }
+            Target { is_ambiguous: true, ..target(Place::Partition(1), "ext2") }
         );
     }
 

@@ -221,7 +221,7 @@ fn mount_image(
             show_path(image),
             target.place,
             target.kind,
-            if target.over_whole_disk {
+            if target.is_ambiguous {
                 "; what looks like one on the whole disk is not meant"
             } else {
                 ""
@@ -231,6 +231,12 @@ fn mount_image(
         for warning in pending.warnings() {
             globals.warn(format_args!("{}: {warning}", show_path(image)));
         }
+    } else if target.is_ambiguous {
+        globals.warn(format_args!(
+            "{}: mounting the whole disk ({}), for its partitions hold nothing that is known: that may be what was there before them",
+            show_path(image),
+            target.kind
+        ));
     }
     let work = Work { args, options, kernel, point, there, globals, interrupt };
     match work.mount(&mut pending, &target) {

@@ -196,7 +196,8 @@ pub fn find_attached<'k, K: Kernel>(
 /// whatever options: with what is asked for on top of it. It stays as it is.
 ///
 /// # Errors
-/// As [`build`].
+/// As [`build`]; its tables are not those that the files give now. Where it was attached with
+/// options that make other tables, that is not compared.
 pub fn find_same_disk<'k, K: Kernel>(
     kernel: &'k K,
     request: &Request<'_>,
@@ -216,11 +217,12 @@ pub fn find_same_disk<'k, K: Kernel>(
         }
     }
     let Some((there, uuid)) = found else { return Ok(None) };
-    let terms = Terms {
-        name: DmName::new(&there.name)?,
-        keep: false,
-        rules: Options::from_bits(uuid.options)?.rules(),
-    };
+    let options = Options::from_bits(uuid.options)?;
+    let as_there = Request { options, ..*request };
+    if options.is_same_plan(&request.options) && !same_tables(kernel, &as_there, &uuid)? {
+        return Err(other_tables(&there.name).into());
+    }
+    let terms = Terms { name: DmName::new(&there.name)?, keep: false, rules: options.rules() };
     // So that it does not go meanwhile.
     let held = vec![kernel.open(there.number)?];
     let (number, is_marked) = (there.number, there.deferred_remove);
@@ -337,6 +339,14 @@ pub(super) fn sweep<K: Kernel>(kernel: &K) -> Result<()> {
     Ok(())
 }
 
+/// The files have changed since they were attached, or the table has.
+fn other_tables(name: &str) -> Error {
+    let name = crate::error::printable(name);
+    Error::new(ErrorKind::CannotCreate(format!(
+        "'{name}' is attached from the same files, but its live table is not the one that they give now: detach it first"
+    )))
+}
+
 /// The device of the same name, where it is the same attachment; an error where the
 /// name or the UUID is taken by anything else.
 fn already_attached<K: Kernel>(
@@ -371,9 +381,7 @@ fn already_attached<K: Kernel>(
         ));
     }
     if !same_tables(kernel, request, uuid)? {
-        return refuse(format!(
-            "'{name}' is attached from the same files, but its live table is not the one that they give now: detach it first"
-        ));
+        return Err(other_tables(name.as_str()));
     }
     Ok(Some(there))
 }

@@ -320,18 +320,22 @@ fn a_disk_that_is_attached_is_found_by_its_files_and_stays_as_it_is() {
         .unwrap();
     let found = |only_its_name| {
         let change = |request: &mut Request<'_>| request.above = above;
-        fixture
-            .with_request(change, |request| find_same_disk(&kernel, request, only_its_name))
-            .unwrap()
+        fixture.with_request(change, |request| find_same_disk(&kernel, request, only_its_name))
     };
-    assert!(found(true).is_none());
-    let pending = found(false).unwrap();
+    assert!(found(true).unwrap().is_none());
+    let pending = found(false).unwrap().unwrap();
     assert_eq!((pending.number(), pending.already_attached()), (attached.number, true));
     assert_eq!(devices(&kernel), ["other-inner0", "other", "other1"]);
     pending.leave_to_openers();
     // Nobody has opened the partition.
     assert_eq!(devices(&kernel), ["other-inner0", "other"]);
     assert!(!kernel.with(|state| state.devices[&attached.number.minor].deferred));
+    // What the files give now is another disk.
+    let minor = attached.number.minor;
+    kernel
+        .change(|state| drop(state.devices.get_mut(&minor).unwrap().live.as_mut().unwrap().pop()));
+    let error = found(false).map(drop).unwrap_err();
+    assert!(error.to_string().contains("'other' is attached from the same files"), "{error}");
 }
 
 #[test]
