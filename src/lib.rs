@@ -33,6 +33,7 @@
 //! | [`hash`] | sha256 and BLAKE3 of the disk, or of a file |
 //! | [`metadata`] | where every piece of metadata lies, and what nothing refers to |
 //! | [`info`] | what an image says of itself, as `qemu-img info` has it |
+//! | [`convert`](mod@convert) | copying a disk into a new image |
 //! | [`diff`] | where two disks differ, by mapping or by bytes |
 //! | [`picture`] | what a picture of the disk shows: bytes of each state in cells, fragmentation |
 //! | [`partition`] | partition tables of the virtual disk |
@@ -45,6 +46,7 @@
 
 pub mod chain;
 pub mod check;
+pub mod convert;
 pub mod crypt;
 pub mod damage;
 pub mod device;
