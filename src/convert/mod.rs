@@ -9,6 +9,10 @@
 //! these bytes go, and writes the output's metadata; the bytes themselves are read, cloned,
 //! compressed and written by all cores.
 
+pub mod compress;
+pub mod create;
+pub mod options;
+
 use std::fs::File;
 
 use crate::error::Result;
