@@ -12,6 +12,8 @@
 pub mod compress;
 pub mod create;
 pub mod options;
+mod output;
+pub mod qcow2;
 
 use std::fs::File;
 

@@ -140,7 +140,7 @@ impl Qcow2Options {
     }
 
     /// See [`FormatOptions::check`](super::FormatOptions::check).
-    pub(super) fn check(&self, compressed: bool, backing: bool) -> Result<()> {
+    pub(in crate::convert) fn check(&self, compressed: bool, backing: bool) -> Result<()> {
         if compressed && self.data_file.is_some() {
             return Err(usage(
                 "-c does not go with -o data_file: data files hold nothing compressed",

@@ -5,9 +5,9 @@ use crate::units::{ByteLen, HostOffset};
 
 /// Bits 9 to 55: the host offset of an L1 or standard L2 entry.
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
-const COPIED: u64 = 1 << 63;
-const COMPRESSED: u64 = 1 << 62;
-const ZERO: u64 = 1;
+pub(crate) const COPIED: u64 = 1 << 63;
+pub(crate) const COMPRESSED: u64 = 1 << 62;
+pub(crate) const ZERO: u64 = 1;
 
 /// The L2 table that an L1 entry points to; `None` where it points to none.
 #[inline]

@@ -4,15 +4,15 @@ use crate::error::{Error, Result};
 use crate::units::{ByteLen, HostOffset};
 
 /// End of the header extension area.
-const END: u32 = 0;
+pub(crate) const END: u32 = 0;
 /// Backing file format name string.
-const BACKING_FORMAT: u32 = 0xe279_2aca;
+pub(crate) const BACKING_FORMAT: u32 = 0xe279_2aca;
 /// Feature name table.
-const FEATURE_NAME_TABLE: u32 = 0x6803_f857;
+pub(crate) const FEATURE_NAME_TABLE: u32 = 0x6803_f857;
 /// Full disk encryption header pointer.
 const CRYPTO_HEADER: u32 = 0x0537_be77;
 /// External data file name string.
-const DATA_FILE_NAME: u32 = 0x4441_5441;
+pub(crate) const DATA_FILE_NAME: u32 = 0x4441_5441;
 /// Bitmaps extension.
 const BITMAPS: u32 = 0x2385_2875;
 

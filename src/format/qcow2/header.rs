@@ -26,7 +26,7 @@ const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 /// QCOW_MAX_SNAPSHOTS.
 pub(crate) const MAX_SNAPSHOTS: u32 = 65536;
 /// QEMU's limit of a backing file's name.
-const MAX_BACKING_NAME: u32 = 1023;
+pub(crate) const MAX_BACKING_NAME: u32 = 1023;
 
 /// Subclusters of a cluster in an image with extended L2 entries.
 pub(crate) const SUBCLUSTERS_PER_CLUSTER: u64 = 32;
@@ -48,7 +48,7 @@ pub mod incompatible {
 }
 
 /// Bit of `compatible_features`: refcounts may be written lazily.
-const COMPATIBLE_LAZY_REFCOUNTS: u64 = 1 << 0;
+pub(crate) const COMPATIBLE_LAZY_REFCOUNTS: u64 = 1 << 0;
 
 /// Bit of `autoclear_features`: the bitmaps extension is consistent.
 pub(crate) const AUTOCLEAR_BITMAPS: u64 = 1 << 0;
