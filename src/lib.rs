@@ -41,6 +41,7 @@
 //! | [`imgdmtab`] | `/etc/imgdmtab`: what is attached at boot |
 //! | [`plan`] | extents to segments, backings and tables; what stands in the way |
 //! | [`scratch`] | what the image's files don't hold as it is: inflated clusters, partial sectors |
+//! | [`overlay`] | the store of a writable device: its header, and what ties it to its image |
 //! | [`table`] | `dmsetup` text, printed and parsed |
 //! | [`device`] | loop devices and device-mapper, real and fake |
 
@@ -65,6 +66,7 @@ pub mod lock;
 pub mod lvm;
 pub mod metadata;
 pub mod open;
+pub mod overlay;
 pub mod partition;
 pub mod picture;
 pub mod plan;

@@ -1,0 +1,19 @@
+//! The store of a writable device: what was written to a disk whose image never changes.
+//!
+//! dm-snapshot keeps the chunks that were changed in a copy-on-write device. Ours is a file,
+//! the store, in this layout:
+//!
+//! | from | what |
+//! |---|---|
+//! | 0 | our [`StoreHeader`]: of which disk it is, and what tells that the image has changed |
+//! | [`STORE_OFFSET`] | dm-snapshot's persistent exception store ([`persistent`]), to the end |
+//!
+//! All of it is bytes in, values out.
+
+pub mod header;
+pub mod identity;
+pub mod persistent;
+
+pub use header::{STORE_OFFSET, StoreHeader, StoreSnapshot};
+pub use identity::{StoreFile, StoreFileKind};
+pub use persistent::PersistentHeader;
