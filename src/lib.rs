@@ -41,7 +41,7 @@
 //! | [`imgdmtab`] | `/etc/imgdmtab`: what is attached at boot |
 //! | [`plan`] | extents to segments, backings and tables; what stands in the way |
 //! | [`scratch`] | what the image's files don't hold as it is: inflated clusters, partial sectors |
-//! | [`overlay`] | the store of a writable device: its header, and what ties it to its image |
+//! | [`overlay`] | the store of a writable device: what ties it to its image, and what was changed |
 //! | [`table`] | `dmsetup` text, printed and parsed |
 //! | [`device`] | loop devices and device-mapper, real and fake |
 

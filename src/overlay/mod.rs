@@ -8,10 +8,13 @@
 //! | 0 | our [`StoreHeader`]: of which disk it is, and what tells that the image has changed |
 //! | [`STORE_OFFSET`] | dm-snapshot's persistent exception store ([`persistent`]), to the end |
 //!
-//! All of it is bytes in, values out.
+//! All of it is bytes in, values out: [`exceptions`] says which chunks were changed and where
+//! they lie, and [`input`] makes of them a disk to be copied over its image.
 
+pub mod exceptions;
 pub mod header;
 pub mod identity;
+pub mod input;
 pub mod persistent;
 
 pub use header::{STORE_OFFSET, StoreHeader, StoreSnapshot};
