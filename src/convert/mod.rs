@@ -11,8 +11,10 @@
 
 pub mod compress;
 pub mod create;
+mod l1;
 pub mod options;
 mod output;
+pub mod qcow;
 pub mod qcow2;
 
 use std::fs::File;
@@ -131,4 +133,19 @@ pub trait ImageWriter: Send {
     /// # Errors
     /// As [`data`](Self::data).
     fn finish(&mut self) -> Result<()>;
+}
+
+/// Adds a place of bytes, or lengthens the last one.
+fn push_place(placed: &mut Vec<Placed>, start: u64, end: u64, host: u64) {
+    let range = GuestRange::new(GuestOffset::new(start), GuestOffset::new(end));
+    let offset = HostOffset::new(host);
+    match placed.last_mut() {
+        Some(last)
+            if last.range.end == range.start
+                && last.offset.saturating_add(last.range.length()) == offset =>
+        {
+            last.range.end = range.end;
+        }
+        _ => placed.push(Placed { range, offset }),
+    }
 }

@@ -17,15 +17,15 @@ use crate::status::{BlockStatus, Encryption, HostPlace, StatusRun};
 use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset, SECTOR_SIZE};
 
 /// The first four bytes: `QCOW_MAGIC`.
-const MAGIC: [u8; 4] = *b"QFI\xfb";
+pub(crate) const MAGIC: [u8; 4] = *b"QFI\xfb";
 /// `QCOW_OFLAG_COMPRESSED`: set in the L2 entry of a compressed cluster.
 pub(crate) const OFLAG_COMPRESSED: u64 = 1 << 63;
 /// Bytes of an L1 or L2 entry.
 pub(crate) const ENTRY_SIZE: u64 = 8;
 /// Most entries of the L1 table; QEMU holds them in an array of at most INT_MAX bytes.
-const L1_ENTRIES_MAX: u64 = 0x7fff_ffff / ENTRY_SIZE;
+pub(crate) const L1_ENTRIES_MAX: u64 = 0x7fff_ffff / ENTRY_SIZE;
 /// Longest backing file name, in bytes.
-const BACKING_NAME_MAX: u32 = 1023;
+pub(crate) const BACKING_NAME_MAX: u32 = 1023;
 /// L1 entries that are read at a time: a page's worth.
 const L1_CHUNK: usize = 512;
 

@@ -46,3 +46,4 @@ mod throwaway;
 mod units;
 mod unopenable;
 mod viscera;
+mod writers;

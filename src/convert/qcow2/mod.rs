@@ -11,14 +11,16 @@ mod tables;
 use std::fs::File;
 
 use super::create::NewImage;
+use super::l1::L1Table;
 use super::options::{CompatibilityLevel, Preallocation, Qcow2Options};
 use super::output::OutputFile;
-use super::{ImageWriter, Placed};
+use super::{ImageWriter, Placed, push_place};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::qcow2::entry::COPIED;
 use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset, SECTOR_SIZE};
 use clusters::Clusters;
 use header::HeaderCluster;
-use tables::{L1Table, L2Entries, L2Table, Subclusters, compressed_offset_bits};
+use tables::{L2Entries, L2Table, Subclusters, compressed_offset_bits};
 
 /// Offsets in L1 and L2 entries have 56 bits.
 const MAX_HOST_OFFSET: u64 = 1 << 56;
@@ -114,7 +116,7 @@ impl<'f> Qcow2Writer<'f> {
             let offset = self.host_offset(table)?;
             self.current = Some((index, offset));
             self.l2.clear();
-            self.l1.set(index, offset)?;
+            self.l1.set(index, offset | COPIED)?;
             if self.is_preallocated() {
                 self.preallocate_table(index)?;
             }
@@ -293,7 +295,7 @@ impl ImageWriter for Qcow2Writer<'_> {
                 self.mark(index + i, at, part_end, Subclusters::Data);
                 at = part_end;
             }
-            push(placed, start, at, host + start % self.cluster_size());
+            push_place(placed, start, at, host + start % self.cluster_size());
         }
         Ok(())
     }
@@ -360,21 +362,6 @@ impl ImageWriter for Qcow2Writer<'_> {
         let Some(header) = self.header.take() else { return Ok(()) };
         let bytes = header.with_refcount_table(refcounts.offset, refcounts.clusters);
         self.image.write(0, &bytes, "the header")
-    }
-}
-
-/// Adds a place, or lengthens the last one.
-fn push(placed: &mut Vec<Placed>, start: u64, end: u64, host: u64) {
-    let range = GuestRange::new(GuestOffset::new(start), GuestOffset::new(end));
-    let offset = HostOffset::new(host);
-    match placed.last_mut() {
-        Some(last)
-            if last.range.end == range.start
-                && last.offset.saturating_add(last.range.length()) == offset =>
-        {
-            last.range.end = range.end;
-        }
-        _ => placed.push(Placed { range, offset }),
     }
 }
 

@@ -1,0 +1,348 @@
+//! What the writers of images lay out, as QEMU reads it.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use imgdm::convert::compress::Compressor;
+use imgdm::convert::create::{NewImage, StoredBacking};
+use imgdm::convert::options::FormatOptions;
+use imgdm::convert::qcow::QcowWriter;
+use imgdm::convert::qcow2::Qcow2Writer;
+use imgdm::convert::{ImageWriter, Placed};
+use imgdm::format::Format;
+use imgdm::format::qcow2::Compression;
+use imgdm::units::{ByteLen, GuestOffset, GuestRange};
+use serde_json::Value;
+
+use crate::common::images::scratch_dir;
+use crate::common::process::Outcome;
+use crate::common::qemu;
+use crate::common::rng::Rng;
+use crate::imgdm::imgdm;
+use crate::random::setting;
+
+/// What a part of the disk is written as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Backing,
+    Zeros,
+    Data,
+    Compressed,
+}
+
+/// A disk to be written.
+struct Disk {
+    format: Format,
+    options: String,
+    size: u64,
+    /// The raw backing file's bytes.
+    backing: Option<Vec<u8>>,
+    pieces: Vec<(GuestRange, Kind)>,
+    /// What the disk is to be.
+    bytes: Vec<u8>,
+}
+
+fn range(start: u64, end: u64) -> GuestRange {
+    GuestRange::new(GuestOffset::new(start), GuestOffset::new(end))
+}
+
+fn at(offset: u64) -> usize {
+    usize::try_from(offset).unwrap()
+}
+
+fn new_file(path: &Path) -> File {
+    OpenOptions::new().read(true).write(true).create_new(true).open(path).unwrap()
+}
+
+impl Disk {
+    fn parsed(&self) -> FormatOptions {
+        FormatOptions::parse(self.format, &[&self.options]).unwrap()
+    }
+
+    /// The writer's word of the smallest part, and of a cluster.
+    fn shape(&self) -> (u64, u64) {
+        match self.parsed() {
+            FormatOptions::Qcow2(options) => (options.granularity(), options.cluster_size()),
+            _ if self.backing.is_some() => (512, 512),
+            _ => (4096, 4096),
+        }
+    }
+
+    fn method(&self) -> Compression {
+        match self.parsed() {
+            FormatOptions::Qcow2(options) => options.compression(),
+            _ => Compression::Zlib,
+        }
+    }
+
+    /// Draws what is where.
+    fn draw(&mut self, rng: &mut Rng, kinds: &[Kind]) {
+        let (granularity, cluster) = self.shape();
+        self.bytes = self.backing.clone().unwrap_or_default();
+        self.bytes.resize(at(self.size), 0);
+        let mut start = 0;
+        while start < self.size {
+            let kind = *rng.pick(kinds);
+            let unit = if kind == Kind::Compressed { cluster } else { granularity };
+            if kind == Kind::Compressed && start % cluster != 0 {
+                start = self.piece(rng, start, granularity, Kind::Backing);
+                continue;
+            }
+            let most = if rng.percent(10) { 200 } else { 5 };
+            start = self.piece(rng, start, rng.clone().range(1, most) * unit, kind);
+        }
+    }
+
+    fn piece(&mut self, rng: &mut Rng, start: u64, length: u64, kind: Kind) -> u64 {
+        let end = self.size.min(start + length);
+        self.pieces.push((range(start, end), kind));
+        let bytes = &mut self.bytes[at(start)..at(end)];
+        match kind {
+            Kind::Backing => {}
+            Kind::Zeros => bytes.fill(0),
+            Kind::Data => rng.fill(bytes),
+            Kind::Compressed => {
+                // Streams of all lengths; some clusters become no shorter.
+                for sector in bytes.chunks_mut(512) {
+                    let random = at(rng.below(520)).min(sector.len());
+                    rng.fill(&mut sector[..random]);
+                    sector[random..].fill(0x5a);
+                }
+            }
+        }
+        let _ = rng.next();
+        end
+    }
+
+    /// Writes it as `image`, with its files beside.
+    fn write(&self, dir: &Path, image: &str) {
+        let file = new_file(&dir.join(image));
+        let options = self.parsed();
+        let data_file = options.data_file().map(|name| new_file(&dir.join(name)));
+        let backing = self.backing.as_ref().map(|bytes| {
+            fs::write(dir.join("base"), bytes).unwrap();
+            StoredBacking { name: b"base".to_vec(), format: Some(Format::Raw) }
+        });
+        let new = NewImage {
+            file: &file,
+            data_file: data_file.as_ref(),
+            size: ByteLen::new(self.size),
+            backing: backing.as_ref(),
+        };
+        let mut writer: Box<dyn ImageWriter> = match &options {
+            FormatOptions::Qcow2(options) => Box::new(Qcow2Writer::new(&new, options).unwrap()),
+            _ => Box::new(QcowWriter::new(&new).unwrap()),
+        };
+        let mut compressor = Compressor::new(self.method()).unwrap();
+        for &(range, kind) in &self.pieces {
+            match kind {
+                Kind::Backing => {}
+                Kind::Zeros if writer.has_zeros() => writer.zeros(range).unwrap(),
+                Kind::Zeros | Kind::Data => self.write_data(&mut *writer, range),
+                Kind::Compressed => self.write_compressed(&mut *writer, range, &mut compressor),
+            }
+        }
+        writer.finish().unwrap();
+    }
+
+    fn write_data(&self, writer: &mut dyn ImageWriter, range: GuestRange) {
+        let mut placed = Vec::new();
+        writer.data(range, &mut placed).unwrap();
+        let mut next = range.start;
+        for Placed { range, offset } in placed {
+            assert_eq!(range.start, next);
+            next = range.end;
+            let bytes = &self.bytes[at(range.start.get())..at(range.end.get())];
+            writer.data_file().write_all_at(bytes, offset.get()).unwrap();
+        }
+        assert_eq!(next, range.end);
+    }
+
+    fn write_compressed(
+        &self,
+        writer: &mut dyn ImageWriter,
+        whole: GuestRange,
+        compressor: &mut Compressor,
+    ) {
+        let size = writer.cluster_size();
+        for start in (whole.start.get()..whole.end.get()).step_by(at(size)) {
+            let end = whole.end.get().min(start + size);
+            let mut cluster = self.bytes[at(start)..at(end)].to_vec();
+            cluster.resize(at(size), 0);
+            match compressor.compress(&cluster).unwrap() {
+                Some(stream) => {
+                    let place = writer.compressed(GuestOffset::new(start), stream.len()).unwrap();
+                    writer.data_file().write_all_at(stream, place.get()).unwrap();
+                }
+                None => self.write_data(writer, range(start, end)),
+            }
+        }
+    }
+
+    /// QEMU finds nothing wrong, reads the disk, and sees what is whose.
+    fn check(&self, dir: &Path, image: &str) -> Outcome {
+        let format = self.format.name();
+        if self.format == Format::Qcow2 {
+            qemu::img(dir, &["check", "-q", "-f", format, image])?;
+        }
+        imgdm(dir, &["check", "-f", format, image])?.ok()?;
+        qemu::img(dir, &["convert", "-f", format, "-O", "raw", image, "copy"])?;
+        let copy = fs::read(dir.join("copy")).map_err(|error| error.to_string())?;
+        if copy.len() != self.bytes.len() {
+            return Err(format!("{} bytes, and not {}", copy.len(), self.bytes.len()));
+        }
+        if let Some(differs) = (0..copy.len()).find(|&i| copy[i] != self.bytes[i]) {
+            return Err(format!("byte {differs:#x} differs"));
+        }
+        let map = qemu::img(dir, &["map", "--output=json", "-f", format, image])?;
+        let ours = imgdm(dir, &["map", "--output=json", "-f", format, image])?.ok()?;
+        let map: Value = serde_json::from_slice(&map.stdout).map_err(|error| error.to_string())?;
+        let ours: Value =
+            serde_json::from_slice(&ours.stdout).map_err(|error| error.to_string())?;
+        if ours.as_array().map(Vec::len) != map.as_array().map(Vec::len) {
+            return Err(format!("maps differ:\n{map}\n{ours}"));
+        }
+        self.check_map(map.as_array().unwrap())
+    }
+
+    fn check_map(&self, map: &[Value]) -> Outcome {
+        let preallocated = ["prealloc", "data_file_raw"].iter().any(|o| self.options.contains(o));
+        for &(range, kind) in &self.pieces {
+            for row in map {
+                let number = |field: &str| row[field].as_u64().unwrap();
+                let start = number("start").max(range.start.get());
+                let end = (number("start") + number("length")).min(range.end.get());
+                if start >= end {
+                    continue;
+                }
+                let flag = |field: &str| row[field].as_bool().unwrap();
+                let hides = number("depth") == 0 && flag("present");
+                let right = match kind {
+                    Kind::Data | Kind::Compressed => hides && flag("data"),
+                    _ if preallocated => true,
+                    Kind::Zeros if self.backing.is_none() => flag("zero") && !flag("data"),
+                    // As data, where there are no zero clusters.
+                    Kind::Zeros => hides,
+                    Kind::Backing => {
+                        !hides && (self.backing.is_none() || number("depth") == 1 || flag("zero"))
+                    }
+                };
+                if !right {
+                    return Err(format!("{kind:?} at {start:#x} is {row}"));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+const NO_STREAMS: &[Kind] = &[Kind::Backing, Kind::Zeros, Kind::Data, Kind::Data];
+const ALL: &[Kind] = &[Kind::Backing, Kind::Zeros, Kind::Data, Kind::Compressed, Kind::Compressed];
+
+fn draw_options(rng: &mut Rng) -> (String, u64, bool, bool) {
+    let v2 = rng.percent(15);
+    let mut bits = rng.range(9, 21);
+    let mut options = Vec::new();
+    let (mut streams, mut backing) = (true, rng.percent(60));
+    if v2 {
+        options.push("compat=v2".to_owned());
+    } else {
+        if rng.percent(30) {
+            bits = bits.max(14);
+            options.push("extended_l2=on".to_owned());
+        }
+        if rng.percent(60) {
+            options.push(format!("refcount_bits={}", 1 << rng.below(7)));
+        }
+        if rng.percent(30) {
+            options.push("compression_type=zstd".to_owned());
+        }
+        if rng.percent(20) {
+            options.push("lazy_refcounts".to_owned());
+        }
+        if rng.percent(20) {
+            options.push("data_file=the,,data".to_owned());
+            streams = false;
+            if rng.percent(50) {
+                options.push("data_file_raw=on".to_owned());
+                backing = false;
+            }
+        }
+    }
+    options.push(format!("cluster_size={}", 1u64 << bits));
+    if rng.percent(20) && (!backing || options.iter().any(|option| option == "extended_l2=on")) {
+        let mode = rng.pick(&["metadata", "falloc", "full"]);
+        options.push(format!("preallocation={mode}"));
+        streams = false;
+    }
+    (options.join(","), bits, streams, backing)
+}
+
+fn run_cases(name: &str, cases: u64, one: impl Fn(&Path, &mut Rng) -> (String, Outcome)) {
+    let seed = setting("IMGDM_SEED").unwrap_or(0x0069_6d67_646d);
+    let cases = setting("IMGDM_CASES").unwrap_or(cases);
+    let range = setting("IMGDM_CASE").map_or(0..cases, |case| case..case + 1);
+    for case in range {
+        let dir = scratch_dir("writers").unwrap();
+        let (what, outcome) = one(dir.path(), &mut Rng::for_case(seed, name, case));
+        if let Err(error) = outcome {
+            let kept = dir.keep();
+            panic!(
+                "IMGDM_SEED={seed:#x} IMGDM_CASE={case}, {what}, in {}: {error}",
+                kept.display()
+            );
+        }
+    }
+}
+
+#[test]
+fn qcow2_images_of_all_shapes_are_clean_and_hold_what_was_written() {
+    run_cases("qcow2", 150, |dir, rng| {
+        let (options, bits, streams, backing) = draw_options(rng);
+        // Several L2 tables and refcount blocks, where clusters are small.
+        let most = (1u64 << 23).min(1 << (bits + 10)) / 512;
+        let size = rng.range(1, most) * 512;
+        let backing = backing.then(|| {
+            let mut bytes = vec![0; at(rng.range(1, size / 512 + 20) * 512)];
+            rng.fill(&mut bytes);
+            bytes
+        });
+        let what = format!("{size} bytes, -o {options}, backing: {}", backing.is_some());
+        let mut disk = Disk {
+            format: Format::Qcow2,
+            options,
+            size,
+            backing,
+            pieces: Vec::new(),
+            bytes: Vec::new(),
+        };
+        disk.draw(rng, if streams { ALL } else { NO_STREAMS });
+        disk.write(dir, "x.qcow2");
+        (what, disk.check(dir, "x.qcow2"))
+    });
+}
+
+#[test]
+fn qcow_images_hold_what_was_written() {
+    run_cases("qcow", 40, |dir, rng| {
+        let size = rng.range(1, 12_000) * 512;
+        let backing = rng.percent(50).then(|| {
+            let mut bytes = vec![0; at(rng.range(1, size / 512 + 20) * 512)];
+            rng.fill(&mut bytes);
+            bytes
+        });
+        let what = format!("{size} bytes, backing: {}", backing.is_some());
+        let mut disk = Disk {
+            format: Format::Qcow,
+            options: String::new(),
+            size,
+            backing,
+            pieces: Vec::new(),
+            bytes: Vec::new(),
+        };
+        disk.draw(rng, ALL);
+        disk.write(dir, "x.qcow");
+        (what, disk.check(dir, "x.qcow"))
+    });
+}
