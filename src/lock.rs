@@ -106,6 +106,37 @@ pub fn lock(source: &Source, sharing: Sharing) -> Result<Locked> {
     Ok(Locked::Yes)
 }
 
+/// Takes a writer's locks on a store that nobody but its device is to read or write, then
+/// looks whether anybody's locks contradict them.
+///
+/// # Errors
+/// `InUse`; the locks taken here go with the file.
+pub fn lock_writer(file: &File) -> Result<Locked> {
+    let in_use = || {
+        Error::new(ErrorKind::InUse(
+            "the store is in use: it is attached already (see 'imgdm list'), or another program reads or writes it".to_owned(),
+        ))
+    };
+    let uses = ALL.map(|permission| USES + permission as i64);
+    let unshared = WRITERS.map(|permission| DOES_NOT_SHARE + permission as i64);
+    for byte in uses.into_iter().chain(unshared) {
+        match set_read_lock(file, byte) {
+            Ok(()) => {}
+            Err(Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::ENOSYS) => {
+                return Ok(Locked::NotSupported);
+            }
+            Err(Errno::EACCES | Errno::EAGAIN) => return Err(in_use()),
+            Err(errno) => return Err(Error::io("cannot lock the store", errno.into())),
+        }
+    }
+    let others_unshared = ALL.map(|permission| DOES_NOT_SHARE + permission as i64);
+    let others_use = WRITERS.map(|permission| USES + permission as i64);
+    match others_unshared.into_iter().chain(others_use).any(|byte| is_locked(file, byte)) {
+        true => Err(in_use()),
+        false => Ok(Locked::Yes),
+    }
+}
+
 fn bytes_of_reader(unshared: &[Permission]) -> impl Iterator<Item = i64> {
     let uses = USES + Permission::ConsistentRead as i64;
     std::iter::once(uses).chain(unshared.iter().map(|&p| DOES_NOT_SHARE + p as i64))
@@ -210,6 +241,24 @@ mod tests {
         drop(writer);
         let source = Source::open(file.path()).unwrap();
         assert_eq!(lock(&source, Sharing::Readers).unwrap(), Locked::Yes);
+    }
+
+    #[test]
+    fn a_store_is_locked_once_and_against_readers() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let first = File::open(file.path()).unwrap();
+        assert_eq!(lock_writer(&first).unwrap(), Locked::Yes);
+        let second = File::open(file.path()).unwrap();
+        let error = lock_writer(&second).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::InUse(_)), "{error}");
+        drop(second);
+        let reader = Source::open(file.path()).unwrap();
+        lock(&reader, Sharing::Readers).unwrap_err();
+        lock(&reader, Sharing::Writers).unwrap();
+        drop((first, reader));
+        let reader = Source::open(file.path()).unwrap();
+        lock(&reader, Sharing::Readers).unwrap();
+        lock_writer(&File::open(file.path()).unwrap()).unwrap_err();
     }
 
     #[test]

@@ -125,6 +125,15 @@ pub enum Target {
         /// The device with the ciphertext.
         device: DeviceRef,
     },
+    /// `snapshot ORIGIN COW P CHUNK`: what was written lies in a persistent exception store.
+    Snapshot {
+        /// The device that is never written.
+        origin: DeviceRef,
+        /// The device of the exception store.
+        cow: DeviceRef,
+        /// Size of a chunk.
+        chunk: Sectors,
+    },
 }
 
 impl Target {
@@ -136,6 +145,7 @@ impl Target {
             Self::Zero => "zero",
             Self::Error => "error",
             Self::Crypt { .. } => "crypt",
+            Self::Snapshot { .. } => "snapshot",
         }
     }
 
@@ -151,17 +161,28 @@ impl Target {
             }
             Self::Zero | Self::Error => String::new(),
             Self::Crypt { cipher, key, device } => format!("{cipher} {key} 0 {device} 0"),
+            Self::Snapshot { origin, cow, chunk } => format!("{origin} {cow} P {chunk}"),
         }
     }
 
-    /// The device below, where there is one.
+    /// The device below, where there is one; of a snapshot the origin.
     pub fn device(&self) -> Option<&DeviceRef> {
         match self {
             Self::Linear { device, .. }
             | Self::Striped { device, .. }
-            | Self::Crypt { device, .. } => Some(device),
+            | Self::Crypt { device, .. }
+            | Self::Snapshot { origin: device, .. } => Some(device),
             Self::Zero | Self::Error => None,
         }
+    }
+
+    /// All devices below.
+    pub fn devices(&self) -> impl Iterator<Item = &DeviceRef> {
+        let cow = match self {
+            Self::Snapshot { cow, .. } => Some(cow),
+            _ => None,
+        };
+        self.device().into_iter().chain(cow)
     }
 }
 
@@ -181,7 +202,7 @@ impl fmt::Display for TableLine {
         write!(f, "{} {} {}", self.start, self.length, self.target.kind())?;
         match &self.target {
             Target::Linear { device, offset } => write!(f, " {device} {offset}"),
-            Target::Striped { .. } | Target::Crypt { .. } => {
+            Target::Striped { .. } | Target::Crypt { .. } | Target::Snapshot { .. } => {
                 write!(f, " {}", self.target.parameters())
             }
             Target::Zero | Target::Error => Ok(()),
@@ -220,9 +241,11 @@ impl FromStr for TableLine {
             Some("crypt") => crypt_target(&mut words).ok_or_else(|| {
                 Error::new(ErrorKind::Unsupported("a crypt line that is none of imgdm's".into()))
             })?,
+            Some("snapshot") => snapshot_target(&mut words)
+                .ok_or_else(|| bad("has no origin and no persistent store"))?,
             _ => {
                 return Err(bad(
-                    "has no target that imgdm knows (linear, striped, zero, error, crypt)",
+                    "has no target that imgdm knows (linear, striped, zero, error, crypt, snapshot)",
                 ));
             }
         };
@@ -254,6 +277,15 @@ fn crypt_target<'w>(words: &mut impl Iterator<Item = &'w str>) -> Option<Target>
     let (cipher, key, iv) = (words.next()?.to_owned(), words.next()?.parse().ok()?, words.next()?);
     let (device, offset) = (DeviceRef::new(words.next()?).ok()?, words.next()?);
     (iv == "0" && offset == "0").then_some(Target::Crypt { cipher, key, device })
+}
+
+/// `ORIGIN COW P CHUNK`.
+fn snapshot_target<'w>(words: &mut impl Iterator<Item = &'w str>) -> Option<Target> {
+    let origin = DeviceRef::new(words.next()?).ok()?;
+    let cow = DeviceRef::new(words.next()?).ok()?;
+    let persistent = words.next()? == "P";
+    let chunk = Sectors::new(words.next()?.parse().ok()?);
+    persistent.then_some(Target::Snapshot { origin, cow, chunk })
 }
 
 /// A whole table: lines without gap from sector 0.
@@ -321,10 +353,10 @@ mod tests {
     fn a_table_reads_back_what_it_prints() {
         let text = "0 8 linear 7:0 2048\n8 16 zero\n24 8 linear /dev/loop1 0\n\
             32 8 error\n40 8 crypt aes-xts-plain64 :64:logon:imgdm:x 0 7:1 0\n\
-            48 16 striped 2 8 253:0 0 253:0 2048\n";
+            48 16 striped 2 8 253:0 0 253:0 2048\n64 8 snapshot 253:1 7:2 P 32\n";
         let table: Table = text.parse().unwrap();
         assert_eq!(table.to_string(), text);
-        assert_eq!(table.size(), Sectors::new(64));
+        assert_eq!(table.size(), Sectors::new(72));
     }
 
     #[test]
@@ -355,6 +387,9 @@ mod tests {
             "0 8 striped 2 8 7:0 0",
             "0 8 striped 2 8 7:0 0 7:1 0",
             "0 8 striped 1 8 7:0 0 7:0 0",
+            "0 8 snapshot 7:0 7:1 N 32",
+            "0 8 snapshot 7:0 7:1 P",
+            "0 8 snapshot 7:0 7:1 P 32 1 discard_zeroes_cow",
             "0 8 striped 99999999999999999999 8 7:0 0",
         ] {
             assert!(line.parse::<TableLine>().is_err(), "{line}");

@@ -13,6 +13,7 @@ use super::build::{BuildArgs, Wanted, volume_name};
 use super::evidence::{Evidence, EvidenceArgs, in_full};
 use super::exit::is_broken_pipe;
 use super::output::show_path;
+use super::overlay::OverlayArgs;
 use super::{Globals, signal};
 
 /// Attach an image as the read-only block device /dev/mapper/NAME
@@ -49,6 +50,9 @@ pub(crate) struct Args {
     publish: bool,
 
     #[command(flatten)]
+    overlay: OverlayArgs,
+
+    #[command(flatten)]
     evidence: EvidenceArgs,
 }
 
@@ -67,7 +71,13 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     signal::keep_from_workers()?;
     let kernel = LinuxKernel::new();
     let above = args.above();
-    let wanted = Wanted { above: &above, publish: args.publish, as_it_is: false, keep: args.keep };
+    let wanted = Wanted {
+        above: &above,
+        publish: args.publish,
+        as_it_is: false,
+        keep: args.keep,
+        overlay: &args.overlay,
+    };
     let (pending, evidence) = if args.evidence.is_given() {
         args.build.build_recorded(&kernel, wanted, &args.evidence, globals)?
     } else {

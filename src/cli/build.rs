@@ -6,7 +6,8 @@ use std::collections::BTreeSet;
 use clap::ValueEnum;
 use imgdm::ErrorKind;
 use imgdm::device::attach::{
-    Above, DirectIo, LayerFiles, Options, Pending, Request, build, find_attached, find_same_disk,
+    Above, DirectIo, LayerFiles, Options, Overlay, OverlayStore, Pending, Request, build,
+    find_attached, find_same_disk,
 };
 use imgdm::device::keys::Keys;
 use imgdm::device::linux::LinuxKernel;
@@ -24,6 +25,7 @@ use super::fill::Prepared;
 use super::key::{KeyArgs, KeySources, encrypted_layers};
 use super::open::{FiemapArgs, OpenArgs, ZeroArgs};
 use super::output::show_path;
+use super::overlay::OverlayArgs;
 use super::partitions::GuestDisk;
 use super::scratch::{ContentArgs, PlaceArgs};
 use super::stamps::Stamps;
@@ -102,10 +104,12 @@ pub(crate) struct Wanted<'a> {
     pub(crate) as_it_is: bool,
     /// Where it is attached already and marked for removal, take the mark away.
     pub(crate) keep: bool,
+    /// Whether the device is to take writes.
+    pub(crate) overlay: &'a OverlayArgs,
 }
 
 impl BuildArgs {
-    fn options(&self, publish: bool, evidence: &EvidenceArgs) -> Options {
+    fn options(&self, wanted: Wanted<'_>, evidence: &EvidenceArgs) -> Options {
         Options {
             direct_io: match self.direct_io {
                 DirectIoChoice::Auto => DirectIo::Auto,
@@ -113,11 +117,12 @@ impl BuildArgs {
                 DirectIoChoice::Off => DirectIo::Off,
             },
             direct_block: self.direct_block,
-            publish,
+            publish: wanted.publish,
             evidence: evidence.is_given(),
             zero: self.zero.mode(),
             no_fiemap: self.fiemap.no_fiemap,
             on_error: self.content.on_error(),
+            overlay: wanted.overlay.overlay(),
         }
     }
 
@@ -185,7 +190,7 @@ fn build_all<'k>(
     let key_sources = KeySources::new(&args.keys)?;
     let mut policy = args.open.policy();
     args.fiemap.apply(&mut policy);
-    evidence.check(&policy, &args.options(wanted.publish, evidence))?;
+    evidence.check(&policy, &args.options(wanted, evidence))?;
     let opened = open_chain(&args.open.image, &policy)?;
     let mut warnings = Warnings { globals, said: Vec::new() };
     for Warning { path, kind } in &opened.warnings {
@@ -238,8 +243,9 @@ fn build_all<'k>(
         snapshot: snapshot.map(|s| (s.id.as_str(), s.name.as_str())),
         tables,
         scratch,
+        store: wanted.overlay.wanted(),
         keys: &keys,
-        options: args.options(wanted.publish, evidence),
+        options: args.options(wanted, evidence),
         above: wanted.above,
         keep: wanted.keep,
         interrupt,
@@ -251,7 +257,8 @@ fn build_all<'k>(
     }
     // What takes long, or asks for keys, is not done for nothing.
     let prepared = Prepared::of(chain, &plan, args.content, &args.places, globals)?;
-    if (prepared.takes_long() || !plan.crypts().is_empty() || evidence.is_given())
+    let is_overlay = wanted.overlay.overlay() != Overlay::None;
+    if (prepared.takes_long() || !plan.crypts().is_empty() || evidence.is_given() || is_overlay)
         && let Some(there) = find_attached(kernel, &request(&plan, None))?
     {
         return Ok((there, None));
@@ -299,6 +306,15 @@ fn build_all<'k>(
         stamps.check(chain)?;
     }
     let scratch = written.as_ref().map(|written| &written.file);
-    let pending = build(kernel, &request(planned_anew.as_ref().unwrap_or(&plan), scratch))?;
-    Ok((pending, record))
+    let store = wanted.overlay.open(chain, plan.size(), content.on_error(), places)?;
+    let request = Request {
+        store: store.as_ref().map(|store| OverlayStore {
+            file: Some(&store.file),
+            id: store.id,
+            chunk: store.chunk,
+        }),
+        ..request(planned_anew.as_ref().unwrap_or(&plan), scratch)
+    };
+    let pending = build(kernel, &request)?;
+    Ok((pending.with_store(store), record))
 }

@@ -133,6 +133,7 @@ fn json(attached: &Attached) -> JsonAttached {
             }
             Some(LoopRole::Zero) => (None, "zero"),
             Some(LoopRole::Scratch) => (None, "scratch"),
+            Some(LoopRole::Store) => (None, "store"),
             None => (None, "unknown"),
         };
         JsonLoop {

@@ -34,6 +34,8 @@ mod metadata;
 mod mount;
 mod open;
 mod output;
+#[cfg(feature = "device")]
+mod overlay;
 mod partitions;
 mod plan;
 mod progress;

@@ -10,7 +10,7 @@ use super::compare::describe;
 use super::disk::DeviceDisk;
 use super::name::{DeviceRole, DmName, DmUuid};
 use super::volumes::{self, Ground};
-use super::{DeviceId, DeviceInfo, DeviceNumber, Interrupt, Kernel};
+use super::{Access, DeviceId, DeviceInfo, DeviceNumber, Interrupt, Kernel};
 use crate::error::{Error, ErrorKind, Result, printable};
 use crate::lvm;
 use crate::partition::{self, Disk, Partition, PartitionTable, TableKind, TableWarning, Unusable};
@@ -312,18 +312,27 @@ pub(super) fn line(partition: &Partition, disk: DeviceNumber, block: u64) -> Opt
 ///
 /// # Errors
 /// It has another table than it would get now, or its name is taken by something else.
-pub(super) fn existing<K: Kernel>(kernel: &K, wanted: &WantedAbove) -> Result<Option<DeviceInfo>> {
+pub(super) fn existing<K: Kernel>(
+    kernel: &K,
+    wanted: &WantedAbove,
+    access: Access,
+) -> Result<Option<DeviceInfo>> {
     let uuid = wanted.uuid.to_string();
     let refuse = |message: String| Err(Error::new(ErrorKind::CannotCreate(message)));
     if let Some(there) = kernel.device(DeviceId::Uuid(&uuid))? {
-        let is_same =
-            there.has_live_table && there.read_only && has_lines(kernel, &uuid, &wanted.lines)?;
+        let is_same = there.has_live_table
+            && there.access() == access
+            && has_lines(kernel, &uuid, &wanted.lines)?;
         if is_same {
             return Ok(Some(there));
         }
         return refuse(format!(
-            "the device '{}' is there already, but not with the read-only table that it would get now: detach first",
-            printable(&there.name)
+            "the device '{}' is there already, but not with the {} table that it would get now: detach first",
+            printable(&there.name),
+            match access {
+                Access::ReadOnly => "read-only",
+                Access::Writable => "writable",
+            }
         ));
     }
     match kernel.device(DeviceId::Name(wanted.name.as_str()))? {

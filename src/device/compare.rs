@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::attach::{Request, index_of, table_ids};
 use super::live::LiveTarget;
 use super::name::{DeviceRole, DmUuid, LoopRole, UUID_PREFIX};
-use super::{DeviceId, DeviceInfo, DeviceNumber, Kernel, LiveLine};
+use super::{Access, DeviceId, DeviceInfo, DeviceNumber, Kernel, LiveLine, LoopInfo};
 use crate::error::{Error, ErrorKind, Result, printable};
 use crate::plan::{Backing, BackingId, CryptId, Segment, SegmentTarget};
 
@@ -38,7 +38,41 @@ pub(super) fn same_tables<K: Kernel>(
             return Ok(false);
         }
     }
-    Ok(true)
+    match request.options.access() {
+        Access::ReadOnly => Ok(true),
+        Access::Writable => same_overlay(kernel, request, top),
+    }
+}
+
+/// True where the device that takes writes lies over the disk and on a store.
+fn same_overlay<K: Kernel>(kernel: &K, request: &Request<'_>, top: &DmUuid) -> Result<bool> {
+    let text = top.to_string();
+    let live = kernel.device(DeviceId::Uuid(&text))?;
+    if !live.is_some_and(|live| live.has_live_table && live.access() == Access::Writable) {
+        return Ok(false);
+    }
+    let mut lines = kernel.live_table(&text)?;
+    let (Some(line), None) = (lines.next(), lines.next()) else { return Ok(false) };
+    let size = request.tables.size().get();
+    let LiveTarget::Snapshot(live) = LiveTarget::of(&line) else { return Ok(false) };
+    if (line.start, line.length) != (0, size) {
+        return Ok(false);
+    }
+    let Some(disk) = table_ids(request.tables).last() else { return Ok(false) };
+    let disk = request.device_of(disk, top).1.to_string();
+    let origin = kernel.device(DeviceId::Number(live.origin))?;
+    let store = kernel.loop_info(live.cow)?;
+    Ok(origin.is_some_and(|origin| origin.uuid == disk)
+        && store.is_some_and(|store| store.role() == Some(LoopRole::Store)))
+}
+
+/// The file that the device of this UUID has its store in.
+pub(super) fn store_of<K: Kernel>(kernel: &K, top: &DmUuid) -> Result<Option<LoopInfo>> {
+    let line = kernel.live_table(&top.to_string())?.next();
+    let Some(LiveTarget::Snapshot(live)) = line.as_ref().map(LiveTarget::of) else {
+        return Ok(None);
+    };
+    kernel.loop_info(live.cow)
 }
 
 struct Comparison<'a, K> {

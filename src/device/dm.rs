@@ -19,7 +19,7 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 use zeroize::{Zeroize, Zeroizing};
 
 use super::sys::{DM_HEADER_LENGTH, Removal, dm_ioctl};
-use super::{DeviceId, DeviceInfo, DeviceNumber, LiveLine, UdevRules};
+use super::{Access, DeviceId, DeviceInfo, DeviceNumber, LiveLine, UdevRules};
 use crate::error::{Error, ErrorKind, Result};
 use crate::table::{CryptKey, DeviceRef, TableLine, Target};
 
@@ -40,6 +40,7 @@ const READONLY: u32 = 1 << 0;
 const STATUS_TABLE: u32 = 1 << 4;
 const ACTIVE_PRESENT: u32 = 1 << 5;
 const BUFFER_FULL: u32 = 1 << 8;
+const NO_FLUSH: u32 = 1 << 11;
 /// The kernel wipes its copy of the ioctl's buffer.
 const SECURE_DATA: u32 = 1 << 15;
 const DEFERRED_REMOVE: u32 = 1 << 17;
@@ -275,19 +276,34 @@ impl Dm {
 
     /// The live table, line by line out of the kernel's answer.
     pub(crate) fn live_table(&self, uuid: &str) -> io::Result<LiveTable> {
+        self.table_status(uuid, STATUS_TABLE)
+    }
+
+    /// What the targets of the live table say of their state. Nothing is written out for it.
+    pub(crate) fn live_status(&self, uuid: &str) -> io::Result<LiveTable> {
+        self.table_status(uuid, NO_FLUSH)
+    }
+
+    fn table_status(&self, uuid: &str, flags: u32) -> io::Result<LiveTable> {
         let mut header = Header::new(Some(DeviceId::Uuid(uuid)))?;
         let lines = self.simple(DEV_STATUS, &header)?.target_count;
-        header.flags = STATUS_TABLE;
+        header.flags = flags;
         let room = usize::try_from(lines).unwrap_or(0).saturating_mul(SPEC_LENGTH + 32);
         let (answer, buffer) = self.call(TABLE_STATUS, &header, &[], room)?;
         let start = usize::try_from(answer.data_start).unwrap_or(buffer.len());
         Ok(LiveTable { buffer: buffer.into(), start, at: start, left: answer.target_count })
     }
 
-    /// Loads a read-only table as the inactive one.
-    pub(crate) fn load(&self, uuid: &str, table: TableBuffer) -> io::Result<()> {
+    /// Loads a table as the inactive one.
+    pub(crate) fn load(&self, uuid: &str, access: Access, table: TableBuffer) -> io::Result<()> {
         let mut header = Header::new(Some(DeviceId::Uuid(uuid)))?;
-        header.flags = READONLY | if table.has_key { SECURE_DATA } else { 0 };
+        header.flags = match access {
+            Access::ReadOnly => READONLY,
+            Access::Writable => 0,
+        };
+        if table.has_key {
+            header.flags |= SECURE_DATA;
+        }
         header.target_count = table.count;
         let mut table = table;
         table.buffer[..DM_HEADER_LENGTH].copy_from_slice(header.as_bytes());
@@ -356,7 +372,7 @@ impl TableBuffer {
             Target::Crypt { cipher, key: CryptKey::Raw(key), device } => {
                 self.push_with_key(cipher, key, device);
             }
-            Target::Striped { .. } | Target::Crypt { .. } => {
+            Target::Striped { .. } | Target::Crypt { .. } | Target::Snapshot { .. } => {
                 self.buffer.extend_from_slice(line.target.parameters().as_bytes());
             }
             Target::Zero | Target::Error => {}

@@ -15,8 +15,8 @@ use std::time::Duration;
 
 use super::name::{DmName, DmUuid};
 use super::{
-    DeviceId, DeviceInfo, DeviceNumber, DeviceReader, Guard, Interrupt, Kernel, Lines, LiveLine,
-    LoopHandle, LoopInfo, LoopOptions, LoopPath, PathState, UdevRules,
+    Access, DeviceId, DeviceInfo, DeviceNumber, DeviceReader, Guard, Interrupt, Kernel, Lines,
+    LiveLine, LoopHandle, LoopInfo, LoopOptions, LoopPath, PathState, UdevRules,
 };
 use crate::crypt::VolumeKey;
 use crate::error::{Error, ErrorKind, Result};
@@ -42,8 +42,12 @@ pub struct FakeDevice {
     pub deferred: bool,
     /// How many descriptors are open on it.
     pub descriptors: u32,
-    /// Its table was loaded without the flag that it takes no writes.
+    /// Its live table was loaded without the flag that it takes no writes.
     pub writable: bool,
+    /// Its inactive table was.
+    pub writable_next: bool,
+    /// What its live table's targets say of their state.
+    pub status: Vec<LiveLine>,
 }
 
 /// A loop device of the fake kernel.
@@ -77,15 +81,19 @@ pub struct State {
     generation: u64,
 }
 
+/// The devices that a line lies on.
+fn references(line: &TableLine) -> impl Iterator<Item = DeviceNumber> {
+    line.target.devices().filter_map(|device| super::live::parse_number(device.as_str()))
+}
+
 fn reference(line: &TableLine) -> Option<DeviceNumber> {
-    let (major, minor) = line.target.device()?.as_str().split_once(':')?;
-    Some(DeviceNumber { major: major.parse().ok()?, minor: minor.parse().ok()? })
+    references(line).next()
 }
 
 impl State {
     fn users(&self, number: DeviceNumber) -> u32 {
         let tables = self.devices.values().flat_map(|d| [&d.live, &d.inactive]).flatten();
-        let users = tables.filter(|t| t.iter().any(|line| reference(line) == Some(number)));
+        let users = tables.filter(|t| t.iter().flat_map(references).any(|each| each == number));
         u32::try_from(users.count()).unwrap_or(u32::MAX)
     }
 
@@ -167,6 +175,10 @@ impl FakeReader {
                         offset.ok_or_else(failed)?.get() + index / count * chunk.get() + inside;
                     number = reference(line).ok_or_else(failed)?;
                 }
+                // As long as nothing was written.
+                Target::Snapshot { .. } => {
+                    number = reference(line).ok_or_else(failed)?;
+                }
                 Target::Error | Target::Crypt { .. } => return Err(failed()),
             }
         }
@@ -223,6 +235,13 @@ impl LoopHandle for FakeHandle {
 
     fn generation(&self) -> Option<u64> {
         Some(self.generation)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let mut state = self.state.borrow_mut();
+        let label = state.loops.get(&self.number.minor).map(|each| each.info.label.clone());
+        state.calls.push(format!("sync {}", label.unwrap_or_default()));
+        Ok(())
     }
 }
 
@@ -375,7 +394,7 @@ impl Kernel for FakeKernel {
         let state = self.0.borrow();
         let device = state.find(id).and_then(|minor| state.devices.get(&minor));
         let live = device.and_then(|device| device.live.as_ref());
-        let mut found: Vec<_> = live.into_iter().flatten().filter_map(reference).collect();
+        let mut found: Vec<_> = live.into_iter().flatten().flat_map(references).collect();
         found.sort_unstable();
         found.dedup();
         Ok(found)
@@ -384,7 +403,7 @@ impl Kernel for FakeKernel {
     fn dependents(&self, number: DeviceNumber) -> Result<Vec<DeviceNumber>> {
         let state = self.0.borrow();
         let above = state.devices.iter().filter(|(_, device)| {
-            device.live.iter().flatten().any(|line| reference(line) == Some(number))
+            device.live.iter().flatten().flat_map(references).any(|each| each == number)
         });
         Ok(above.map(|(&minor, _)| DeviceNumber { major: DM_MAJOR, minor }).collect())
     }
@@ -401,6 +420,12 @@ impl Kernel for FakeKernel {
         })))
     }
 
+    fn live_status(&self, uuid: &str) -> Result<Vec<LiveLine>> {
+        let state = self.0.borrow();
+        let minor = state.find(DeviceId::Uuid(uuid));
+        Ok(minor.map(|minor| state.devices[&minor].status.clone()).unwrap_or_default())
+    }
+
     fn create(&self, name: &DmName, uuid: &DmUuid) -> Result<DeviceNumber> {
         self.call(format!("create {name}"))?;
         let mut state = self.0.borrow_mut();
@@ -414,15 +439,16 @@ impl Kernel for FakeKernel {
         Ok(DeviceNumber { major: DM_MAJOR, minor })
     }
 
-    fn load(&self, uuid: &str, _count: u64, lines: &mut Lines<'_>) -> Result<()> {
+    fn load(&self, uuid: &str, access: Access, _count: u64, lines: &mut Lines<'_>) -> Result<()> {
         let mut table = Vec::new();
         lines(&mut |line| {
             table.push(line.clone());
             Ok(())
         })?;
-        self.call(format!("load {} {}", self.name_of(uuid), table.len()))?;
+        let writable = if access == Access::Writable { " writable" } else { "" };
+        self.call(format!("load {} {}{writable}", self.name_of(uuid), table.len()))?;
         self.on_device(uuid, |state, minor| {
-            for number in table.iter().filter_map(reference) {
+            for number in table.iter().flat_map(references) {
                 let there = match number.major {
                     DM_MAJOR => state.devices.contains_key(&number.minor),
                     _ => state.loops.contains_key(&number.minor),
@@ -433,6 +459,7 @@ impl Kernel for FakeKernel {
             }
             if let Some(device) = state.devices.get_mut(&minor) {
                 device.inactive = Some(table);
+                device.writable_next = access == Access::Writable;
             }
             Ok(())
         })
@@ -455,6 +482,7 @@ impl Kernel for FakeKernel {
                 && let Some(table) = device.inactive.take()
             {
                 device.live = Some(table);
+                device.writable = device.writable_next;
             }
             Ok(())
         })
@@ -524,16 +552,17 @@ impl Kernel for FakeKernel {
         let minor = (0..).find(|minor| !state.loops.contains_key(minor)).unwrap_or(0);
         state.generation += 1;
         let generation = state.generation;
-        let size = Sectors::new(metadata.len() / SECTOR_SIZE);
+        let size = metadata.len().saturating_sub(options.offset()) / SECTOR_SIZE;
+        let size = Sectors::new(size);
         let path = PathBuf::from(format!("/images/{label}"));
         let info = LoopInfo {
             file: file_id,
             label,
             size_limit: super::LOOP_SIZE_LIMIT,
-            read_only: true,
+            read_only: !options.is_writable(),
             autoclear: true,
             direct_io: false,
-            offset: 0,
+            offset: options.offset(),
             path: Some(LoopPath { path, state: PathState::Same }),
             generation: Some(generation),
         };

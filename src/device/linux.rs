@@ -18,8 +18,8 @@ use super::dm::{Dm, TableBuffer};
 use super::name::{DmName, DmUuid};
 use super::nodes::{self, DEVICE_MAPPER, LOOP, MAPPER};
 use super::{
-    DeviceId, DeviceInfo, DeviceNumber, DeviceReader, Guard, Interrupt, Kernel, Lines, LiveLine,
-    LoopInfo, LoopOptions, PATIENCE, UdevRules, loop_node, loops, mountinfo, sys, udev,
+    Access, DeviceId, DeviceInfo, DeviceNumber, DeviceReader, Guard, Interrupt, Kernel, Lines,
+    LiveLine, LoopInfo, LoopOptions, PATIENCE, UdevRules, loop_node, loops, mountinfo, sys, udev,
 };
 use crate::crypt::VolumeKey;
 use crate::error::{Error, ErrorKind, Result, printable};
@@ -254,6 +254,11 @@ impl Kernel for LinuxKernel {
         Ok(Box::new(table))
     }
 
+    fn live_status(&self, uuid: &str) -> Result<Vec<LiveLine>> {
+        let status = self.dm()?.live_status(uuid).map_err(failed("read the state of", uuid))?;
+        Ok(status.collect())
+    }
+
     fn create(&self, name: &DmName, uuid: &DmUuid) -> Result<DeviceNumber> {
         let created = self.dm()?.create(name.as_str(), &uuid.to_string());
         created.map_err(|error| match error.raw_os_error() {
@@ -265,7 +270,7 @@ impl Kernel for LinuxKernel {
         })
     }
 
-    fn load(&self, uuid: &str, count: u64, lines: &mut Lines<'_>) -> Result<()> {
+    fn load(&self, uuid: &str, access: Access, count: u64, lines: &mut Lines<'_>) -> Result<()> {
         let mut load = || {
             let mut table = TableBuffer::with_capacity(count);
             let mut cipher = None;
@@ -275,7 +280,7 @@ impl Kernel for LinuxKernel {
                 }
                 table.push(line)
             })?;
-            Ok((self.dm()?.load(uuid, table), cipher))
+            Ok((self.dm()?.load(uuid, access, table), cipher))
         };
         match load()? {
             (Ok(()), _) => Ok(()),

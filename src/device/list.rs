@@ -140,7 +140,9 @@ pub(super) fn attached<K: Kernel>(
     }
     loops.sort_by_key(|each| match each.info.role() {
         Some(LoopRole::File { layer, role, .. }) => (layer, role == FileRole::DataFile, 0),
-        Some(LoopRole::Zero | LoopRole::Scratch) | None => (u32::MAX, true, each.number.minor),
+        Some(LoopRole::Zero | LoopRole::Scratch | LoopRole::Store) | None => {
+            (u32::MAX, true, each.number.minor)
+        }
     });
     inner.sort_by_key(|info| info.number);
     block_devices.sort_unstable();

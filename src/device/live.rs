@@ -33,8 +33,19 @@ pub(super) enum LiveTarget {
     },
     /// dm-crypt.
     Crypt(Rc<LiveCrypt>),
+    /// dm-snapshot, with a persistent store.
+    Snapshot(LiveSnapshot),
     /// None of those that imgdm loads, in words.
     Other(String),
+}
+
+/// A live snapshot target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct LiveSnapshot {
+    /// The device that is never written.
+    pub(super) origin: DeviceNumber,
+    /// The device of the store.
+    pub(super) cow: DeviceNumber,
 }
 
 /// A live crypt target. A key that is not in the keyring is `-`.
@@ -75,6 +86,9 @@ impl LiveTarget {
             ("linear", [device, offset]) => parse_number(device)
                 .zip(offset.parse().ok())
                 .map(|(device, offset)| Self::Linear { device, offset }),
+            ("snapshot", [origin, cow, "P", _chunk]) => parse_number(origin)
+                .zip(parse_number(cow))
+                .map(|(origin, cow)| Self::Snapshot(LiveSnapshot { origin, cow })),
             // Options change what is read: a crypt target with any is not ours.
             ("crypt", [cipher, key, iv_offset, device, start]) => {
                 let crypt = || {
@@ -213,6 +227,7 @@ impl<'k, K: Kernel> LiveDisk<'k, K> {
                     continue;
                 }
                 LiveTarget::Crypt(_) => LiveBytes::Unknown("two crypt targets".to_owned()),
+                LiveTarget::Snapshot(_) => LiveBytes::Unknown("a snapshot target".to_owned()),
                 LiveTarget::Zero => LiveBytes::Zero,
                 LiveTarget::Error => LiveBytes::Error,
                 LiveTarget::Other(text) => LiveBytes::Unknown(format!("the target '{text}'")),

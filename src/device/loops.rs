@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use nix::libc;
 
-use super::nodes::open_block;
+use super::nodes::{open_block, open_block_for_writing};
 use super::sys::{self, LOOP_AUTOCLEAR, LOOP_DIRECT_IO, LOOP_READ_ONLY, LoopInfo64};
 use super::{
     DeviceNumber, LOOP_SIZE_LIMIT, LoopHandle, LoopInfo, LoopOptions, LoopPath, loop_node,
@@ -29,7 +29,7 @@ pub struct Loop {
     size: Sectors,
     direct_io: bool,
     generation: Option<u64>,
-    _device: File,
+    device: File,
 }
 
 impl LoopHandle for Loop {
@@ -48,6 +48,10 @@ impl LoopHandle for Loop {
     fn generation(&self) -> Option<u64> {
         self.generation
     }
+
+    fn sync(&self) -> io::Result<()> {
+        self.device.sync_all()
+    }
 }
 
 impl Loop {
@@ -59,7 +63,7 @@ impl Loop {
             size: Sectors::new(size / SECTOR_SIZE),
             direct_io: status.flags & LOOP_DIRECT_IO != 0,
             generation: generation(number),
-            _device: device,
+            device,
         })
     }
 }
@@ -102,7 +106,11 @@ pub(crate) fn is_ours(number: DeviceNumber) -> bool {
 pub(crate) fn set_up(control: &File, file: &File, options: &LoopOptions) -> Result<Loop> {
     let mut info = LoopInfo64::ZERO;
     info.size_limit = LOOP_SIZE_LIMIT;
-    info.flags = LOOP_READ_ONLY | LOOP_AUTOCLEAR;
+    info.flags = LOOP_AUTOCLEAR;
+    if !options.is_writable() {
+        info.flags |= LOOP_READ_ONLY;
+    }
+    info.offset = options.offset();
     if options.direct_io {
         info.flags |= LOOP_DIRECT_IO;
     }
@@ -113,7 +121,12 @@ pub(crate) fn set_up(control: &File, file: &File, options: &LoopOptions) -> Resu
     let failed = |error| Error::io("cannot set up a loop device", error);
     for _ in 0..ATTEMPTS {
         let number = number_of(sys::loop_get_free(control.as_fd()).map_err(failed)?);
-        let device = match open_block(number, &loop_node(number)) {
+        // The kernel makes a loop read-only that was set up through a descriptor for reading.
+        let opened = match options.is_writable() {
+            true => open_block_for_writing(number, &loop_node(number)),
+            false => open_block(number, &loop_node(number)),
+        };
+        let device = match opened {
             Ok(device) => device,
             // Removed again by another process.
             Err(error) if error.raw_os_error() == Some(libc::ENXIO) => continue,

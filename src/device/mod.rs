@@ -57,10 +57,12 @@ pub use sys::raise_open_files_limit;
 
 use crate::crypt::VolumeKey;
 use crate::error::{Error, ErrorKind, Result};
+use crate::overlay::STORE_OFFSET;
 use crate::source::FileId;
 use crate::table::{CryptKey, TableLine};
 use crate::units::{ByteLen, Sectors};
 use name::{DmName, DmUuid, LoopRole};
+pub use options::Access;
 
 /// The `lo_sizelimit` of every loop of ours: above any file's size, so that it limits
 /// nothing, and below 2^63, so that the kernel takes it. By `ATTR{loop/sizelimit}` the
@@ -127,6 +129,13 @@ pub struct DeviceInfo {
     pub read_only: bool,
 }
 
+impl DeviceInfo {
+    /// Whether it takes writes.
+    pub fn access(&self) -> Access {
+        if self.read_only { Access::ReadOnly } else { Access::Writable }
+    }
+}
+
 /// A line of a live table as the kernel prints it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LiveLine {
@@ -165,7 +174,7 @@ pub struct LoopInfo {
     pub autoclear: bool,
     /// It reads the file around the page cache.
     pub direct_io: bool,
-    /// Where in the file it starts; 0 of all loops of ours.
+    /// Where in the file it starts; 0 of all loops of ours, but those over stores.
     pub offset: u64,
     /// The file's path, where the kernel knows one.
     pub path: Option<LoopPath>,
@@ -219,14 +228,26 @@ pub enum PathState {
     Other,
 }
 
-/// How a loop device is to be set up. It is always read-only and lets go of the file
-/// at its last close.
+/// How a loop device is to be set up. It lets go of the file at its last close, and is
+/// read-only, but for that over a store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LoopOptions {
     /// What it is for.
     pub role: LoopRole,
     /// Read the file around the page cache.
     pub direct_io: bool,
+}
+
+impl LoopOptions {
+    /// True where it takes writes.
+    pub fn is_writable(&self) -> bool {
+        self.role == LoopRole::Store
+    }
+
+    /// Where in the file it starts: a store has a header of ours.
+    pub fn offset(&self) -> u64 {
+        if self.role == LoopRole::Store { STORE_OFFSET } else { 0 }
+    }
 }
 
 /// A loop device that is held open.
@@ -239,6 +260,11 @@ pub trait LoopHandle {
     fn direct_io(&self) -> bool;
     /// As in [`LoopInfo::generation`].
     fn generation(&self) -> Option<u64>;
+    /// Has the file written to its disk, as far as the loop device has taken writes.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn sync(&self) -> io::Result<()>;
 }
 
 /// A device that is open to be read, by several threads.
@@ -338,17 +364,24 @@ pub trait Kernel {
     /// What the system says.
     fn live_table(&self, uuid: &str) -> Result<Box<dyn Iterator<Item = LiveLine>>>;
 
+    /// What the targets of the live table say of their state.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn live_status(&self, uuid: &str) -> Result<Vec<LiveLine>>;
+
     /// Makes a device without a table.
     ///
     /// # Errors
     /// What the system says.
     fn create(&self, name: &DmName, uuid: &DmUuid) -> Result<DeviceNumber>;
 
-    /// Loads a read-only table of `count` lines as the inactive one.
+    /// Loads a table of `count` lines as the inactive one. It decides whether the device
+    /// takes writes.
     ///
     /// # Errors
     /// What the system or `lines` says.
-    fn load(&self, uuid: &str, count: u64, lines: &mut Lines<'_>) -> Result<()>;
+    fn load(&self, uuid: &str, access: Access, count: u64, lines: &mut Lines<'_>) -> Result<()>;
 
     /// Hands a key to the kernel's keyring, under a description by which a table can name
     /// it; where there is no keyring, the key itself comes back, for the table's own line.

@@ -440,6 +440,8 @@ pub enum LoopRole {
     Zero,
     /// The attachment's scratch file.
     Scratch,
+    /// The store of what is written to the device: the only loop that takes writes.
+    Store,
 }
 
 impl LoopRole {
@@ -448,6 +450,7 @@ impl LoopRole {
         match self {
             Self::Zero => "imgdm:zero".to_owned(),
             Self::Scratch => "imgdm:scratch".to_owned(),
+            Self::Store => "imgdm:store".to_owned(),
             Self::File { layer, role, snapshot } => {
                 let role = match role {
                     FileRole::Image => "image",
@@ -474,6 +477,7 @@ impl LoopRole {
         match rest {
             "zero" => return Some(Self::Zero),
             "scratch" => return Some(Self::Scratch),
+            "store" => return Some(Self::Store),
             _ => {}
         }
         let (layer, rest) = rest.split_once(':')?;

@@ -127,12 +127,25 @@ impl Control {
 
 /// Opens a block device for reading, by its usual node or by one made for the moment.
 pub(crate) fn open_block(number: DeviceNumber, path: &Path) -> io::Result<File> {
+    open_block_with(number, path, OpenOptions::new().read(true))
+}
+
+/// The same for reading and writing.
+pub(crate) fn open_block_for_writing(number: DeviceNumber, path: &Path) -> io::Result<File> {
+    open_block_with(number, path, OpenOptions::new().read(true).write(true))
+}
+
+fn open_block_with(
+    number: DeviceNumber,
+    path: &Path,
+    options: &mut OpenOptions,
+) -> io::Result<File> {
     let is_it = |file: &File| {
         file.metadata()
             .is_ok_and(|m| m.file_type().is_block_device() && m.rdev() == number.to_dev())
     };
-    let open =
-        |path: &Path| OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    options.custom_flags(libc::O_NONBLOCK);
+    let open = |path: &Path| options.open(path);
     match open(path) {
         Ok(file) if is_it(&file) => return Ok(file),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Err(error),

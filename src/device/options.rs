@@ -18,6 +18,27 @@ pub enum DirectIo {
     Off,
 }
 
+/// Whether what is written to the device is taken, and where it goes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Overlay {
+    /// The device takes no writes.
+    #[default]
+    None,
+    /// To a store that goes with the device.
+    Transient,
+    /// To a store that stays.
+    Kept,
+}
+
+/// Whether a device takes writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// It does not.
+    ReadOnly,
+    /// It does.
+    Writable,
+}
+
 /// The options that change what is attached; the UUID carries them as bits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Options {
@@ -35,6 +56,8 @@ pub struct Options {
     pub publish: bool,
     /// A record is kept of it, and as little as can be is told of it to the host.
     pub evidence: bool,
+    /// What becomes of writes.
+    pub overlay: Overlay,
 }
 
 // Bit of each option; the plan's lie below, the device's from 16 on.
@@ -45,11 +68,13 @@ const DIRECT_IO: u32 = 16;
 const DIRECT_BLOCK: u32 = 18;
 const PUBLISH: u32 = 19;
 const EVIDENCE: u32 = 20;
+const OVERLAY: u32 = 21;
 
 // By the number that their two bits carry.
 const ZERO_MODES: [ZeroMode; 3] = [ZeroMode::Auto, ZeroMode::Dm, ZeroMode::Loop];
 const ON_ERRORS: [OnError; 3] = [OnError::Refuse, OnError::Zero, OnError::ErrorTarget];
 const DIRECT_IOS: [DirectIo; 3] = [DirectIo::Auto, DirectIo::On, DirectIo::Off];
+const OVERLAYS: [Overlay; 3] = [Overlay::None, Overlay::Transient, Overlay::Kept];
 
 /// The two bits of one of `all`.
 fn number<T: PartialEq>(all: &[T], one: &T) -> u32 {
@@ -66,11 +91,17 @@ impl Options {
             | u32::from(self.direct_block) << DIRECT_BLOCK
             | u32::from(self.publish) << PUBLISH
             | u32::from(self.evidence) << EVIDENCE
+            | number(&OVERLAYS, &self.overlay) << OVERLAY
     }
 
     /// True where the same tables come of both.
     pub(super) fn is_same_plan(&self, other: &Self) -> bool {
         (self.bits() ^ other.bits()) & ((1 << DIRECT_IO) - 1) == 0
+    }
+
+    /// Whether the devices that the user gets take writes. All below them never do.
+    pub fn access(&self) -> Access {
+        if self.overlay == Overlay::None { Access::ReadOnly } else { Access::Writable }
     }
 
     /// What udev is to do with the devices that the user gets.
@@ -101,6 +132,7 @@ impl Options {
             direct_block: bits >> DIRECT_BLOCK & 1 == 1,
             publish: bits >> PUBLISH & 1 == 1,
             evidence: bits >> EVIDENCE & 1 == 1,
+            overlay: *OVERLAYS.get(index(OVERLAY)).ok_or_else(unknown)?,
         };
         if options.bits() == bits { Ok(options) } else { Err(unknown()) }
     }
@@ -113,13 +145,13 @@ mod tests {
     #[test]
     fn options_read_back_from_their_bits_and_unknown_bits_are_refused() {
         let mut known = 0;
-        for bits in 0..1 << 22 {
+        for bits in 0..1 << 24 {
             if let Ok(options) = Options::from_bits(bits) {
                 assert_eq!(options.bits(), bits);
                 known += 1;
             }
         }
-        assert_eq!(known, 3 * 2 * 3 * 3 * 2 * 2 * 2);
+        assert_eq!(known, 3 * 2 * 3 * 3 * 2 * 2 * 2 * 3);
         assert_eq!(Options::default().bits(), 0);
         // Of devices that are attached while imgdm is replaced.
         let options = Options {
@@ -130,8 +162,9 @@ mod tests {
             direct_block: true,
             publish: true,
             evidence: true,
+            overlay: Overlay::Kept,
         };
-        let bits = 2 | 1 << 2 | 2 << 3 | 2 << 16 | 1 << 18 | 1 << 19 | 1 << 20;
+        let bits = 2 | 1 << 2 | 2 << 3 | 2 << 16 | 1 << 18 | 1 << 19 | 1 << 20 | 2 << 21;
         assert_eq!(options.bits(), bits);
     }
 }

@@ -10,7 +10,8 @@ use std::fs::File;
 
 use super::name::{DmName, DmUuid};
 use super::{
-    DeviceNumber, Interrupt, Kernel, LoopHandle, LoopOptions, PATIENCE, UdevRules, fault, loop_node,
+    Access, DeviceNumber, Interrupt, Kernel, LoopHandle, LoopOptions, PATIENCE, UdevRules, fault,
+    loop_node,
 };
 use crate::error::Result;
 use crate::table::{TableLine, Target};
@@ -87,7 +88,7 @@ impl<'k, K: Kernel> Stack<'k, K> {
 
         let one_sector =
             TableLine { start: Sectors::new(0), length: Sectors::new(1), target: Target::Zero };
-        kernel.load(&text, 1, &mut |each| each(&one_sector))?;
+        kernel.load(&text, Access::ReadOnly, 1, &mut |each| each(&one_sector))?;
         step(interrupt, format_args!("{role}.load-zero"))?;
 
         self.devices[index].node = Some(kernel.open(number)?);

@@ -8,15 +8,18 @@
 //! | 0 | our [`StoreHeader`]: of which disk it is, and what tells that the image has changed |
 //! | [`STORE_OFFSET`] | dm-snapshot's persistent exception store ([`persistent`]), to the end |
 //!
-//! All of it is bytes in, values out: [`exceptions`] says which chunks were changed and where
-//! they lie, and [`input`] makes of them a disk to be copied over its image.
+//! [`exceptions`] says which chunks were changed and where they lie, and [`input`] makes of them
+//! a disk to be copied over its image. Everything here but [`store`], which makes and opens the
+//! file, is bytes in, values out.
 
 pub mod exceptions;
 pub mod header;
 pub mod identity;
 pub mod input;
 pub mod persistent;
+pub mod store;
 
 pub use header::{STORE_OFFSET, StoreHeader, StoreSnapshot};
 pub use identity::{StoreFile, StoreFileKind};
 pub use persistent::PersistentHeader;
+pub use store::Store;

@@ -18,6 +18,8 @@ const VERSION: u32 = 1;
 pub const EXCEPTION_LENGTH: u64 = 16;
 /// Chunks that are no area's: the header.
 pub const HEADER_CHUNKS: u64 = 1;
+/// Size of a chunk, unless a store says otherwise.
+pub const DEFAULT_CHUNK: Sectors = Sectors::new(32);
 /// Sizes of chunks that a store may have: a page, and what a copy should not exceed.
 const CHUNK_SECTORS: std::ops::RangeInclusive<u64> = 8..=2048;
 

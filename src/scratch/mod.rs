@@ -17,6 +17,7 @@ pub use cache::{Cache, CacheBuilder, CacheHit, Cacheable, Kept};
 pub use fill::{FillOptions, fill};
 pub use job::{Found, FoundKind, OnError, ScratchContent, ScratchJob, ScratchWork};
 pub use place::{ScratchFile, ScratchPlace};
+pub(crate) use place::{create_named, descriptor_path, open_unnamed};
 
 /// What filling a scratch file came to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -143,14 +143,14 @@ impl ScratchPlace {
 }
 
 /// Opens a new file in `directory` that has no name (O_TMPFILE), mode 0600.
-pub(super) fn open_unnamed(directory: &Path) -> io::Result<File> {
+pub(crate) fn open_unnamed(directory: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE);
     options.open(directory)
 }
 
 /// Makes a new file under a name that nothing has, mode 0600.
-pub(super) fn create_named(directory: &Path) -> io::Result<(File, PathBuf)> {
+pub(crate) fn create_named(directory: &Path) -> io::Result<(File, PathBuf)> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create_new(true).mode(0o600);
     let mut number = 0u32;
@@ -167,7 +167,7 @@ pub(super) fn create_named(directory: &Path) -> io::Result<(File, PathBuf)> {
 }
 
 /// The path under which /proc shows an open file.
-pub(super) fn descriptor_path(file: &File) -> PathBuf {
+pub(crate) fn descriptor_path(file: &File) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 

@@ -20,6 +20,7 @@ mod lvm;
 mod mount;
 mod names;
 mod odd;
+mod overlay;
 mod partitions;
 mod progress;
 mod readonly;

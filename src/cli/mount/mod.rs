@@ -20,6 +20,7 @@ use imgdm::{Error, ErrorKind, Result};
 
 use super::build::{BuildArgs, Wanted};
 use super::output::{show_path, stdout};
+use super::overlay::OverlayArgs;
 use super::{Globals, signal};
 use choose::{Place, Target, choose, whole};
 
@@ -206,7 +207,13 @@ fn mount_image(
     let interrupt = signal::catch()?;
     let image = args.image();
     let asked = args.place();
-    let wanted = Wanted { above: &above(&asked), publish: false, as_it_is: true, keep: false };
+    let wanted = Wanted {
+        above: &above(&asked),
+        publish: false,
+        as_it_is: true,
+        keep: false,
+        overlay: &OverlayArgs::default(),
+    };
     let mut pending = args.build.build(kernel, wanted, globals)?;
     let chosen = DeviceDisk::open(kernel, pending.last_number())
         .map(|disk| disk.interrupted_by(interrupt))

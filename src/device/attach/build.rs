@@ -6,7 +6,7 @@ use super::{Request, index_of, not_a_file, table_ids};
 use crate::device::name::{DeviceRole, DmUuid, LoopRole};
 use crate::device::options::DirectIo;
 use crate::device::stacked::{NewDevice, Stack};
-use crate::device::{DeviceNumber, Kernel, LoopHandle, LoopOptions, UdevRules};
+use crate::device::{Access, DeviceNumber, Kernel, LoopHandle, LoopOptions, UdevRules};
 use crate::error::{Error, ErrorKind, Result};
 use crate::plan::{
     Backing, BackingId, Bindings, CryptId, MAX_SEGMENTS_PER_TABLE, Segment, SegmentTarget, TableId,
@@ -159,7 +159,7 @@ fn load_table<K: Kernel>(
     let plan = request.tables;
     let planned = &plan.tables()[index_of(table)];
     let interrupt = request.interrupt;
-    kernel.load(uuid, planned.segments, &mut |each| {
+    kernel.load(uuid, Access::ReadOnly, planned.segments, &mut |each| {
         let (mut end, mut count) = (0u64, 0u64);
         plan.for_each_segment(table, &mut |segment| {
             let wrong = |what: &str| {

@@ -7,6 +7,7 @@
 //! does.
 
 mod build;
+mod overlay;
 mod pending;
 
 use std::fmt;
@@ -14,17 +15,18 @@ use std::fs::File;
 use std::path::PathBuf;
 
 pub use super::above::{Above, AboveWarning, AttachedAbove, Partitions};
-use super::compare::{describe, same_tables};
+use super::compare::{describe, same_tables, store_of};
 use super::keys::Keys;
 use super::name::{self, DeviceRole, DmName, DmUuid, FileIdentity};
-pub use super::options::{DirectIo, Options};
+pub use super::options::{DirectIo, Options, Overlay};
 use super::stacked::Stack;
-use super::{DeviceId, DeviceInfo, DeviceNumber, Interrupt, Kernel};
+use super::{Access, DeviceId, DeviceInfo, DeviceNumber, Interrupt, Kernel};
 use crate::chain::Layer;
 use crate::error::{Error, ErrorKind, Result};
 use crate::plan::{TableId, TableSource};
-use crate::source::Source;
+use crate::source::{FileId, Source};
 use crate::status::FileRole;
+use crate::units::Sectors;
 use build::build_tables;
 pub use pending::Pending;
 use pending::{Given, Terms};
@@ -67,6 +69,8 @@ pub struct Request<'a> {
     pub tables: &'a dyn TableSource,
     /// The scratch file, written and unlinked or kept, where the tables lie on one.
     pub scratch: Option<&'a File>,
+    /// The store of what is written, where the options ask for one.
+    pub store: Option<OverlayStore<'a>>,
     /// The keys of the encrypted layers. They are taken away once they are loaded.
     pub keys: &'a Keys,
     /// Options that change what is attached.
@@ -77,6 +81,18 @@ pub struct Request<'a> {
     pub keep: bool,
     /// Asks to stop.
     pub interrupt: Interrupt<'a>,
+}
+
+/// Where what is written to a device goes.
+#[derive(Clone, Copy, Debug)]
+pub struct OverlayStore<'a> {
+    /// The store, open for reading and writing, and locked where it is kept; none as long as it
+    /// is but looked for what is attached already.
+    pub file: Option<&'a File>,
+    /// Which file it is; none where a store is yet to be made, or is not kept.
+    pub id: Option<FileId>,
+    /// Size of its chunks.
+    pub chunk: Sectors,
 }
 
 /// An attached image.
@@ -158,10 +174,11 @@ impl Request<'_> {
         self.options.direct_block && source.is_block_device()
     }
 
-    /// Name and UUID of the device of a table.
+    /// Name and UUID of the device of a table. Where writes are taken, the disk that never
+    /// changes lies inside, and the top one is over it.
     pub(super) fn device_of(&self, table: TableId, top: &DmUuid) -> (DmName, DmUuid) {
         let last = self.tables.tables().len().saturating_sub(1);
-        if usize::try_from(table.0) == Ok(last) {
+        if usize::try_from(table.0) == Ok(last) && self.options.access() == Access::ReadOnly {
             (self.name.clone(), top.clone())
         } else {
             (self.name.inner(table.0), top.with_role(DeviceRole::Inner(table.0)))
@@ -218,11 +235,13 @@ pub fn find_same_disk<'k, K: Kernel>(
     }
     let Some((there, uuid)) = found else { return Ok(None) };
     let options = Options::from_bits(uuid.options)?;
-    let as_there = Request { options, ..*request };
+    // Whatever its store: that is as it is.
+    let as_there = Request { options, store: None, ..*request };
     if options.is_same_plan(&request.options) && !same_tables(kernel, &as_there, &uuid)? {
         return Err(other_tables(&there.name).into());
     }
-    let terms = Terms { name: DmName::new(&there.name)?, keep: false, rules: options.rules() };
+    let (rules, access) = (options.rules(), options.access());
+    let terms = Terms { name: DmName::new(&there.name)?, keep: false, rules, access };
     // So that it does not go meanwhile.
     let held = vec![kernel.open(there.number)?];
     let (number, is_marked) = (there.number, there.deferred_remove);
@@ -269,6 +288,9 @@ fn targets(request: &Request<'_>) -> Vec<&'static str> {
     if !request.tables.crypts().is_empty() {
         targets.push("crypt");
     }
+    if request.options.access() == Access::Writable {
+        targets.push("snapshot");
+    }
     targets
 }
 
@@ -310,10 +332,17 @@ fn newly_built<'k, K: Kernel>(
 ) -> Result<Pending<'k, K>, AttachError> {
     let since = kernel.now();
     let mut stack = Stack::new(kernel);
-    let uuids: Vec<_> =
+    let mut uuids: Vec<_> =
         table_ids(request.tables).map(|id| request.device_of(id, &uuid).1.to_string()).collect();
+    if request.options.access() == Access::Writable {
+        uuids.push(uuid.to_string());
+    }
     let watch = kernel.guard(&lock, &uuids)?;
-    let built = build_tables(&mut stack, request, &uuid);
+    let built =
+        build_tables(&mut stack, request, &uuid).and_then(|disk| match request.options.access() {
+            Access::ReadOnly => Ok(disk),
+            Access::Writable => overlay::build_overlay(&mut stack, request, &uuid, disk),
+        });
     for key in request.keys.take().values() {
         kernel.forget_key(key);
     }
@@ -380,10 +409,28 @@ fn already_attached<K: Kernel>(
             "the device name '{name}' is taken by {whose}: choose another with --name"
         ));
     }
+    check_store(kernel, request, uuid)?;
     if !same_tables(kernel, request, uuid)? {
         return Err(other_tables(name.as_str()));
     }
     Ok(Some(there))
+}
+
+/// Refuses what is attached with another kept store than is asked for.
+fn check_store<K: Kernel>(kernel: &K, request: &Request<'_>, uuid: &DmUuid) -> Result<()> {
+    let Some(asked) = request.store.filter(|_| request.options.overlay == Overlay::Kept) else {
+        return Ok(());
+    };
+    let there = store_of(kernel, uuid)?;
+    if there.as_ref().map(|there| there.file) == asked.id {
+        return Ok(());
+    }
+    let path = there.and_then(|there| there.path).map(|path| path.path);
+    let path = crate::error::printable(&path.unwrap_or_default().to_string_lossy());
+    Err(Error::new(ErrorKind::CannotCreate(format!(
+        "'{}' is attached already, with another store ({path}): detach it first, or choose another name with --name",
+        request.name
+    ))))
 }
 
 pub(super) fn index_of(table: TableId) -> usize {

@@ -6,8 +6,9 @@ use super::{AttachError, Attachment, Request};
 use crate::device::above::{self, Above, AboveWarning, AttachedAbove, WantedAbove};
 use crate::device::name::{DmName, DmUuid};
 use crate::device::stacked::{NewDevice, Stack, step};
-use crate::device::{DeviceId, DeviceNumber, Interrupt, Kernel, UdevRules, fault};
+use crate::device::{Access, DeviceId, DeviceNumber, Interrupt, Kernel, UdevRules, fault};
 use crate::error::{Error, ErrorKind, Result, printable};
+use crate::overlay::Store;
 
 /// A device that the user gets: the disk itself, or one on top of it.
 pub(super) struct Given {
@@ -25,12 +26,13 @@ pub(super) struct Terms {
     pub(super) name: DmName,
     pub(super) keep: bool,
     pub(super) rules: UdevRules,
+    pub(super) access: Access,
 }
 
 impl Terms {
     pub(super) fn of(request: &Request<'_>) -> Self {
         let (name, keep, rules) = (request.name.clone(), request.keep, request.options.rules());
-        Self { name, keep, rules }
+        Self { name, keep, rules, access: request.options.access() }
     }
 }
 
@@ -49,12 +51,15 @@ pub struct Pending<'k, K: Kernel> {
     keep: bool,
     /// For devices on top.
     rules: UdevRules,
+    access: Access,
     warnings: Vec<AboveWarning>,
     /// Paths of the disk and of what stands on it, as far as they are published.
     paths: Vec<PathBuf>,
     /// For how many that was tried.
     published: usize,
     stack: Stack<'k, K>,
+    /// The store of what is written; it goes with a failure where it was made for this.
+    store: Option<Store>,
     /// Devices that were there before.
     held: Vec<K::Node>,
     // The last to be dropped.
@@ -71,9 +76,31 @@ impl<'k, K: Kernel> Pending<'k, K> {
         lock: K::Lock,
     ) -> Self {
         let (above, warnings, paths) = (Vec::new(), Vec::new(), Vec::new());
-        let Terms { name, keep, rules } = terms;
+        let Terms { name, keep, rules, access } = terms;
         let published = 0;
-        Self { top, above, name, since, keep, rules, warnings, paths, published, stack, held, lock }
+        Self {
+            top,
+            above,
+            name,
+            since,
+            keep,
+            rules,
+            access,
+            warnings,
+            paths,
+            published,
+            stack,
+            store: None,
+            held,
+            lock,
+        }
+    }
+
+    /// Takes the store of what is written, which was made or opened for this. One that was
+    /// made goes again, unless all comes to a good end.
+    pub fn with_store(mut self, store: Option<Store>) -> Self {
+        self.store = store;
+        self
     }
 
     /// Builds what is asked for on top, as far as it is not there: also what whoever has
@@ -103,7 +130,7 @@ impl<'k, K: Kernel> Pending<'k, K> {
         step(interrupt, format_args!("above.read"))?;
         let mut devices = Vec::new();
         for wanted in wanted {
-            let there = above::existing(kernel, &wanted)?;
+            let there = above::existing(kernel, &wanted, self.access)?;
             devices.push((wanted, there));
         }
         let missing = devices.iter().filter(|(_, there)| there.is_none());
@@ -115,11 +142,13 @@ impl<'k, K: Kernel> Pending<'k, K> {
                 let (number, is_marked) = (there.number, there.deferred_remove);
                 Given { name: there.name, uuid, number, is_old: true, is_marked }
             } else {
-                let rules = self.rules;
+                let (rules, access) = (self.rules, self.access);
                 let device = NewDevice { name: name.clone(), uuid: uuid.clone(), rules };
                 let count = lines.len() as u64;
                 let number = self.stack.build(device, interrupt, &mut |text| {
-                    kernel.load(text, count, &mut |each| lines.iter().try_for_each(&mut *each))
+                    kernel.load(text, access, count, &mut |each| {
+                        lines.iter().try_for_each(&mut *each)
+                    })
                 })?;
                 let name = name.as_str().to_owned();
                 Given { name, uuid, number, is_old: false, is_marked: true }
@@ -202,7 +231,10 @@ impl<'k, K: Kernel> Pending<'k, K> {
             self.publish(interrupt).map(drop)
         });
         match made.and_then(|()| self.attachment()) {
-            Ok(attachment) => Ok(attachment),
+            Ok(attachment) => {
+                self.keep_store();
+                Ok(attachment)
+            }
             Err(cause) => {
                 for uuid in taken {
                     let _ = self.stack.kernel.defer_removal(&uuid);
@@ -214,8 +246,15 @@ impl<'k, K: Kernel> Pending<'k, K> {
 
     /// Leaves it to those who have opened it meanwhile, like a mount: what has a mark for
     /// removal, as all has that was built here, goes with the last of them.
-    pub fn leave_to_openers(self) {
+    pub fn leave_to_openers(mut self) {
+        self.keep_store();
         drop(self);
+    }
+
+    fn keep_store(&mut self) {
+        if let Some(store) = &mut self.store {
+            store.keep();
+        }
     }
 
     /// Takes down what was built, as [`take_down`](Self::take_down), because of an error.

@@ -138,6 +138,7 @@ impl Fixture {
             snapshot: Some(("1", "before")),
             tables: &self.plan,
             scratch: None,
+            store: None,
             keys: &keys,
             options: Options::default(),
             above: &above,

@@ -104,6 +104,7 @@ impl World {
             layers: &layers,
             snapshot: snapshot.map(|s| (s.id.as_str(), s.name.as_str())),
             tables: &plan,
+            store: None,
             scratch: self.scratch.as_ref(),
             keys: &self.keys,
             options: how.options,

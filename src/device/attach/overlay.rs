@@ -1,0 +1,45 @@
+//! The writable device over the disk that never changes.
+
+use super::Request;
+use crate::device::name::{DmUuid, LoopRole};
+use crate::device::options::DirectIo;
+use crate::device::stacked::{NewDevice, Stack};
+use crate::device::{Access, DeviceNumber, Kernel, LoopOptions};
+use crate::error::{Error, ErrorKind, Result};
+use crate::table::{DeviceRef, TableLine, Target};
+use crate::units::Sectors;
+
+/// Builds the device that takes writes on the stack, over the disk of these numbers and the
+/// request's store, and gives its numbers.
+///
+/// # Errors
+/// Whatever went wrong; what was built is on the stack.
+pub(super) fn build_overlay<K: Kernel>(
+    stack: &mut Stack<'_, K>,
+    request: &Request<'_>,
+    top: &DmUuid,
+    disk: DeviceNumber,
+) -> Result<DeviceNumber> {
+    let store = request.store.and_then(|store| Some((store.file?, store.chunk)));
+    let (file, chunk) = store.ok_or_else(|| {
+        Error::new(ErrorKind::Usage("a writable device needs a store".to_owned()))
+    })?;
+    let direct_io = request.options.direct_io == DirectIo::On;
+    let options = LoopOptions { role: LoopRole::Store, direct_io };
+    let (cow, _) = stack.bind_loop(file, &options, &request.interrupt)?;
+    let kernel = stack.kernel;
+    let (name, rules) = (request.name.clone(), request.options.rules());
+    let line = TableLine {
+        start: Sectors::new(0),
+        length: request.tables.size(),
+        target: Target::Snapshot { origin: device_ref(disk), cow: device_ref(cow), chunk },
+    };
+    let device = NewDevice { name, uuid: top.clone(), rules };
+    stack.build(device, &request.interrupt, &mut |uuid| {
+        kernel.load(uuid, Access::Writable, 1, &mut |each| each(&line))
+    })
+}
+
+fn device_ref(number: DeviceNumber) -> DeviceRef {
+    DeviceRef::from_numbers(number.major, number.minor)
+}
