@@ -8,6 +8,7 @@ use imgdm::device::detach::{detach, detach_all, find, find_by_default_name};
 use imgdm::device::going::wait_until_gone;
 use imgdm::device::linux::LinuxKernel;
 use imgdm::device::list::Attached;
+use imgdm::device::overlay::OverlayState;
 use imgdm::source::FileId;
 use imgdm::{Error, ErrorKind};
 
@@ -66,7 +67,11 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
             let message = format!("'{name}' was attached without --evidence, and has no record");
             return Err(Error::new(ErrorKind::Usage(message)).into());
         }
-        Ok(detach(&kernel, attached, args.deferred, &interrupt)?)
+        detach(&kernel, attached, args.deferred, &interrupt)?;
+        if let Some(lost) = lost_store(attached) {
+            globals.warn(lost);
+        }
+        Ok(())
     };
     let Some(target) = &args.target else {
         let mut busy = 0;
@@ -106,6 +111,17 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
             Err(error.into())
         }
     }
+}
+
+/// What is to be said of a kept store that the kernel gave up.
+fn lost_store(attached: &Attached) -> Option<String> {
+    let overlay = attached.overlay.as_ref().filter(|overlay| overlay.is_kept)?;
+    let path = overlay.path.as_ref().map(|path| show_path(&path.path)).unwrap_or_default();
+    (overlay.state == OverlayState::Invalid).then(|| {
+        format!(
+            "{path}: the kernel has given this store up (it was full, or could not be written): what was written is lost, and the file is of no more use; the image is unhurt"
+        )
+    })
 }
 
 /// Waits until what is on its way is gone. A file that no device has the name of is meant as

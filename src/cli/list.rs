@@ -6,6 +6,7 @@ use imgdm::device::attach::AttachedAbove;
 use imgdm::device::linux::LinuxKernel;
 use imgdm::device::list::{Attached, list};
 use imgdm::device::name::{DeviceRole, LoopRole};
+use imgdm::device::overlay::{AttachedOverlay, OverlayState};
 use imgdm::device::{LoopPath, PathState, loop_node};
 use imgdm::error::printable;
 use imgdm::status::FileRole;
@@ -41,6 +42,25 @@ struct JsonAttached {
     published: bool,
     /// A record is kept of it.
     evidence: bool,
+    /// Null where it takes no writes.
+    overlay: Option<JsonOverlay>,
+}
+
+/// Where what is written to a device goes.
+#[derive(serde::Serialize)]
+struct JsonOverlay {
+    /// The store stays when the device goes.
+    kept: bool,
+    /// The file of a kept store.
+    store: Option<JsonLoopPath>,
+    /// `usable`, or `invalid` once the kernel gave it up, or `unknown`.
+    state: &'static str,
+    /// Bytes of the store in use; null where it is not usable, as the next two.
+    used: Option<u64>,
+    /// Bytes of the store.
+    total: Option<u64>,
+    /// Bytes of those in use that are bookkeeping.
+    metadata: Option<u64>,
 }
 
 /// A device that stands on the attachment: that of a logical volume, or of a partition.
@@ -86,6 +106,51 @@ pub(crate) fn run(args: &Args, _globals: Globals) -> anyhow::Result<()> {
         OutputFormat::Json => print_json(&attached.iter().map(json).collect::<Vec<_>>()),
         OutputFormat::Human => print_human(&attached),
     }
+}
+
+fn json_overlay(overlay: &AttachedOverlay) -> JsonOverlay {
+    let (state, sizes) = match overlay.state {
+        OverlayState::Usable { used, total, metadata } => {
+            ("usable", Some([used, total, metadata].map(bytes)))
+        }
+        OverlayState::Invalid => ("invalid", None),
+        OverlayState::Other(_) => ("unknown", None),
+    };
+    JsonOverlay {
+        kept: overlay.is_kept,
+        store: overlay.path.as_ref().map(json_loop_path),
+        state,
+        used: sizes.map(|[used, _, _]| used),
+        total: sizes.map(|[_, total, _]| total),
+        metadata: sizes.map(|[_, _, metadata]| metadata),
+    }
+}
+
+/// The store of a device, for people: how full it is, and where.
+fn show_overlay(overlay: &AttachedOverlay) -> String {
+    let state = match &overlay.state {
+        OverlayState::Usable { used, total, .. } => {
+            let (used, total) = (bytes(*used), bytes(*total));
+            format!("{used} of {total} bytes of its store used")
+        }
+        OverlayState::Invalid => {
+            "its store was given up by the kernel, what was written is lost: detach it".to_owned()
+        }
+        OverlayState::Other(said) => format!("the kernel says of its store: {said}"),
+    };
+    match &overlay.path {
+        Some(path) => format!(" (writable: {state}; {})", show_loop_path(path)),
+        None => format!(" (writable: {state})"),
+    }
+}
+
+fn show_loop_path(path: &LoopPath) -> String {
+    let note = match path.state {
+        PathState::Same => "",
+        PathState::Deleted => " (deleted)",
+        PathState::Other => " (another file is there now)",
+    };
+    format!("{}{note}", show_path(&path.path))
 }
 
 fn json_loop_path(path: &LoopPath) -> JsonLoopPath {
@@ -159,6 +224,7 @@ fn json(attached: &Attached) -> JsonAttached {
         deferred_remove: attached.deferred_remove,
         published: attached.is_published(),
         evidence: attached.is_evidence(),
+        overlay: attached.overlay.as_ref().map(json_overlay),
     }
 }
 
@@ -174,20 +240,16 @@ fn print_human(all: &[Attached]) -> anyhow::Result<()> {
     for attached in all {
         let mut image = match &attached.image {
             None => "(block device)".to_owned(),
-            Some(path) => {
-                let note = match path.state {
-                    PathState::Same => "",
-                    PathState::Deleted => " (deleted)",
-                    PathState::Other => " (another file is there now)",
-                };
-                format!("{}{note}", show_path(&path.path))
-            }
+            Some(path) => show_loop_path(path),
         };
         if let Some(snapshot) = &attached.snapshot {
             image.push_str(&format!(", snapshot {}", printable(snapshot)));
         }
         if attached.is_published() {
             image.push_str(" (published)");
+        }
+        if let Some(overlay) = &attached.overlay {
+            image.push_str(&show_overlay(overlay));
         }
         if attached.is_evidence() {
             image.push_str(" (evidence)");

@@ -5,12 +5,13 @@
 //! go of their files and with them of the locks.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::Path;
 use std::time::Duration;
 
 use super::attach::sweep;
 use super::compare::{describe, part_of};
-use super::list::{Attached, attached, list};
+use super::list::{Attached, AttachedLoop, attached, list};
 use super::name::{DeviceRole, DmName};
 use super::stacked::with_holders;
 use super::{
@@ -188,7 +189,7 @@ pub fn detach<K: Kernel>(
             return Err(busy(kernel, &target));
         }
     }
-    let mut left = Vec::new();
+    let (mut left, mut unsynced) = (Vec::new(), None);
     let devices = std::iter::once((target.number, uuid.as_str(), target.name.as_str()))
         .chain(target.inner.iter().map(|i| (i.number, i.uuid.as_str(), i.name.as_str())));
     for (number, uuid, name) in devices {
@@ -198,6 +199,13 @@ pub fn detach<K: Kernel>(
         }
     }
     for (each, held) in loops {
+        // What was written and not synced by whoever wrote it.
+        if let Some(held) = &held
+            && target.overlay.as_ref().is_some_and(|o| o.is_kept && o.store == Some(each.number))
+            && let Err(error) = held.sync()
+        {
+            unsynced = Some(cannot_sync(each, error));
+        }
         let generation = held.as_ref().map_or(each.info.generation, LoopHandle::generation);
         drop(held);
         let clear = || kernel.loop_is_clear(each.number, generation);
@@ -219,6 +227,9 @@ pub fn detach<K: Kernel>(
         kernel.unpublish(&inner.name, inner.number);
     }
     kernel.unpublish(&target.name, target.number);
+    if let Some(error) = unsynced {
+        return Err(error);
+    }
     if left.is_empty() {
         return Ok(());
     }
@@ -228,6 +239,15 @@ pub fn detach<K: Kernel>(
         PATIENCE.as_secs(),
         left.join(", ")
     ))))
+}
+
+fn cannot_sync(store: &AttachedLoop, error: io::Error) -> Error {
+    let message = "it was detached, but what was written can't be synced to the disk of the store";
+    let error = Error::new(ErrorKind::Io(message.to_owned())).with_source(error);
+    match &store.info.path {
+        Some(path) => error.at_path(&path.path),
+        None => error,
+    }
 }
 
 /// Detaches, by `detach_one`, everything that is not busy; each name with how it went. With

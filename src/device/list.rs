@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use super::above::AttachedAbove;
 use super::name::{DeviceRole, DmUuid, LoopRole};
 use super::options::Options;
+use super::overlay::{self, AttachedOverlay};
 use super::{DeviceId, DeviceInfo, DeviceNumber, Kernel, LoopInfo, LoopPath};
 use crate::error::Result;
 use crate::status::FileRole;
@@ -43,6 +44,8 @@ pub struct Attached {
     pub loops: Vec<AttachedLoop>,
     /// The devices inside.
     pub inner: Vec<DeviceInfo>,
+    /// What it lies on where it takes writes.
+    pub overlay: Option<AttachedOverlay>,
     /// Block devices that it lies on without a loop device.
     pub block_devices: Vec<DeviceNumber>,
     /// What stands on it: partitions, ours or kpartx's, by number.
@@ -62,6 +65,15 @@ impl Attached {
     /// Whether a record is kept of it; false too where a later imgdm made it.
     pub fn is_evidence(&self) -> bool {
         Options::from_bits(self.uuid.options).is_ok_and(|options| options.evidence)
+    }
+
+    /// Numbers and UUID of the device that shows what the image says: its own, or the one
+    /// inside where it takes writes.
+    pub fn disk(&self) -> (DeviceNumber, String) {
+        match &self.overlay {
+            Some(overlay) => (overlay.disk, overlay.disk_uuid.clone()),
+            None => (self.number, self.uuid.to_string()),
+        }
     }
 
     /// The loop device over the active layer's image file.
@@ -147,6 +159,7 @@ pub(super) fn attached<K: Kernel>(
     inner.sort_by_key(|info| info.number);
     block_devices.sort_unstable();
     let size = kernel.block_device(device.number).map_or(Sectors::default(), |(size, _)| size);
+    let overlay = overlay::of(kernel, &uuid, &loops, &inner)?;
     let mut attached = Attached {
         path: PathBuf::from("/dev/mapper").join(&device.name),
         name: device.name,
@@ -157,6 +170,7 @@ pub(super) fn attached<K: Kernel>(
         depth: uuid.depth,
         loops,
         inner,
+        overlay,
         block_devices,
         above: above(kernel, &uuid, all),
         open_count: device.open_count,

@@ -21,6 +21,7 @@ mod live;
 pub mod locate;
 pub mod name;
 mod options;
+pub mod overlay;
 mod stacked;
 pub mod sys;
 pub mod verify;

@@ -77,7 +77,7 @@ impl StoreFile {
         Ok(files)
     }
 
-    fn of(source: &Source, layer: u32, role: FileRole, format: &str) -> Result<Self> {
+    pub(super) fn of(source: &Source, layer: u32, role: FileRole, format: &str) -> Result<Self> {
         let kind = match source.stamp()? {
             Some(stamp) => StoreFileKind::File { modified: stamp.modified },
             None => StoreFileKind::BlockDevice,
@@ -92,6 +92,14 @@ impl StoreFile {
             length: source.length().get(),
             samples: samples_of(source, kind)?,
         })
+    }
+
+    /// When a regular file was last modified.
+    pub(super) fn modified(&self) -> Option<(i64, i64)> {
+        match self.kind {
+            StoreFileKind::File { modified } => Some(modified),
+            StoreFileKind::BlockDevice => None,
+        }
     }
 
     /// In what respect `now`, a file at the same place of a chain, is another; `None` where it

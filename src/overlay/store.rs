@@ -11,13 +11,17 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{AT_FDCWD, AtFlags, RenameFlags, renameat2};
 use nix::libc;
+use nix::sys::resource::{Resource, getrlimit};
 use nix::unistd::linkat;
 
+use super::StoreFile;
 use super::header::{FIXED_LENGTH, STORE_OFFSET, StoreHeader};
 use super::persistent::{HEADER_LENGTH, PersistentHeader};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lock::lock_writer;
-use crate::scratch::{ScratchPlace, create_named, descriptor_path, open_unnamed};
+use crate::scratch::{
+    ScratchPlace, create_named, descriptor_path, open_unnamed, wait_for_the_clock,
+};
 use crate::source::FileId;
 use crate::units::{ByteLen, Sectors};
 
@@ -59,6 +63,8 @@ impl Store {
         if let Err(error) = path.metadata()
             && error.kind() == io::ErrorKind::NotFound
         {
+            // A later write to the image is to be seen by its time.
+            header.files.iter().filter_map(StoreFile::modified).for_each(wait_for_the_clock);
             make(path, header)?;
             made = Some(path.to_owned());
         }
@@ -173,6 +179,14 @@ fn file_length(store: ByteLen) -> Result<u64> {
 fn fill(file: &File, header: &StoreHeader, length: u64) -> Result<()> {
     let persistent = PersistentHeader { chunk: header.chunk, valid: true }.to_bytes()?;
     let bytes = header.to_bytes()?;
+    // Past the limit the kernel would end the process by SIGXFSZ.
+    if let Ok((limit, _)) = getrlimit(Resource::RLIMIT_FSIZE)
+        && length > limit
+    {
+        return Err(Error::new(ErrorKind::CannotCreate(format!(
+            "the store is {length} bytes long with its holes, and this process may write files of at most {limit} (RLIMIT_FSIZE, 'ulimit -f')"
+        ))));
+    }
     let write = || {
         file.set_len(length)?;
         file.write_all_at(&bytes, 0)?;
@@ -259,3 +273,6 @@ fn grow(file: &File, length: ByteLen, size: ByteLen) -> Result<()> {
             .with_source(error)
     })
 }
+
+#[cfg(test)]
+mod tests;

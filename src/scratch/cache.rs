@@ -199,19 +199,7 @@ impl Cache {
     /// Waits until a change of the files is sure to give them other times than they have.
     fn wait_for_the_clock(&self, chain: &Chain) -> Result<()> {
         for (_, _, stamp) in self.stamps(chain)? {
-            let (seconds, nanoseconds) = stamp.changed;
-            let tick = if nanoseconds == 0 { COARSE_TICK } else { CLOCK_TICK };
-            let changed = Duration::new(
-                u64::try_from(seconds).unwrap_or(0),
-                u32::try_from(nanoseconds).unwrap_or(0),
-            );
-            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-            // A time in the future is a clock's fault, and nothing to wait for.
-            if let Some(age) = now.checked_sub(changed)
-                && let Some(rest) = tick.checked_sub(age)
-            {
-                std::thread::sleep(rest);
-            }
+            wait_for_the_clock(stamp.changed);
         }
         Ok(())
     }
@@ -406,6 +394,20 @@ impl CacheBuilder {
             None => name_file(&self.writer, &cache.path())?,
         }
         File::open(&cache.directory)?.sync_all()
+    }
+}
+
+/// Waits until a change of a file that has this time is sure to give it another.
+pub(crate) fn wait_for_the_clock((seconds, nanoseconds): (i64, i64)) {
+    let tick = if nanoseconds == 0 { COARSE_TICK } else { CLOCK_TICK };
+    let (seconds, nanoseconds) = (u64::try_from(seconds), u32::try_from(nanoseconds));
+    let then = Duration::new(seconds.unwrap_or(0), nanoseconds.unwrap_or(0));
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    // A time in the future is a clock's fault, and nothing to wait for.
+    if let Some(age) = now.checked_sub(then)
+        && let Some(rest) = tick.checked_sub(age)
+    {
+        std::thread::sleep(rest);
     }
 }
 

@@ -13,6 +13,7 @@ mod trailer;
 mod worker;
 
 pub use crate::read::{FailedCluster, FailedWhy};
+pub(crate) use cache::wait_for_the_clock;
 pub use cache::{Cache, CacheBuilder, CacheHit, Cacheable, Kept};
 pub use fill::{FillOptions, fill};
 pub use job::{Found, FoundKind, OnError, ScratchContent, ScratchJob, ScratchWork};

@@ -13,6 +13,7 @@ use crate::table::{TableLine, Target};
 use crate::units::Sectors;
 
 mod above;
+mod overlay;
 mod volumes;
 
 /// A plan over a qcow2 overlay with a data file and a raw base: an inner device that

@@ -89,7 +89,7 @@ pub(super) fn check<K: Kernel>(
             }
             DeviceRole::Top | DeviceRole::Inner(_) => continue,
         };
-        if !above.info.read_only {
+        if !above.info.read_only && attached.overlay.is_none() {
             let what = format!("the live table of '{name}' is not read-only");
             found.add(Finding::new(FindingKind::Writable, what));
         }

@@ -51,6 +51,8 @@ enum Verdict {
 pub(super) struct Comparison<'a, K> {
     kernel: &'a K,
     attached: &'a Attached,
+    /// The device that is compared.
+    top: DeviceNumber,
     options: Options,
     fresh: &'a Fresh,
     disk: LiveDisk<'a, K>,
@@ -75,7 +77,7 @@ impl<'a, K: Kernel> Comparison<'a, K> {
         tick: &'a Tick<'a>,
     ) -> Self {
         let inner = attached.inner.iter().map(|inner| (inner.number, inner.uuid.clone()));
-        let top = (attached.number, attached.uuid.to_string());
+        let top = attached.disk();
         let files =
             fresh.devices().map(|((depth, role), number)| (number, Below::File(depth, role)));
         let mut below: BTreeMap<_, _> = files.collect();
@@ -91,6 +93,7 @@ impl<'a, K: Kernel> Comparison<'a, K> {
             attached,
             options,
             fresh,
+            top: top.0,
             disk: LiveDisk::new(kernel, top, inner),
             below,
             headers: BTreeMap::new(),
@@ -161,8 +164,7 @@ impl<'a, K: Kernel> Comparison<'a, K> {
             Verdict::Same | Verdict::SameBytes(..)
                 if self.content && run.bytes != LiveBytes::Error =>
             {
-                let top = self.attached.number;
-                (LiveSide::Device(top, piece.range.start.get()), FreshSide::Guest)
+                (LiveSide::Device(self.top, piece.range.start.get()), FreshSide::Guest)
             }
             Verdict::Same => return Ok(()),
             Verdict::SameBytes(live, fresh) => (live, fresh),
@@ -310,7 +312,7 @@ impl<'a, K: Kernel> Comparison<'a, K> {
                 }
             };
             let live = match check.live {
-                LiveSide::Device(number, _) if number == self.attached.number => {
+                LiveSide::Device(number, _) if number == self.top => {
                     self.disk.at(range.start.get() / SECTOR_SIZE).map(|run| self.show_live(&run))?
                 }
                 LiveSide::Device(number, at) => {

@@ -120,13 +120,21 @@ fn check_devices<K: Kernel>(
         let name = printable(&attached.name);
         Error::new(ErrorKind::NotAttached(format!("'{name}' was detached just now")))
     })?;
-    for DeviceInfo { name, read_only, .. } in std::iter::once(&top).chain(&attached.inner) {
+    let has_overlay = attached.overlay.is_some();
+    if has_overlay {
+        found.note(
+            "the device takes writes: what is compared is the disk below, as the image has it",
+        );
+    }
+    let devices = std::iter::once(&top).filter(|_| !has_overlay).chain(&attached.inner);
+    for DeviceInfo { name, read_only, .. } in devices {
         if !read_only {
             let what = format!("the live table of '{}' is not read-only", printable(name));
             found.add(Finding::new(FindingKind::Writable, what));
         }
     }
-    for each in &attached.loops {
+    let store = attached.overlay.as_ref().and_then(|overlay| overlay.store);
+    for each in attached.loops.iter().filter(|each| Some(each.number) != store) {
         let LoopInfo { read_only, offset, .. } = each.info;
         let node = loop_node(each.number);
         if !read_only {
