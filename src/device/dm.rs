@@ -18,7 +18,7 @@ use nix::libc;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 use zeroize::{Zeroize, Zeroizing};
 
-use super::sys::{DM_HEADER_LENGTH, Removal, dm_ioctl};
+use super::sys::{DM_HEADER_LENGTH, Remedy, dm_ioctl};
 use super::{Access, DeviceId, DeviceInfo, DeviceNumber, LiveLine, UdevRules};
 use crate::error::{Error, ErrorKind, Result};
 use crate::table::{CryptKey, DeviceRef, TableLine, Target};
@@ -37,6 +37,7 @@ const TARGET_MSG: u8 = 14;
 
 // Flags.
 const READONLY: u32 = 1 << 0;
+const SUSPENDED: u32 = 1 << 1;
 const STATUS_TABLE: u32 = 1 << 4;
 const ACTIVE_PRESENT: u32 = 1 << 5;
 const BUFFER_FULL: u32 = 1 << 8;
@@ -245,11 +246,41 @@ impl Dm {
         self.simple(DEV_REMOVE, &header).map(drop)
     }
 
-    /// The ioctls by which a device is removed unless it has a live table, made up front.
-    pub(crate) fn removal(uuid: &str) -> io::Result<Removal> {
+    /// How a device is removed unless it has a live table, made up front.
+    pub(crate) fn removal(uuid: &str) -> io::Result<Remedy> {
+        Self::remedy(DeviceId::Uuid(uuid), ACTIVE_PRESENT, false, DEV_REMOVE)
+    }
+
+    /// How a device is resumed that is suspended, made up front.
+    pub(crate) fn resumption(number: DeviceNumber) -> io::Result<Remedy> {
+        Self::remedy(DeviceId::Number(number), SUSPENDED, true, DEV_SUSPEND)
+    }
+
+    fn remedy(id: DeviceId<'_>, flag: u32, is_set: bool, command: u8) -> io::Result<Remedy> {
         let mut header = [0; DM_HEADER_LENGTH];
-        header.copy_from_slice(Header::new(Some(DeviceId::Uuid(uuid)))?.as_bytes());
-        Ok(Removal { header, status: DEV_STATUS, remove: DEV_REMOVE })
+        header.copy_from_slice(Header::new(Some(id))?.as_bytes());
+        Ok(Remedy { header, status: DEV_STATUS, flag, is_set, command })
+    }
+
+    /// Has a device let no request through any more, once all that it has are done. A file
+    /// system on it is brought into order first and waits, too.
+    pub(crate) fn suspend(&self, number: DeviceNumber) -> io::Result<()> {
+        let mut header = Header::new(Some(DeviceId::Number(number)))?;
+        header.flags = SUSPENDED;
+        self.simple(DEV_SUSPEND, &header).map(drop)
+    }
+
+    /// Has a device go on with the table that it has. Without a word to udev's rules these go
+    /// by what they know of it.
+    pub(crate) fn go_on(&self, number: DeviceNumber) -> io::Result<()> {
+        let header = Header::new(Some(DeviceId::Number(number)))?;
+        self.simple(DEV_SUSPEND, &header).map(drop)
+    }
+
+    /// Whether a device is suspended.
+    pub(crate) fn is_suspended(&self, number: DeviceNumber) -> io::Result<bool> {
+        let header = Header::new(Some(DeviceId::Number(number)))?;
+        Ok(self.simple(DEV_STATUS, &header)?.flags & SUSPENDED != 0)
     }
 
     pub(crate) fn message(&self, uuid: &str, message: &str) -> io::Result<()> {

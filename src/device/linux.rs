@@ -109,7 +109,7 @@ impl LinuxKernel {
         Self::default()
     }
 
-    fn dm(&self) -> Result<&Dm> {
+    pub(super) fn dm(&self) -> Result<&Dm> {
         if let Some(dm) = self.dm.get() {
             return Ok(dm);
         }

@@ -28,6 +28,8 @@ pub mod verify;
 mod volumes;
 
 #[cfg(feature = "device")]
+pub mod below;
+#[cfg(feature = "device")]
 mod dm;
 #[cfg(feature = "device")]
 pub mod linux;
@@ -39,6 +41,8 @@ pub mod mount;
 pub mod mountinfo;
 #[cfg(feature = "device")]
 mod nodes;
+#[cfg(feature = "device")]
+pub mod suspend;
 #[cfg(feature = "device")]
 pub mod udev;
 #[cfg(feature = "device")]

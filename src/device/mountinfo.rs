@@ -23,6 +23,8 @@ pub struct Mount {
     pub source: PathBuf,
     /// The file system can be written to, if perhaps not through this mount.
     pub writable: bool,
+    /// The directories that an overlay file system is made of.
+    pub layers: Vec<PathBuf>,
 }
 
 impl Mount {
@@ -39,9 +41,10 @@ impl Mount {
         fields.find(|field| field == b"-")?;
         let driver = String::from_utf8_lossy(fields.next()?).into_owned();
         let source = unescape(fields.next()?);
-        let mut options = fields.next().unwrap_or_default().split(|&byte| byte == b',');
-        let writable = options.any(|option| option == b"rw");
-        Some(Self { id, number, point, driver, source, writable })
+        let options = fields.next().unwrap_or_default().split(|&byte| byte == b',');
+        let writable = options.clone().any(|option| option == b"rw");
+        let layers = if driver == "overlay" { layers(options) } else { Vec::new() };
+        Some(Self { id, number, point, driver, source, writable, layers })
     }
 
     /// The block device that it is of, where it is of one.
@@ -57,8 +60,23 @@ impl Mount {
     }
 }
 
+/// The directories in the options of an overlay file system.
+fn layers<'o>(options: impl Iterator<Item = &'o [u8]>) -> Vec<PathBuf> {
+    const KEYS: [&[u8]; 5] = [b"lowerdir", b"lowerdir+", b"datadir+", b"upperdir", b"workdir"];
+    let mut found = Vec::new();
+    for option in options {
+        let Some(at) = option.iter().position(|&byte| byte == b'=') else { continue };
+        if !KEYS.contains(&&option[..at]) {
+            continue;
+        }
+        let paths = option[at + 1..].split(|&byte| byte == b':').filter(|path| !path.is_empty());
+        found.extend(paths.map(unescape));
+    }
+    found
+}
+
 /// Undoes the octal escapes.
-fn unescape(field: &[u8]) -> PathBuf {
+pub(super) fn unescape(field: &[u8]) -> PathBuf {
     let mut out = Vec::with_capacity(field.len());
     let mut rest = field;
     while let Some((&byte, after)) = rest.split_first() {
@@ -110,6 +128,10 @@ mod tests {
         assert!(!Mount::parse(read_only).unwrap().writable);
         let bare = b"1 0 0:2 / / rw - rootfs rootfs rw";
         assert_eq!(Mount::parse(bare).unwrap().point, Path::new("/"));
+        let overlay =
+            b"1 0 0:30 / / rw - overlay none ro,lowerdir=/a\\040b::/c,upperdir=/u,index=on";
+        let layers = ["/a b", "/c", "/u"].map(PathBuf::from);
+        assert_eq!(Mount::parse(overlay).unwrap().layers, layers);
         assert_eq!(Mount::parse(b""), None);
         assert_eq!(Mount::parse(b"1 0 0:2 / / rw"), None);
     }

@@ -40,39 +40,42 @@ pub(crate) fn dm_ioctl(control: BorrowedFd<'_>, command: u8, buffer: &mut [u8]) 
     Ok(())
 }
 
-/// Where `flags` is in a `struct dm_ioctl`, and the one that says that there is a live
-/// table.
+/// Where `flags` is in a `struct dm_ioctl`.
 const DM_FLAGS_AT: usize = 28;
-const DM_ACTIVE_PRESENT: u32 = 1 << 5;
 
 /// What the process that [`watch`] starts is to do about one device.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Removal {
-    /// A header that names the device.
+pub(crate) struct Remedy {
+    /// A header that names the device, and asks for what `command` is to do.
     pub(crate) header: [u8; DM_HEADER_LENGTH],
     /// The command that asks for its status.
     pub(crate) status: u8,
-    /// The command that removes it.
-    pub(crate) remove: u8,
+    /// Nothing is done unless this flag of its status is as `is_set` says.
+    pub(crate) flag: u32,
+    /// See there.
+    pub(crate) is_set: bool,
+    /// The command that puts it right.
+    pub(crate) command: u8,
 }
 
-/// A process that removes half-built devices should this one be killed.
+/// A process that puts devices right should this one be killed.
 #[derive(Debug)]
 pub(crate) struct Watch {
     pid: nix::unistd::Pid,
     socket: UnixStream,
 }
 
-/// Starts a process that does nothing until this one dies, and then removes those of the
-/// devices that have no live table. It has `control` open and nothing else, so that a
-/// lock on it lasts until the work is done. Dropping the watch ends it.
+/// Starts a process that does nothing until this one dies, and then puts devices right, one
+/// after the other. It has `control` open and nothing else, so that a lock on it lasts until
+/// the work is done. Dropping the watch ends it.
 ///
-/// It closes the one gap in what the kernel undoes by itself: a device can be marked for
-/// removal at its last close only while it is open, and opened only once it has a table.
+/// It closes the gaps in what the kernel undoes by itself: a device can be marked for removal
+/// at its last close only while it is open, and opened only once it has a table; and a device
+/// that is suspended stays so.
 ///
 /// # Errors
 /// What the system says.
-pub(crate) fn watch(control: BorrowedFd<'_>, removals: &[Removal]) -> io::Result<Watch> {
+pub(crate) fn watch(control: BorrowedFd<'_>, remedies: &[Remedy]) -> io::Result<Watch> {
     let (reader, writer) = UnixStream::pair()?;
     // SAFETY: the child may be a copy of one thread of several, so until it ends it calls
     // nothing but system calls that are safe after fork: no allocation, no lock, no panic,
@@ -89,6 +92,8 @@ pub(crate) fn watch(control: BorrowedFd<'_>, removals: &[Removal]) -> io::Result
             // values of the parent, none of which this process uses or drops any more.
             unsafe {
                 libc::setsid();
+                // Whoever kills all processes of our name is not to kill this one.
+                libc::prctl(libc::PR_SET_NAME, c"dm-guard".as_ptr());
                 for signal in
                     [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGTSTP]
                 {
@@ -114,21 +119,22 @@ pub(crate) fn watch(control: BorrowedFd<'_>, removals: &[Removal]) -> io::Result
                     }
                 }
                 let control = BorrowedFd::borrow_raw(1);
-                for removal in removals {
-                    // Its dying process may have it open for a moment yet.
+                for remedy in remedies {
+                    // The dying process may have it open for a moment yet.
                     for _ in 0..300 {
                         // Anew each time: the kernel notes more in it than may be asked by.
-                        let mut buffer = removal.header;
-                        if dm_ioctl(control, removal.status, &mut buffer).is_err() {
+                        let mut buffer = remedy.header;
+                        if dm_ioctl(control, remedy.status, &mut buffer).is_err() {
                             break;
                         }
                         let flags = buffer.get(DM_FLAGS_AT..DM_FLAGS_AT + 4);
                         let flags = flags.and_then(|f| f.try_into().ok()).map(u32::from_ne_bytes);
-                        if flags.is_none_or(|flags| flags & DM_ACTIVE_PRESENT != 0) {
+                        let is_set = flags.map(|flags| flags & remedy.flag != 0);
+                        if is_set != Some(remedy.is_set) {
                             break;
                         }
-                        let mut buffer = removal.header;
-                        if dm_ioctl(control, removal.remove, &mut buffer).is_ok() {
+                        let mut buffer = remedy.header;
+                        if dm_ioctl(control, remedy.command, &mut buffer).is_ok() {
                             break;
                         }
                         libc::poll(std::ptr::null_mut(), 0, 10);
