@@ -108,8 +108,17 @@ pub trait UnwrittenProbe: Send + Sync + fmt::Debug {
 }
 
 /// Bytes that can be read at any offset, by several threads.
-trait ReadAt: Send + Sync + fmt::Debug {
+pub trait ReadAt: Send + Sync + fmt::Debug {
+    /// Reads as pread(2) does: at least a byte, but at the end.
+    ///
+    /// # Errors
+    /// The read failed.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
+
+    /// Whether the bytes from an offset on are data or a hole, and how far.
+    ///
+    /// # Errors
+    /// Nobody can tell.
     fn allocation(&self, offset: HostOffset) -> io::Result<Allocation>;
 }
 
@@ -219,7 +228,7 @@ pub struct Source {
 #[derive(Debug)]
 enum Reader {
     File(File),
-    Memory(Memory),
+    Other(Box<dyn ReadAt>),
 }
 
 impl Source {
@@ -279,14 +288,20 @@ impl Source {
 
     /// An image in memory, for tests and fuzzing: no identity, no holes.
     pub fn from_bytes(name: impl Into<PathBuf>, bytes: Vec<u8>) -> Self {
+        let length = ByteLen::new(bytes.len() as u64);
+        Self::from_reader(name, length, Box::new(Memory(bytes)))
+    }
+
+    /// So many bytes that are to be read in another way than from a descriptor: no identity.
+    pub fn from_reader(name: impl Into<PathBuf>, length: ByteLen, reader: Box<dyn ReadAt>) -> Self {
         Self {
             name: name.into(),
-            length: ByteLen::new(bytes.len() as u64),
+            length,
             allocated: None,
             modified: None,
             id: None,
             block_device: false,
-            reader: Reader::Memory(Memory(bytes)),
+            reader: Reader::Other(reader),
             unwritten: None,
             trailing_hole: AtomicU64::new(u64::MAX),
         }
@@ -363,7 +378,7 @@ impl Source {
     pub fn file(&self) -> Option<&File> {
         match &self.reader {
             Reader::File(file) => Some(file),
-            Reader::Memory(_) => None,
+            Reader::Other(_) => None,
         }
     }
 
@@ -376,7 +391,7 @@ impl Source {
     fn reader(&self) -> &dyn ReadAt {
         match &self.reader {
             Reader::File(file) => file,
-            Reader::Memory(memory) => memory,
+            Reader::Other(other) => &**other,
         }
     }
 

@@ -1,4 +1,4 @@
-//! Mounting a device read-only, in two steps: first so that nobody sees it, and then on a
+//! Mounting a device, in two steps: first so that nobody sees it, and then on a
 //! directory. Before the second, closing a descriptor undoes it, whoever closes it.
 //!
 //! This is done by the calls fsopen(2), fsconfig(2), fsmount(2) and move_mount(2): through
@@ -139,6 +139,9 @@ pub struct Request<'a> {
     pub options: &'a MountOptions,
     /// Pass over options that the file system does not know.
     pub sloppy: bool,
+    /// The device takes writes, and what is written stays away from the image: the file system
+    /// may be written to, and replays its journal first.
+    pub writable: bool,
 }
 
 /// A file system that is mounted, but nowhere yet. Dropped, it is unmounted.
@@ -186,7 +189,7 @@ impl Detached {
     }
 }
 
-/// Mounts a file system read-only, nowhere yet.
+/// Mounts a file system, nowhere yet: read-only, unless [`Request::writable`] says otherwise.
 ///
 /// # Errors
 /// [`ErrorKind::KernelLacks`] where it has no driver for the file system, and what the kernel
@@ -368,12 +371,13 @@ fn mount_by(
     let context = open(driver.name)?;
     let log = KernelLog::of(request.number);
     let mut context = Context { context, log, driver: driver.name, given: Vec::new() };
-    context
-        .set("ro", None)
-        .map_err(|errno| context.failure(Step::OwnOption("ro".into()), errno))?;
+    let access = if request.writable && !request.options.read_only { "rw" } else { "ro" };
+    let set = context.set(access, None);
+    set.map_err(|errno| context.failure(Step::OwnOption(access.into()), errno))?;
     let set = fsconfig_set_string(&context.context, "source", request.device);
     set.map_err(|errno| context.failure(Step::OwnOption("source".into()), errno))?;
-    for option in driver.options {
+    let own = if request.writable { driver.writable } else { driver.options };
+    for option in own {
         let (key, value) = option.split_once('=').map_or((*option, None), |(k, v)| (k, Some(v)));
         let set = context.set(key, value);
         set.map_err(|errno| context.failure(Step::OwnOption((*option).to_owned()), errno))?;
@@ -386,9 +390,8 @@ fn mount_by(
         set.map_err(|errno| context.failure(Step::Option(key.clone()), errno))?;
     }
     fsconfig_create(&context.context).map_err(|errno| context.failure(Step::Create, errno))?;
-    let mount =
-        fsmount(&context.context, FsMountFlags::FSMOUNT_CLOEXEC, attributes(request.options))
-            .map_err(|errno| context.failure(Step::Create, errno))?;
+    let mount = fsmount(&context.context, FsMountFlags::FSMOUNT_CLOEXEC, attributes(request))
+        .map_err(|errno| context.failure(Step::Create, errno))?;
     let messages = context.messages();
     Ok(Detached { mount, driver: driver.name.to_owned(), options: context.given, messages })
 }
@@ -412,11 +415,13 @@ fn open(driver: &str) -> Result<OwnedFd, Failure> {
     })
 }
 
-fn attributes(options: &MountOptions) -> MountAttrFlags {
+fn attributes(request: &Request<'_>) -> MountAttrFlags {
     /// MOUNT_ATTR_NOSYMFOLLOW (Linux 5.14).
     const NO_SYMFOLLOW: u32 = 0x0020_0000;
-    let mut attributes = MountAttrFlags::MOUNT_ATTR_RDONLY;
+    let Request { options, writable, .. } = *request;
+    let mut attributes = MountAttrFlags::empty();
     for (flag, is_set) in [
+        (MountAttrFlags::MOUNT_ATTR_RDONLY, !writable || options.read_only),
         (MountAttrFlags::MOUNT_ATTR_NOSUID, !options.suid),
         (MountAttrFlags::MOUNT_ATTR_NODEV, !options.dev),
         (MountAttrFlags::MOUNT_ATTR_NOEXEC, !options.exec),

@@ -18,6 +18,8 @@ pub struct Driver<'a> {
     pub name: &'a str,
     /// Its options; all of them are flags or `key=value`.
     pub options: &'static [&'static str],
+    /// Those that it takes where it may write, and replay its journal: on an overlay.
+    pub writable: &'static [&'static str],
 }
 
 /// The drivers for a file system of libblkid's type `kind` (or of the kernel's name for a
@@ -27,14 +29,16 @@ pub struct Driver<'a> {
 /// Of a type that is not known here, the driver of that name, without options.
 pub fn drivers(kind: &str) -> Vec<Driver<'_>> {
     let known = |list: &[(&'static str, &'static [&'static str])]| {
-        list.iter().map(|&(name, options)| Driver { name, options }).collect()
+        // The UUID is that of the original, of a snapshot, or of another copy.
+        let writable = |name| if name == "xfs" { &["nouuid"][..] } else { &[] };
+        let driver = |&(name, options)| Driver { name, options, writable: writable(name) };
+        list.iter().map(driver).collect()
     };
     match kind {
         // ext4's driver reads all three; those of old kernels know no `noload` for ext2.
         "ext2" => known(&[("ext4", &["noload"]), ("ext2", &[])]),
         "ext3" => known(&[("ext4", &["noload"]), ("ext3", &["noload"])]),
         "ext4" => known(&[("ext4", &["noload"])]),
-        // The UUID is that of the original, of a snapshot, or of another copy.
         "xfs" => known(&[("xfs", &["norecovery", "nouuid"])]),
         // Since Linux 5.9, and before.
         "btrfs" => known(&[("btrfs", &["rescue=nologreplay"]), ("btrfs", &["nologreplay"])]),
@@ -44,7 +48,7 @@ pub fn drivers(kind: &str) -> Vec<Driver<'_>> {
         "ntfs" => known(&[("ntfs3", &[]), ("ntfs", &[])]),
         // These have no journal, or do not replay it for a read-only mount. Of reiserfs, one
         // that is to be replayed cannot be mounted from a read-only device at all.
-        _ => vec![Driver { name: kind, options: &[] }],
+        _ => vec![Driver { name: kind, options: &[], writable: &[] }],
     }
 }
 
@@ -63,12 +67,16 @@ mod tests {
         for kind in ["ext3", "ext4", "xfs", "btrfs", "f2fs", "nilfs2"] {
             for driver in drivers(kind) {
                 assert!(!driver.options.is_empty(), "{driver:?}");
+                let keeps = |option: &&str| {
+                    option.contains("load") || option.contains("recov") || option.contains("replay")
+                };
+                assert!(!driver.writable.iter().any(keeps), "{driver:?}");
             }
         }
     }
 
     #[test]
     fn what_is_not_known_is_mounted_by_the_driver_of_its_name() {
-        assert_eq!(drivers("udf"), [Driver { name: "udf", options: &[] }]);
+        assert_eq!(drivers("udf"), [Driver { name: "udf", options: &[], writable: &[] }]);
     }
 }

@@ -55,8 +55,10 @@ pub struct MountOptions {
     pub exec: bool,
     /// Symbolic links are not followed.
     pub no_symfollow: bool,
-    /// `rw` was asked for, which there is not.
+    /// `rw` was asked for, which there is only on an overlay.
     pub read_write: bool,
+    /// `ro` was asked for.
+    pub read_only: bool,
     /// What the file system itself is told, after what keeps it from writing.
     pub data: Vec<Item>,
 }
@@ -71,8 +73,10 @@ impl MountOptions {
         let mut sorted = Self::default();
         for item in items {
             match (item.key.as_str(), &item.value) {
-                ("ro", None) => sorted.read_write = false,
-                ("rw", None) => sorted.read_write = true,
+                ("ro" | "rw", None) => {
+                    sorted.read_only = item.key == "ro";
+                    sorted.read_write = !sorted.read_only;
+                }
                 ("suid", None) => sorted.suid = true,
                 ("nosuid", None) => sorted.suid = false,
                 ("dev", None) => sorted.dev = true,
@@ -178,7 +182,7 @@ mod tests {
 
     #[test]
     fn without_a_word_nothing_of_the_guest_is_trusted() {
-        assert_eq!(sort("defaults,ro,noatime").unwrap(), MountOptions::default());
+        assert_eq!(sort("defaults,noatime").unwrap(), MountOptions::default());
         let asked = sort("suid,dev,exec,noexec").unwrap();
         assert!(asked.suid && asked.dev && !asked.exec);
     }
@@ -208,6 +212,7 @@ mod tests {
     #[test]
     fn the_last_of_two_counts() {
         assert!(sort("ro,rw").unwrap().read_write);
-        assert!(!sort("rw,ro").unwrap().read_write);
+        let last = sort("rw,ro").unwrap();
+        assert!(!last.read_write && last.read_only);
     }
 }

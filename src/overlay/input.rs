@@ -11,19 +11,46 @@ use crate::units::{ByteLen, GuestOffset};
 /// The number of the store's file, the only one.
 const STORE: u32 = 0;
 
-/// The changed chunks of a disk: bytes, and all else is the image's, which becomes the output's
-/// backing file.
-#[derive(Debug)]
+/// The disk that never changes, under what was written.
+pub trait Origin: Sync {
+    /// A reader for one thread.
+    fn reader(&self) -> Box<dyn InputReader + Send + '_>;
+}
+
+/// The disk as its image has it.
+#[derive(Clone, Copy, Debug)]
+pub struct ImageOrigin<'c> {
+    /// The image.
+    pub chain: &'c Chain,
+    /// The ciphers of its encrypted layers.
+    pub ciphers: &'c Ciphers,
+}
+
+impl Origin for ImageOrigin<'_> {
+    fn reader(&self) -> Box<dyn InputReader + Send + '_> {
+        Box::new(ImageReader(ChainReader::new(self.chain, self.ciphers)))
+    }
+}
+
+struct ImageReader<'c>(ChainReader<'c>);
+
+impl InputReader for ImageReader<'_> {
+    fn read(&mut self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
+        self.0.read_at(offset, buffer)
+    }
+}
+
+/// The changed chunks of a disk: bytes, and all else is the origin's, which becomes the
+/// output's backing file.
 pub struct ChangedDisk<'c> {
-    chain: &'c Chain,
-    ciphers: &'c Ciphers,
+    origin: &'c dyn Origin,
     changes: Changes<'c>,
 }
 
 impl<'c> ChangedDisk<'c> {
-    /// What was changed over this chain, whose encrypted layers have these ciphers.
-    pub fn new(chain: &'c Chain, ciphers: &'c Ciphers, changes: Changes<'c>) -> Self {
-        Self { chain, ciphers, changes }
+    /// What was changed over this disk.
+    pub fn new(origin: &'c dyn Origin, changes: Changes<'c>) -> Self {
+        Self { origin, changes }
     }
 
     /// What was changed.
@@ -53,14 +80,13 @@ impl Input for ChangedDisk<'_> {
     }
 
     fn reader(&self) -> Box<dyn InputReader + Send + '_> {
-        let image = ChainReader::new(self.chain, self.ciphers);
-        Box::new(ChangedReader { image, changes: &self.changes })
+        Box::new(ChangedReader { origin: self.origin.reader(), changes: &self.changes })
     }
 }
 
 /// Reads a disk with its changes.
 struct ChangedReader<'i> {
-    image: ChainReader<'i>,
+    origin: Box<dyn InputReader + Send + 'i>,
     changes: &'i Changes<'i>,
 }
 
@@ -76,7 +102,7 @@ impl InputReader for ChangedReader<'_> {
                 return Err(Error::invalid(format!("guest offset {at} is not on the disk")));
             }
             match place {
-                None => self.image.read_at(at, piece)?,
+                None => self.origin.read(at, piece)?,
                 Some(place) => {
                     let source = self.changes.store().source();
                     source.read_exact(place, piece, "a changed chunk")?;
@@ -109,7 +135,8 @@ mod tests {
         let source = Source::from_bytes("x.store", store(8, &[(3, 200), (9, 201), (4, 202)]));
         let disk = ByteLen::new(image.len() as u64);
         let changes = ExceptionStore::open(&source, HostOffset::new(START), disk).unwrap();
-        let input = ChangedDisk::new(&chain, &ciphers, changes.changes().unwrap());
+        let origin = ImageOrigin { chain: &chain, ciphers: &ciphers };
+        let input = ChangedDisk::new(&origin, changes.changes().unwrap());
 
         let mut wanted = image;
         for (chunk, fill) in [(3, 200), (9, 201), (4, 202)] {

@@ -313,6 +313,7 @@ impl Work<'_> {
             kind: &target.kind,
             options: self.options,
             sloppy: args.sloppy,
+            writable: false,
         };
         let mounted = mount::mount(&request).map_err(|error| error.at_path(args.image()))?;
         fault::point(format_args!("mount"))?;
