@@ -83,6 +83,8 @@ pub enum Takes {
     Path,
     /// `=PATH`, and it may be given again.
     Paths,
+    /// Nothing, or `=PATH`, an absolute one.
+    MaybePath,
 }
 
 /// The options of `imgdm attach` that a table may hold: their long names.
@@ -107,6 +109,8 @@ pub const ATTACH_OPTIONS: &[(&str, Takes)] = &[
     ("partition", Takes::Values),
     ("lv", Takes::Values),
     ("publish", Takes::Nothing),
+    ("overlay", Takes::MaybePath),
+    ("overlay-size", Takes::Value),
 ];
 
 /// What is wrong with a line.
@@ -388,10 +392,10 @@ impl Entry {
     ) -> Result<(), TabErrorKind> {
         match (takes, &value) {
             (Takes::Nothing, Some(_)) => return Err(TabErrorKind::NeedlessValue(name)),
-            (Takes::Nothing, None) => {}
+            (Takes::Nothing | Takes::MaybePath, None) => {}
             (_, None) => return Err(TabErrorKind::NoValue(name)),
             (_, Some(value)) if value.is_empty() => return Err(TabErrorKind::NoValue(name)),
-            (Takes::Path | Takes::Paths, Some(value)) => {
+            (Takes::Path | Takes::Paths | Takes::MaybePath, Some(value)) => {
                 absolute(&format!("option '{name}'"), value.clone())?;
             }
             (Takes::Value | Takes::Values, Some(value)) => {
@@ -404,7 +408,9 @@ impl Entry {
         if self.has(name) {
             match takes {
                 Takes::Nothing => return Ok(()),
-                Takes::Value | Takes::Path => return Err(TabErrorKind::Repeated(name)),
+                Takes::Value | Takes::Path | Takes::MaybePath => {
+                    return Err(TabErrorKind::Repeated(name));
+                }
                 Takes::Values | Takes::Paths => {}
             }
         }

@@ -172,7 +172,7 @@ mod tests {
             let action = found.unwrap_or_else(|| panic!("attach has no --{name}")).get_action();
             let wanted = match takes {
                 Takes::Nothing => clap::ArgAction::SetTrue,
-                Takes::Value | Takes::Path => clap::ArgAction::Set,
+                Takes::Value | Takes::Path | Takes::MaybePath => clap::ArgAction::Set,
                 Takes::Values | Takes::Paths => clap::ArgAction::Append,
             };
             assert_eq!(format!("{action:?}"), format!("{wanted:?}"), "{name}");

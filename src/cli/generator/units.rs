@@ -256,9 +256,9 @@ RestrictSUIDSGID=yes
 SystemCallArchitectures=native
 ";
 
-/// What else has to be mounted: keys, data files, backing files.
+/// What else has to be mounted: keys, data files, stores, backing files.
 pub(crate) fn other_paths(entry: &Entry) -> Vec<PathBuf> {
-    let options = ["key-file", "data-file"].into_iter();
+    let options = ["key-file", "data-file", "overlay"].into_iter();
     let mut paths: Vec<_> =
         options.flat_map(|option| entry.values(option)).map(PathBuf::from).collect();
     paths.extend(entry.boot.requires_mounts_for.iter().cloned());
@@ -269,8 +269,10 @@ pub(crate) fn other_paths(entry: &Entry) -> Vec<PathBuf> {
 pub(crate) fn scratch_paths(entry: &Entry) -> Vec<PathBuf> {
     let value = |option| entry.values(option).next().map(PathBuf::from);
     let compressed = value("compressed");
+    // What is written goes to a scratch file where no store is named.
+    let is_written = entry.has("overlay") && entry.values("overlay").next().is_none();
     // The initrd has other places.
-    if entry.boot.initrd || compressed.as_deref() == Some(Path::new("refuse")) {
+    if entry.boot.initrd || (compressed.as_deref() == Some(Path::new("refuse")) && !is_written) {
         return Vec::new();
     }
     let mut paths = vec![value("scratch-dir").unwrap_or_else(|| PathBuf::from("/var/tmp"))];

@@ -22,14 +22,14 @@ const SYSTEM: u8 = 2;
 const INTERRUPTED: u8 = 8;
 const FAILED: u8 = 32;
 
-/// Mount a file system of a virtual-machine disk image, read-only; run by mount(8) for the
-/// type imgdm
+/// Mount a file system of a virtual-machine disk image, read-only or over an overlay; run by
+/// mount(8) for the type imgdm
 #[derive(Debug, Parser)]
 #[command(
     name = NAME,
     version,
     max_term_width = 100,
-    after_help = "Examples:\n  mount -t imgdm disk.qcow2 /mnt -o partition=1\n  mount -t imgdm disk.qcow2 /mnt -o snapshot=before-update,lv=guest/root\n\nIn /etc/fstab:\n  /srv/disk.qcow2  /mnt  imgdm  partition=1,noauto  0 0\n\nOptions are the long ones of 'imgdm mount', the usual ones of mount(8), and all else is\nthe file system's own. 'rw' is taken for 'ro', which mount(8) says unasked; and for\n'exec', 'suid' and 'dev', which it keeps to itself, say allow-exec, allow-suid, allow-dev.\n\nExit status, as of mount(8): 0 done, 1 usage or permission, 2 the system lacks something,\n8 interrupted, 32 mount failed."
+    after_help = "Examples:\n  mount -t imgdm disk.qcow2 /mnt -o partition=1\n  mount -t imgdm disk.qcow2 /mnt -o snapshot=before-update,lv=guest/root\n\nIn /etc/fstab:\n  /srv/disk.qcow2  /mnt  imgdm  partition=1,noauto  0 0\n  /srv/disk.qcow2  /try  imgdm  partition=1,noauto,overlay=/srv/disk.changes  0 0\n\nOptions are the long ones of 'imgdm mount', the usual ones of mount(8), and all else is\nthe file system's own. Without 'overlay', 'rw' is taken for 'ro', which mount(8) says unasked; and for\n'exec', 'suid' and 'dev', which it keeps to itself, say allow-exec, allow-suid, allow-dev.\n\nExit status, as of mount(8): 0 done, 1 usage or permission, 2 the system lacks something,\n8 interrupted, 32 mount failed."
 )]
 struct Helper {
     /// The image: a file or a block device
@@ -203,6 +203,16 @@ mod tests {
             "/srv/disk.qcow2",
             "/mnt",
         ];
+        assert_eq!(words, wanted);
+    }
+
+    #[test]
+    fn an_overlay_is_asked_for_with_a_file_or_without() {
+        let options = "overlay,rw,noatime";
+        let words = line(&["disk", "/mnt", "-o", options]);
+        assert_eq!(words, ["--overlay", "--options=noatime", "--", "disk", "/mnt"]);
+        let words = line(&["disk", "/mnt", "-o", "overlay=/a b,overlay-size=1G,ro"]);
+        let wanted = ["--overlay=/a b", "--overlay-size=1G", "--options=ro", "--", "disk", "/mnt"];
         assert_eq!(words, wanted);
     }
 

@@ -7,14 +7,14 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use imgdm::device::attach::{Above, Partitions, Pending};
+use imgdm::device::attach::{Above, Overlay, Partitions, Pending};
 use imgdm::device::disk::DeviceDisk;
 use imgdm::device::linux::LinuxKernel;
 use imgdm::device::list::list;
 use imgdm::device::mount::{self, Detached, MountPoint, Namespace};
 use imgdm::device::{DeviceId, DeviceNumber, Interrupt, Kernel, fault, udev};
 use imgdm::error::printable;
-use imgdm::filesystem::{MountOptions, split, unclean};
+use imgdm::filesystem::{MountOptions, Unclean, split, unclean};
 use imgdm::source::FileId;
 use imgdm::{Error, ErrorKind, Result};
 
@@ -24,10 +24,10 @@ use super::overlay::OverlayArgs;
 use super::{Globals, signal};
 use choose::{Place, Target, choose, whole};
 
-/// Mount a file system of an image, read-only, until umount
+/// Mount a file system of an image until umount: read-only, or over an overlay
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  imgdm mount -p 1 disk.qcow2 /mnt\n  imgdm mount -l before-update -p 1 disk.qcow2 /mnt\n  umount /mnt\n\nNothing is written or replayed. umount takes everything down: device, loop devices, locks.\n'imgdm detach --wait ./disk.qcow2' waits until they are gone."
+    after_help = "Examples:\n  imgdm mount -p 1 disk.qcow2 /mnt\n  imgdm mount -l before-update -p 1 disk.qcow2 /mnt\n  umount /mnt\n  imgdm mount --overlay -p 1 disk.qcow2 /mnt            for writing, until umount\n  imgdm mount --overlay=changes -p 1 disk.qcow2 /mnt    the same, and changes are kept\n\nThe image is never written. Without --overlay nothing is replayed either. umount takes everything down: device, loop devices, locks.\n'imgdm detach --wait ./disk.qcow2' waits until they are gone."
 )]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -63,6 +63,9 @@ pub(crate) struct Args {
     #[arg(long)]
     allow_dev: bool,
 
+    #[command(flatten)]
+    overlay: OverlayArgs,
+
     /// Type of the file system; without it the type is probed
     #[arg(short = 't', long = "type", value_name = "FSTYPE")]
     kind: Option<String>,
@@ -86,8 +89,8 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     let options = args.mount_options()?;
-    if options.read_write {
-        let message = "an image can't be mounted for writing: leave 'rw' out".to_owned();
+    if options.read_write && !args.is_writable() {
+        let message = "an image can't be mounted for writing: leave 'rw' out, or have --overlay keep what is written away from it".to_owned();
         return Err(Error::new(ErrorKind::Usage(message)).into());
     }
     let point = args.mount_point()?;
@@ -98,8 +101,8 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     mount_image(args, &options, &kernel, &point, None, globals)
 }
 
-/// The same for mount(8): `rw`, which it says unasked, is taken for `ro`, and what is mounted
-/// there already is left so, as by `mount -a`.
+/// The same for mount(8): `rw`, which it says unasked, is taken for `ro` without an overlay,
+/// and what is mounted there already is left so, as by `mount -a`.
 pub(crate) fn run_for_helper(args: &Args, globals: Globals) -> anyhow::Result<()> {
     let options = args.mount_options()?;
     let point = args.mount_point()?;
@@ -129,6 +132,11 @@ impl Args {
 
     fn image(&self) -> &Path {
         &self.build.open.image
+    }
+
+    /// The device takes writes.
+    fn is_writable(&self) -> bool {
+        self.overlay.overlay() != Overlay::None
     }
 
     /// Where the file system is said to be.
@@ -210,9 +218,10 @@ fn mount_image(
     let wanted = Wanted {
         above: &above(&asked),
         publish: false,
-        as_it_is: true,
+        // One that takes no writes will not do for one that is to take them.
+        as_it_is: !args.is_writable(),
         keep: false,
-        overlay: &OverlayArgs::default(),
+        overlay: &args.overlay,
     };
     let mut pending = args.build.build(kernel, wanted, globals)?;
     let chosen = DeviceDisk::open(kernel, pending.last_number())
@@ -299,7 +308,9 @@ impl Work<'_> {
         }
         let mut disk = DeviceDisk::open(kernel, number)?.interrupted_by(self.interrupt);
         let range = whole(&disk);
-        if let Some(how) = unclean(&mut disk, range, &target.kind)? {
+        let how = unclean(&mut disk, range, &target.kind)?;
+        // Where it can be written, a journal is replayed.
+        if let Some(how) = how.filter(|how| !(args.is_writable() && *how == Unclean::Journal)) {
             let (image, Target { place, kind, .. }) = (show_path(args.image()), target);
             globals.warn(format_args!("{image}: the file system ({kind}) on {place}: {how}"));
         }
@@ -313,7 +324,7 @@ impl Work<'_> {
             kind: &target.kind,
             options: self.options,
             sloppy: args.sloppy,
-            writable: false,
+            writable: args.is_writable(),
         };
         let mounted = mount::mount(&request).map_err(|error| error.at_path(args.image()))?;
         fault::point(format_args!("mount"))?;
