@@ -346,3 +346,186 @@ fn qcow_images_hold_what_was_written() {
         (what, disk.check(dir, "x.qcow"))
     });
 }
+
+/// A disk of these pieces, over no backing file.
+fn disk_of(options: &str, size: u64, pieces: &[(u64, u64, Kind)]) -> Disk {
+    let mut disk = Disk {
+        format: Format::Qcow2,
+        options: options.to_owned(),
+        size,
+        backing: None,
+        pieces: Vec::new(),
+        bytes: vec![0; at(size)],
+    };
+    let mut rng = Rng::new(7);
+    for &(start, end, kind) in pieces {
+        disk.piece(&mut rng, start, end - start, kind);
+    }
+    disk
+}
+
+/// A map's rows but for the offsets; neighbours that are alike are one.
+fn rows(dir: &Path, image: &str) -> Vec<(u64, u64, String)> {
+    let map = qemu::img(dir, &["map", "--output=json", "-f", "qcow2", image]).unwrap();
+    let map: Value = serde_json::from_slice(&map.stdout).unwrap();
+    let mut rows: Vec<(u64, u64, String)> = Vec::new();
+    for row in map.as_array().unwrap() {
+        let start = row["start"].as_u64().unwrap();
+        let end = start + row["length"].as_u64().unwrap();
+        let has_offset = row["offset"].is_u64();
+        let what = format!(
+            "depth {} present {} zero {} data {} offset {has_offset}",
+            row["depth"], row["present"], row["zero"], row["data"]
+        );
+        match rows.last_mut() {
+            Some(last) if last.2 == what => last.1 = end,
+            _ => rows.push((start, end, what)),
+        }
+    }
+    rows
+}
+
+#[test]
+fn preallocated_images_map_as_those_of_qemu_img() {
+    const SIZE: u64 = 5 << 20;
+    let pieces = [(0x10_0000, 0x18_0000, Kind::Data), (0x40_0000, 0x41_0000, Kind::Data)];
+    for mode in ["metadata", "falloc", "full"] {
+        for more in [
+            "cluster_size=64k",
+            "cluster_size=4k",
+            "cluster_size=4k,compat=v2",
+            "extended_l2=on,cluster_size=32k",
+            "cluster_size=4k,data_file=data",
+            "cluster_size=64k,data_file=data,data_file_raw=on",
+        ] {
+            let dir = scratch_dir("preallocated").unwrap();
+            let dir = dir.path();
+            let options = format!("preallocation={mode},{more}");
+            let disk = disk_of(&options, SIZE, &pieces);
+            disk.write(dir, "ours.qcow2");
+            disk.check(dir, "ours.qcow2").unwrap();
+            if more.contains("data_file_raw") {
+                assert!(fs::read(dir.join("data")).unwrap() == disk.bytes);
+            }
+            let allocated = |file: &str| {
+                use std::os::unix::fs::MetadataExt;
+                fs::metadata(dir.join(file)).unwrap().blocks() * 512
+            };
+            let holder = if more.contains("data_file") { "data" } else { "ours.qcow2" };
+            assert_eq!(allocated(holder) >= SIZE, mode != "metadata", "{options}");
+
+            let raw = new_file(&dir.join("disk.raw"));
+            raw.set_len(SIZE).unwrap();
+            for &(start, end, _) in &pieces {
+                raw.write_all_at(&disk.bytes[at(start)..at(end)], start).unwrap();
+            }
+            let theirs = options.replace("=data", "=their-data");
+            let convert = ["convert", "-f", "raw", "-O", "qcow2", "-o", &theirs];
+            qemu::img(dir, &[&convert[..], &["disk.raw", "theirs.qcow2"]].concat()).unwrap();
+            assert_eq!(rows(dir, "ours.qcow2"), rows(dir, "theirs.qcow2"), "{options}");
+        }
+    }
+}
+
+#[test]
+fn the_first_cluster_is_the_one_that_qemu_img_writes() {
+    for options in [
+        "",
+        "compat=v2",
+        "cluster_size=4k",
+        "cluster_size=8k,refcount_bits=1",
+        "cluster_size=2M,extended_l2=on,lazy_refcounts=on,refcount_bits=64",
+        "compression_type=zstd",
+        "data_file=data",
+        "data_file=data,data_file_raw=on",
+    ] {
+        for backing in [None, Some(b"base".to_vec())] {
+            if backing.is_some() && options.contains("raw") {
+                continue;
+            }
+            let dir = scratch_dir("header").unwrap();
+            let dir = dir.path();
+            let mut disk = disk_of(options, 3 << 20, &[]);
+            disk.backing = backing.clone();
+            disk.write(dir, "ours.qcow2");
+            let create = ["create", "-q", "-f", "qcow2", "-o", options];
+            let over: &[&str] = if backing.is_some() { &["-b", "base", "-F", "raw"] } else { &[] };
+            let create =
+                [if options.is_empty() { &create[..4] } else { &create[..] }, over].concat();
+            let mut theirs = [&create[..], &["theirs.qcow2", "3M"]].concat();
+            theirs.retain(|argument| !argument.is_empty());
+            qemu::img(dir, &theirs).unwrap();
+            let first = |image: &str| {
+                let mut bytes = fs::read(dir.join(image)).unwrap();
+                bytes.truncate(at(match disk.parsed() {
+                    FormatOptions::Qcow2(options) => options.cluster_size(),
+                    _ => 0,
+                }));
+                // Where the L1 and the refcount table are is each one's own affair.
+                bytes[40..60].fill(0);
+                bytes
+            };
+            assert!(first("ours.qcow2") == first("theirs.qcow2"), "-o {options} {backing:?}");
+        }
+    }
+}
+
+#[test]
+fn compressed_images_are_no_larger_than_those_of_qemu_img() {
+    const SIZE: u64 = 8 << 20;
+    for options in
+        ["", "cluster_size=4k", "cluster_size=4k,refcount_bits=1", "compression_type=zstd"]
+    {
+        let dir = scratch_dir("packed").unwrap();
+        let dir = dir.path();
+        let disk = disk_of(options, SIZE, &[(0, SIZE, Kind::Compressed)]);
+        disk.write(dir, "ours.qcow2");
+        disk.check(dir, "ours.qcow2").unwrap();
+        fs::write(dir.join("disk.raw"), &disk.bytes).unwrap();
+        let mut convert = vec!["convert", "-c", "-f", "raw", "-O", "qcow2"];
+        if !options.is_empty() {
+            convert.extend(["-o", options]);
+        }
+        convert.extend(["disk.raw", "theirs.qcow2"]);
+        qemu::img(dir, &convert).unwrap();
+        let length = |image: &str| fs::metadata(dir.join(image)).unwrap().len();
+        let (ours, theirs) = (length("ours.qcow2"), length("theirs.qcow2"));
+        assert!(ours <= theirs + theirs / 50 + 0x2_0000, "-o {options}: {ours} and {theirs} bytes");
+    }
+}
+
+#[test]
+fn a_disk_of_many_terabytes_with_little_in_it_takes_little() {
+    const TERABYTE: u64 = 1 << 40;
+    let dir = scratch_dir("sparse").unwrap();
+    let file = new_file(&dir.path().join("x.qcow2"));
+    fs::write(dir.path().join("base"), [0; 512]).unwrap();
+    let backing = StoredBacking { name: b"base".to_vec(), format: Some(Format::Raw) };
+    let size = 64 * TERABYTE;
+    let new = NewImage {
+        file: &file,
+        data_file: None,
+        size: ByteLen::new(size),
+        backing: Some(&backing),
+    };
+    let FormatOptions::Qcow2(options) = FormatOptions::parse::<&str>(Format::Qcow2, &[]).unwrap()
+    else {
+        panic!("not qcow2");
+    };
+    let mut writer = Qcow2Writer::new(&new, &options).unwrap();
+    let mut placed = Vec::new();
+    for terabyte in 0..64 {
+        let start = terabyte * TERABYTE;
+        writer.data(range(start, start + 0x1_0000), &mut placed).unwrap();
+        writer.zeros(range(start + 0x1_0000, start + 0x100_0000)).unwrap();
+    }
+    writer.zeros(range(size - 0x1_0000, size)).unwrap();
+    writer.finish().unwrap();
+    for place in placed {
+        file.write_all_at(&[7; 0x1_0000], place.offset.get()).unwrap();
+    }
+    assert!(file.metadata().unwrap().len() < 32 << 20);
+    let read = format!("read -P 7 {} 64k", 63 * TERABYTE);
+    qemu::img(dir.path(), &["check", "-q", "-f", "qcow2", "x.qcow2"]).unwrap();
+    qemu::io(dir.path(), "qcow2", "x.qcow2", &[read]).unwrap();
+}
