@@ -8,6 +8,7 @@ mod attach_tab;
 mod build;
 mod check;
 mod completions;
+mod convert;
 mod damage;
 #[cfg(feature = "device")]
 mod detach;
@@ -95,6 +96,7 @@ enum Command {
     Diff(diff::Args),
     Show(show::Args),
     Hash(hash::Args),
+    Convert(convert::Args),
     #[cfg(feature = "device")]
     Attach(attach::Args),
     #[cfg(feature = "device")]
@@ -196,6 +198,10 @@ pub(crate) fn run() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
+            if let Some(help) = convert::help_asked_for() {
+                let _ = io::stdout().write_all(help.as_bytes());
+                return ExitCode::SUCCESS;
+            }
             // clap's own exit status for usage is 2; ours is sysexits' 64.
             let _ = error.print();
             return ExitCode::from(if error.use_stderr() { exit::USAGE } else { 0 });
@@ -218,6 +224,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Diff(args) => diff::run(&args, globals),
         Command::Show(args) => show::run(&args, globals),
         Command::Hash(args) => hash::run(&args, globals),
+        Command::Convert(args) => convert::run(&args, globals),
         #[cfg(feature = "device")]
         Command::Attach(args) => attach::run(&args, globals),
         #[cfg(feature = "device")]

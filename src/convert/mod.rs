@@ -10,14 +10,21 @@
 //! compressed and written by all cores.
 
 pub mod compress;
+pub mod copy;
 pub mod create;
+mod cut;
+pub mod input;
 mod l1;
 pub mod options;
 mod output;
 pub mod qcow;
 pub mod qcow2;
+pub mod raw;
+pub mod reflink;
+pub mod target;
 
 use std::fs::File;
+use std::ops::Range;
 
 use crate::error::Result;
 use crate::source::Source;
@@ -56,6 +63,14 @@ pub struct InputPlace {
     pub offset: HostOffset,
 }
 
+impl InputPlace {
+    /// `distance` bytes further on in the same file.
+    #[must_use]
+    pub fn advanced(self, distance: ByteLen) -> Self {
+        Self { offset: self.offset.saturating_add(distance), ..self }
+    }
+}
+
 /// A disk that is copied.
 pub trait Input: Sync {
     /// Bytes of the disk, whole sectors.
@@ -66,6 +81,11 @@ pub trait Input: Sync {
 
     /// The file of that number of an [`InputPlace`].
     fn file(&self, number: u32) -> Option<&Source>;
+
+    /// The numbers that [`file`](Self::file) may know.
+    fn file_numbers(&self) -> Range<u32> {
+        0..u32::from(self.file(0).is_some())
+    }
 
     /// A reader for one thread.
     fn reader(&self) -> Box<dyn InputReader + Send + '_>;

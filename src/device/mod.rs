@@ -7,6 +7,7 @@
 
 mod above;
 pub mod attach;
+pub mod blocks;
 mod compare;
 pub mod detach;
 pub mod disk;

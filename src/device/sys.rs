@@ -284,6 +284,47 @@ pub(crate) fn logical_block_size(device: BorrowedFd<'_>) -> io::Result<u32> {
     u32::try_from(size).map_err(|_| Errno::EINVAL.into())
 }
 
+/// `struct file_clone_range` (linux/fs.h).
+#[repr(C)]
+struct FileCloneRange {
+    from: i64,
+    from_offset: u64,
+    length: u64,
+    to_offset: u64,
+}
+
+const FICLONERANGE: libc::c_ulong = nix::request_code_write!(0x94, 13, 32);
+
+/// Has `to` share the blocks of a range of `from`; what it had there is gone.
+///
+/// # Errors
+/// What the kernel says: EOPNOTSUPP where the file system has no shared blocks, EXDEV where
+/// the files are in two, EINVAL where offsets or length are no multiples of a block.
+pub(crate) fn clone_range(
+    from: &File,
+    from_offset: u64,
+    length: u64,
+    to: &File,
+    to_offset: u64,
+) -> io::Result<()> {
+    let from = i64::from(from.as_raw_fd());
+    let range = FileCloneRange { from, from_offset, length, to_offset };
+    // SAFETY: the kernel reads one `struct file_clone_range`.
+    let result = unsafe { libc::ioctl(to.as_raw_fd(), FICLONERANGE, &raw const range) };
+    Errno::result(result)?;
+    Ok(())
+}
+
+/// Has the kernel start writing out what is dirty in a range of a file. It is a hint.
+pub(crate) fn start_write_back(file: &File, offset: u64, length: u64) {
+    if let (Ok(offset), Ok(length)) = (i64::try_from(offset), i64::try_from(length)) {
+        // SAFETY: plain numbers.
+        unsafe {
+            libc::sync_file_range(file.as_raw_fd(), offset, length, libc::SYNC_FILE_RANGE_WRITE);
+        }
+    }
+}
+
 /// `struct fsxattr` (linux/fs.h).
 #[repr(C)]
 #[derive(Default)]

@@ -28,7 +28,7 @@ use crate::error::Result;
 use crate::units::GuestOffset;
 
 /// Which holes are not read: those that a plan maps as zeros.
-const HOLES: HoleQuery = HoleQuery::DataFiles;
+pub(crate) const HOLES: HoleQuery = HoleQuery::DataFiles;
 
 impl Chain {
     /// Fills `buffer` with the guest's bytes from `offset` on. For more than one read make

@@ -1,0 +1,207 @@
+//! Batches of work, taken one after the other.
+
+use super::super::cut::{Cut, CutKind, Cutter};
+use super::super::reflink::{Offload, Offloads};
+use super::super::{InputPlace, Piece};
+use super::{CopyOptions, Layout};
+use crate::error::Result;
+use crate::units::{ByteLen, GuestOffset, GuestRange};
+
+/// Bytes that are read in one go, so that they are in the core's cache when they are looked
+/// at and written.
+const CHUNK: u64 = 256 << 10;
+/// The same where zeros are looked for in longer runs, or clusters compressed.
+const LARGE_CHUNK: u64 = 2 << 20;
+/// Bytes of a cluster that are compressed by one thread between two turns.
+const COMPRESSED_CHUNK: u64 = 1 << 20;
+/// Parts of a batch at most.
+const MAX_UNITS: usize = 512;
+/// Bytes that are cloned in one batch.
+const CLONED: u64 = 8 << 30;
+
+/// A part of the disk with one thing to be done.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Unit {
+    pub(super) range: GuestRange,
+    pub(super) work: Work,
+    /// First byte past what comes behind and is likely data too.
+    pub(super) run_end: GuestOffset,
+}
+
+/// What is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Work {
+    /// To tell the writer of zeros.
+    Zeros,
+    /// To write zeros.
+    WriteZeros,
+    /// To read and write; from this place on, where the bytes lie in a file as they are.
+    Copy(Option<InputPlace>),
+    /// To read a granule as the output's disk has it, and write all of it or nothing.
+    Granule,
+    /// To have the file system do it.
+    Offload(InputPlace, Offload),
+}
+
+/// Some units in guest order.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    pub(super) number: u64,
+    pub(super) units: Vec<Unit>,
+    /// Bytes that are to be in memory.
+    pub(super) bytes: u64,
+    /// Up to where the disk is done with this and all earlier batches.
+    pub(super) end: GuestOffset,
+}
+
+type Pieces<'s> = Box<dyn Iterator<Item = Result<Piece>> + Send + 's>;
+
+/// All the work there is.
+pub(super) struct Batches<'s> {
+    cutter: Cutter<Pieces<'s>>,
+    layout: Layout,
+    offloads: &'s Offloads,
+    chunk: u64,
+    compresses: bool,
+    rest: Option<Cut>,
+    next: u64,
+    /// Nothing comes after an error.
+    ended: bool,
+}
+
+impl<'s> Batches<'s> {
+    pub(super) fn new(
+        cutter: Cutter<Pieces<'s>>,
+        layout: Layout,
+        options: &'s CopyOptions<'s>,
+    ) -> Self {
+        let chunk = match options.compression {
+            Some(_) => COMPRESSED_CHUNK,
+            None if options.sparse > CHUNK / 4 => LARGE_CHUNK,
+            None => CHUNK,
+        };
+        Self {
+            cutter,
+            layout,
+            offloads: &options.offloads,
+            // A power of two, as a cluster is.
+            chunk: chunk.max(layout.cluster as u64),
+            compresses: options.compression.is_some(),
+            rest: None,
+            next: 0,
+            ended: false,
+        }
+    }
+
+    /// The next batch, in `batch`, whose memory is used again; false where there is none. An
+    /// error is the batch's, and the last.
+    pub(super) fn take(&mut self, batch: &mut Batch) -> Result<bool> {
+        batch.units.clear();
+        batch.bytes = 0;
+        batch.number = self.next;
+        if self.ended {
+            return Ok(false);
+        }
+        self.next += 1;
+        let mut cloned = 0;
+        while batch.bytes < self.chunk && cloned < CLONED && batch.units.len() < MAX_UNITS {
+            let cut = match self.rest.take().map(Ok).or_else(|| self.cutter.next()) {
+                Some(Ok(cut)) => cut,
+                Some(Err(error)) => {
+                    // What comes before it is copied all the same.
+                    self.ended = true;
+                    return Err(error);
+                }
+                None => {
+                    self.ended = true;
+                    break;
+                }
+            };
+            let (unit, rest) = self.unit(cut);
+            // What was begun is not cut anew in the middle of a chunk.
+            if !matches!(unit.work, Work::Zeros | Work::Offload(..)) {
+                let length = unit.range.length().get();
+                if batch.bytes > 0 && batch.bytes + length > self.chunk {
+                    self.rest = Some(cut);
+                    break;
+                }
+                batch.bytes += length;
+            }
+            if matches!(unit.work, Work::Offload(..)) {
+                cloned += unit.range.length().get();
+            }
+            batch.end = unit.range.end;
+            batch.units.push(unit);
+            self.rest = rest;
+        }
+        Ok(!batch.units.is_empty())
+    }
+
+    /// The first unit of a cut, and what is left of it.
+    fn unit(&self, cut: Cut) -> (Unit, Option<Cut>) {
+        let run_end = cut.range.end;
+        let unit = |range, work| Unit { range, work, run_end };
+        let work = match cut.kind {
+            CutKind::Zeros if !self.layout.writes_zeros => {
+                return (unit(cut.range, Work::Zeros), None);
+            }
+            CutKind::Zeros => Work::WriteZeros,
+            CutKind::Mixed => return (unit(cut.range, Work::Granule), None),
+            CutKind::Bytes(place) => {
+                if let Some((end, offload)) = place.and_then(|place| self.offload(cut, place)) {
+                    let (range, rest) = split(cut, end);
+                    return match (offload, place) {
+                        (Some(offload), Some(place)) => {
+                            (unit(range, Work::Offload(place, offload)), rest)
+                        }
+                        _ => (unit(range, Work::Copy(place)), rest),
+                    };
+                }
+                Work::Copy(place)
+            }
+        };
+        let next = (cut.range.start.get() / self.chunk).saturating_add(1);
+        let end = GuestOffset::new(next.saturating_mul(self.chunk)).min(cut.range.end);
+        let (range, rest) = split(cut, end);
+        (unit(range, work), rest)
+    }
+
+    /// Up to where the file system does the work, or up to where it has to be done before the
+    /// file system can.
+    fn offload(&self, cut: Cut, place: InputPlace) -> Option<(GuestOffset, Option<Offload>)> {
+        let offload = self.offloads.of(place.file)?;
+        if self.compresses {
+            return None;
+        }
+        let alignment = offload.alignment();
+        let (start, end) = (cut.range.start.get(), cut.range.end.get());
+        if start % alignment != place.offset.get() % alignment {
+            return None;
+        }
+        // The writer takes whole granules, the file system whole blocks.
+        let step = alignment.max(self.layout.granularity);
+        let first = start.next_multiple_of(step);
+        let last = end / step * step;
+        if first >= last {
+            return None;
+        }
+        if first > start {
+            return Some((GuestOffset::new(first), None));
+        }
+        Some((GuestOffset::new(last), Some(offload)))
+    }
+}
+
+/// What of a cut lies before `end`, and the rest.
+fn split(cut: Cut, end: GuestOffset) -> (GuestRange, Option<Cut>) {
+    let range = GuestRange::new(cut.range.start, end);
+    if end >= cut.range.end {
+        return (cut.range, None);
+    }
+    let distance: ByteLen = end.since(cut.range.start);
+    let kind = match cut.kind {
+        CutKind::Bytes(place) => CutKind::Bytes(place.map(|place| place.advanced(distance))),
+        other => other,
+    };
+    (range, Some(Cut { range: GuestRange::new(end, cut.range.end), kind }))
+}
