@@ -22,7 +22,7 @@ use rustix::mount::{
 use super::mountinfo::{Mount, mounts};
 use super::{DeviceNumber, nodes};
 use crate::error::{Error, ErrorKind, Result, printable};
-use crate::filesystem::{Driver, Item, MountOptions, drivers};
+use crate::filesystem::{AccessTimes, Driver, Item, MountOptions, drivers};
 
 /// Messages of the kernel that an error repeats, at most; the last ones.
 const MAX_MESSAGES: usize = 6;
@@ -376,6 +376,10 @@ fn mount_by(
     set.map_err(|errno| context.failure(Step::OwnOption(access.into()), errno))?;
     let set = fsconfig_set_string(&context.context, "source", request.device);
     set.map_err(|errno| context.failure(Step::OwnOption("source".into()), errno))?;
+    for flag in request.options.writing.iter().filter(|_| request.writable) {
+        let set = context.set(flag, None);
+        set.map_err(|errno| context.failure(Step::Option((*flag).to_owned()), errno))?;
+    }
     let own = if request.writable { driver.writable } else { driver.options };
     for option in own {
         let (key, value) = option.split_once('=').map_or((*option, None), |(k, v)| (k, Some(v)));
@@ -426,6 +430,9 @@ fn attributes(request: &Request<'_>) -> MountAttrFlags {
         (MountAttrFlags::MOUNT_ATTR_NODEV, !options.dev),
         (MountAttrFlags::MOUNT_ATTR_NOEXEC, !options.exec),
         (MountAttrFlags::from_bits_retain(NO_SYMFOLLOW), options.no_symfollow),
+        (MountAttrFlags::MOUNT_ATTR_NOATIME, options.access_times == AccessTimes::None),
+        (MountAttrFlags::MOUNT_ATTR_STRICTATIME, options.access_times == AccessTimes::Strict),
+        (MountAttrFlags::MOUNT_ATTR_NODIRATIME, options.no_directory_access_times),
     ] {
         attributes.set(flag, is_set);
     }

@@ -6,7 +6,7 @@ mod options;
 mod unclean;
 mod xfs_log;
 
-pub use options::{Item, MountOptions, split};
+pub use options::{AccessTimes, Item, MountOptions, split};
 pub use unclean::{Unclean, unclean};
 
 /// A driver of the kernel with the options that keep it from writing and from replaying a

@@ -59,8 +59,26 @@ pub struct MountOptions {
     pub read_write: bool,
     /// `ro` was asked for.
     pub read_only: bool,
+    /// How times of access are kept, which matters only where anything can be written.
+    pub access_times: AccessTimes,
+    /// Directories' times of access are not kept.
+    pub no_directory_access_times: bool,
+    /// Flags that say how what is written gets to the device, in their order.
+    pub writing: Vec<&'static str>,
     /// What the file system itself is told, after what keeps it from writing.
     pub data: Vec<Item>,
+}
+
+/// How times of access are kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AccessTimes {
+    /// Once a day, and where the file has changed since.
+    #[default]
+    Relative,
+    /// Not at all.
+    None,
+    /// Each.
+    Strict,
 }
 
 impl MountOptions {
@@ -96,6 +114,16 @@ impl MountOptions {
                         "the option '{key}' is for what is mounted already: use mount(8) for that"
                     )));
                 }
+                ("noatime", None) => sorted.access_times = AccessTimes::None,
+                ("strictatime", None) => sorted.access_times = AccessTimes::Strict,
+                ("atime" | "relatime" | "norelatime" | "nostrictatime", None) => {
+                    sorted.access_times = AccessTimes::Relative;
+                }
+                ("nodiratime", None) => sorted.no_directory_access_times = true,
+                ("diratime", None) => sorted.no_directory_access_times = false,
+                (key, None) if WRITING.contains(&key) => {
+                    sorted.writing.extend(WRITING.iter().find(|flag| **flag == key));
+                }
                 (key, value) if is_without_effect(key, value.is_some()) => {}
                 _ => sorted.data.push(item),
             }
@@ -116,7 +144,10 @@ fn is_other_operation(key: &str) -> bool {
         || key.strip_prefix('r').is_some_and(|kind| PROPAGATION.contains(&kind))
 }
 
-/// Options for those who read fstab, and what says how a file system is written. `defaults`
+/// Flags that every file system knows, and that say how it is written.
+const WRITING: [&str; 5] = ["sync", "async", "dirsync", "lazytime", "nolazytime"];
+
+/// Options for those who read fstab, and some that have no effect any more. `defaults`
 /// stands for suid, dev and exec too, but in fstab mostly for nothing: it is not taken for a
 /// wish.
 fn is_without_effect(key: &str, has_value: bool) -> bool {
@@ -124,34 +155,14 @@ fn is_without_effect(key: &str, has_value: bool) -> bool {
         "defaults", "auto", "noauto", "nofail", "fail", "_netdev", "user", "nouser", "users",
         "nousers", "owner", "noowner", "group", "nogroup",
     ];
-    const WRITING: [&str; 19] = [
-        "sync",
-        "async",
-        "dirsync",
-        "atime",
-        "noatime",
-        "diratime",
-        "nodiratime",
-        "relatime",
-        "norelatime",
-        "strictatime",
-        "nostrictatime",
-        "lazytime",
-        "nolazytime",
-        "iversion",
-        "noiversion",
-        "mand",
-        "nomand",
-        "silent",
-        "loud",
-    ];
+    const OTHERS: [&str; 6] = ["iversion", "noiversion", "mand", "nomand", "silent", "loud"];
     if key.starts_with("x-") || key.starts_with("X-") {
         return true;
     }
     if has_value {
         return matches!(key, "comment" | "user" | "helper" | "uhelper");
     }
-    FSTAB.contains(&key) || WRITING.contains(&key) || key == "comment"
+    FSTAB.contains(&key) || OTHERS.contains(&key) || key == "comment"
 }
 
 #[cfg(test)]
@@ -182,7 +193,7 @@ mod tests {
 
     #[test]
     fn without_a_word_nothing_of_the_guest_is_trusted() {
-        assert_eq!(sort("defaults,noatime").unwrap(), MountOptions::default());
+        assert_eq!(sort("defaults,atime,silent").unwrap(), MountOptions::default());
         let asked = sort("suid,dev,exec,noexec").unwrap();
         assert!(asked.suid && asked.dev && !asked.exec);
     }
@@ -207,6 +218,14 @@ mod tests {
             assert!(matches!(error.kind(), ErrorKind::Usage(_)), "{text}");
         }
         assert!(sort("shared=1").is_ok());
+    }
+
+    #[test]
+    fn how_it_is_written_is_for_those_that_are() {
+        let sorted = sort("sync,noatime,nodiratime,lazytime,strictatime").unwrap();
+        assert_eq!(sorted.writing, ["sync", "lazytime"]);
+        assert_eq!(sorted.access_times, AccessTimes::Strict);
+        assert!(sorted.no_directory_access_times && sorted.data.is_empty());
     }
 
     #[test]

@@ -18,6 +18,7 @@ mod info;
 mod locks;
 mod lvm;
 mod mount;
+mod mount_overlay;
 mod names;
 mod odd;
 mod overlay;

@@ -12,10 +12,10 @@ use crate::guest::*;
 use crate::lvm::{GROUP, Host};
 
 /// What lies in every file system of these tests.
-const CONTENT: &str = "what the guest wrote\n";
+pub(crate) const CONTENT: &str = "what the guest wrote\n";
 
 /// A directory to mount on.
-fn place(scratch: &Scratch, name: &str) -> PathBuf {
+pub(crate) fn place(scratch: &Scratch, name: &str) -> PathBuf {
     let place = scratch.path(name);
     fs::create_dir(&place).unwrap();
     place
@@ -23,7 +23,7 @@ fn place(scratch: &Scratch, name: &str) -> PathBuf {
 
 /// The files of every file system: one to read, and a program with rights that it must not
 /// get.
-fn tree(scratch: &Scratch) -> PathBuf {
+pub(crate) fn tree(scratch: &Scratch) -> PathBuf {
     let tree = scratch.path("tree");
     if !tree.exists() {
         fs::create_dir_all(tree.join("directory")).unwrap();
@@ -35,7 +35,7 @@ fn tree(scratch: &Scratch) -> PathBuf {
 }
 
 /// Makes a file system of that kind with the tree, in a raw file.
-fn file_system(scratch: &Scratch, kind: &str, name: &str) -> PathBuf {
+pub(crate) fn file_system(scratch: &Scratch, kind: &str, name: &str) -> PathBuf {
     let (tree, image) = (tree(scratch), scratch.path(name));
     let sized = |mib: u64| fs::File::create(&image).unwrap().set_len(mib * MIB).unwrap();
     match kind {
@@ -78,7 +78,7 @@ fn file_system(scratch: &Scratch, kind: &str, name: &str) -> PathBuf {
 }
 
 /// Mounts a raw image for writing on a loop of another's, meanwhile does `write`.
-fn with_written(scratch: &Scratch, image: &Path, write: impl FnOnce(&Path)) {
+pub(crate) fn with_written(scratch: &Scratch, image: &Path, write: impl FnOnce(&Path)) {
     let place = scratch.path("written");
     fs::create_dir_all(&place).unwrap();
     tool("mount", args!["-o", "loop", image, &place]);
@@ -89,7 +89,12 @@ fn with_written(scratch: &Scratch, image: &Path, write: impl FnOnce(&Path)) {
 
 /// A copy of a raw file system, made while it is mounted and `write` has been done: as after
 /// the power failed.
-fn crashed(scratch: &Scratch, image: &Path, name: &str, write: impl FnOnce(&Path)) -> PathBuf {
+pub(crate) fn crashed(
+    scratch: &Scratch,
+    image: &Path,
+    name: &str,
+    write: impl FnOnce(&Path),
+) -> PathBuf {
     let copy = scratch.path(name);
     with_written(scratch, image, |place| {
         write(place);
@@ -99,12 +104,12 @@ fn crashed(scratch: &Scratch, image: &Path, name: &str, write: impl FnOnce(&Path
 }
 
 /// Bytes and times of a file that must not change.
-fn untouched(image: &Path) -> (String, i64, i64, i64, i64) {
+pub(crate) fn untouched(image: &Path) -> (String, i64, i64, i64, i64) {
     let times = fs::metadata(image).unwrap();
     (sha256(image), times.mtime(), times.mtime_nsec(), times.ctime(), times.ctime_nsec())
 }
 
-fn mount_command<A: AsRef<std::ffi::OsStr>>(
+pub(crate) fn mount_command<A: AsRef<std::ffi::OsStr>>(
     arguments: impl IntoIterator<Item = A>,
 ) -> std::process::Command {
     let mut line = imgdm_command(["mount"]);
@@ -114,7 +119,7 @@ fn mount_command<A: AsRef<std::ffi::OsStr>>(
 
 /// `imgdm mount`, which must succeed and print nothing on standard output; what it warned of.
 #[track_caller]
-fn mount<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = A>) -> String {
+pub(crate) fn mount<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = A>) -> String {
     let ran = run(&mut mount_command(arguments));
     assert!(ran.status.success(), "{ran}");
     assert_eq!(ran.stdout, "", "{ran}");
@@ -123,7 +128,7 @@ fn mount<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = A>) -> S
 
 /// `imgdm mount`, which must fail so, say these words, and leave nothing.
 #[track_caller]
-fn refused<A: AsRef<std::ffi::OsStr>>(
+pub(crate) fn refused<A: AsRef<std::ffi::OsStr>>(
     arguments: impl IntoIterator<Item = A>,
     code: i32,
     words: &[&str],
@@ -136,19 +141,19 @@ fn refused<A: AsRef<std::ffi::OsStr>>(
 }
 
 #[track_caller]
-fn umount(place: &Path) {
+pub(crate) fn umount(place: &Path) {
     tool("umount", [place]);
 }
 
 /// Unmounts the last that is mounted; nothing may be left soon.
 #[track_caller]
-fn umount_all(place: &Path) {
+pub(crate) fn umount_all(place: &Path) {
     umount(place);
     assert_nothing_left_soon();
 }
 
 /// The options of a mount and of its file system, as the kernel lists them.
-fn options(place: &Path) -> Vec<String> {
+pub(crate) fn options(place: &Path) -> Vec<String> {
     let line = ["-n", "-o", "VFS-OPTIONS,FS-OPTIONS", "--mountpoint"];
     let printed = tool("findmnt", line.iter().map(AsRef::as_ref).chain([place.as_os_str()]));
     printed.trim().split([',', ' ']).map(str::to_owned).collect()
@@ -169,7 +174,7 @@ fn assert_mounted(place: &Path) {
 }
 
 /// A disk with a GPT of these partitions, each with what lies in a raw file.
-fn partitioned(scratch: &Scratch, name: &str, parts: &[(&str, &Path)]) -> PathBuf {
+pub(crate) fn partitioned(scratch: &Scratch, name: &str, parts: &[(&str, &Path)]) -> PathBuf {
     let disk = scratch.path(name);
     let mut script = String::from("label: gpt\n");
     let mut end = 2048;
@@ -197,14 +202,14 @@ fn partitioned(scratch: &Scratch, name: &str, parts: &[(&str, &Path)]) -> PathBu
 }
 
 /// The same as qcow2.
-fn qcow2(scratch: &Scratch, raw: &Path, name: &str) -> PathBuf {
+pub(crate) fn qcow2(scratch: &Scratch, raw: &Path, name: &str) -> PathBuf {
     let image = scratch.path(name);
     qemu_img(args!["convert", "-O", "qcow2", raw, &image]).ok();
     image
 }
 
 /// Types of partitions, by sfdisk's names.
-const LINUX: &str = "linux";
+pub(crate) const LINUX: &str = "linux";
 const OTHER: &str = "21686148-6449-6E6F-744E-656564454649";
 
 #[test]
@@ -564,7 +569,7 @@ fn killed_or_failed_at_any_step_it_leaves_nothing_or_a_mount() {
 }
 
 /// /sbin/mount.imgdm as packages install it.
-fn helper() -> PathBuf {
+pub(crate) fn helper() -> PathBuf {
     let link = PathBuf::from("/sbin/mount.imgdm");
     if !link.exists() {
         std::os::unix::fs::symlink(imgdm_path(), &link).unwrap();
