@@ -22,18 +22,20 @@ pub struct Compressor {
 }
 
 enum Method {
-    Deflate {
-        text: Compress,
-        binary: Compress,
-    },
+    Deflate(Box<Deflate>),
     #[cfg(feature = "device")]
     Zstd(zstd_safe::CCtx<'static>),
+}
+
+struct Deflate {
+    text: Compress,
+    binary: Compress,
 }
 
 impl fmt::Debug for Compressor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let method = match self.method {
-            Method::Deflate { .. } => "deflate",
+            Method::Deflate(_) => "deflate",
             #[cfg(feature = "device")]
             Method::Zstd(_) => "zstd",
         };
@@ -48,9 +50,10 @@ impl Compressor {
     /// `Unsupported` for zstd in a build without it; no memory.
     pub fn new(method: Compression) -> Result<Self> {
         let method = match method {
-            Compression::Zlib => {
-                Method::Deflate { text: deflate(TEXT_LEVEL), binary: deflate(BINARY_LEVEL) }
-            }
+            Compression::Zlib => Method::Deflate(Box::new(Deflate {
+                text: deflate(TEXT_LEVEL),
+                binary: deflate(BINARY_LEVEL),
+            })),
             Compression::Zstd => Self::zstd()?,
         };
         Ok(Self { method, stream: Vec::new() })
@@ -80,7 +83,8 @@ impl Compressor {
         self.stream.resize(cluster.len().saturating_sub(1), 0);
         let failed = |what: String| Error::new(ErrorKind::Io(format!("cannot compress: {what}")));
         let length = match &mut self.method {
-            Method::Deflate { text, binary } => {
+            Method::Deflate(deflate) => {
+                let Deflate { text, binary } = &mut **deflate;
                 let deflate = if is_text(cluster) { text } else { binary };
                 deflate.reset();
                 match deflate.compress(cluster, &mut self.stream, FlushCompress::Finish) {
@@ -104,7 +108,7 @@ fn deflate(level: u32) -> Compress {
 fn is_text(cluster: &[u8]) -> bool {
     // A step that no structure has.
     let sample = cluster.iter().step_by(17);
-    let others = sample.clone().filter(|&&byte| byte < 9 || byte >= 0x80).count();
+    let others = sample.clone().filter(|&&byte| !(9..0x80).contains(&byte)).count();
     others * 50 <= sample.len()
 }
 

@@ -148,6 +148,16 @@ pub trait ImageWriter: Send {
     /// The file that the bytes are to be written to.
     fn data_file(&self) -> &File;
 
+    /// Readies what comes before `end` and has not been spoken of: with preallocation that can
+    /// take long. It is done anyway; called in steps, the work can be stopped between them.
+    ///
+    /// # Errors
+    /// As [`data`](Self::data).
+    fn pass_over(&mut self, end: GuestOffset) -> Result<()> {
+        let _ = end;
+        Ok(())
+    }
+
     /// Writes what is left of the metadata, the header last. The bytes are all written by now.
     ///
     /// # Errors

@@ -156,3 +156,6 @@ fn bad_value(option: &str, value: &str, possible: &str) -> Error {
 fn not_written() -> Error {
     usage("the format 'cow' is read, but not written (raw, qcow2 and qcow are)")
 }
+
+#[cfg(test)]
+mod tests;

@@ -34,6 +34,12 @@ impl<'f> OutputFile<'f> {
         Ok(Self { file, capacity })
     }
 
+    /// As a block device of that many bytes.
+    #[cfg(test)]
+    pub(super) fn of_device(file: &'f File, capacity: u64) -> Self {
+        Self { file, capacity: Some(capacity) }
+    }
+
     pub(super) fn file(self) -> &'f File {
         self.file
     }

@@ -49,7 +49,7 @@ impl<'f> QcowWriter<'f> {
         let (cluster_bits, l2_bits) =
             if new.backing.is_some() { SHAPE_OVER_BACKING } else { SHAPE };
         let l1_entries = size.div_ceil(1 << (cluster_bits + l2_bits));
-        if size == 0 || size % SECTOR_SIZE != 0 || l1_entries > L1_ENTRIES_MAX {
+        if size == 0 || !size.is_multiple_of(SECTOR_SIZE) || l1_entries > L1_ENTRIES_MAX {
             let limit = L1_ENTRIES_MAX << (cluster_bits + l2_bits);
             return Err(usage(format!(
                 "a qcow image can't have a disk of {size} bytes: it takes whole sectors, at least \

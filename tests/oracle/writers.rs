@@ -136,6 +136,9 @@ impl Disk {
         };
         let mut compressor = Compressor::new(self.method()).unwrap();
         for &(range, kind) in &self.pieces {
+            if kind == Kind::Data && range.start.get() % 3 == 0 {
+                writer.pass_over(range.start).unwrap();
+            }
             match kind {
                 Kind::Backing => {}
                 Kind::Zeros if writer.has_zeros() => writer.zeros(range).unwrap(),
@@ -204,6 +207,21 @@ impl Disk {
             return Err(format!("maps differ:\n{map}\n{ours}"));
         }
         self.check_map(map.as_array().unwrap())
+    }
+
+    /// QEMU goes on writing to it, and still finds nothing wrong.
+    fn write_on(&self, dir: &Path, image: &str, rng: &mut Rng) -> Outcome {
+        let sectors = self.size / 512;
+        let writes: Vec<String> = (0..6)
+            .map(|i| {
+                let start = rng.below(sectors);
+                let length = rng.range(1, (sectors - start).min(600));
+                let what = if i % 3 == 2 { "-z" } else { "-P 9" };
+                format!("write {what} {} {}", start * 512, length * 512)
+            })
+            .collect();
+        qemu::io(dir, self.format.name(), image, &writes)?;
+        qemu::img(dir, &["check", "-q", "-f", self.format.name(), image]).map(|_| ())
     }
 
     fn check_map(&self, map: &[Value]) -> Outcome {
@@ -289,7 +307,7 @@ fn run_cases(name: &str, cases: u64, one: impl Fn(&Path, &mut Rng) -> (String, O
         if let Err(error) = outcome {
             let kept = dir.keep();
             panic!(
-                "IMGDM_SEED={seed:#x} IMGDM_CASE={case}, {what}, in {}: {error}",
+                "IMGDM_SEED={seed:#x} IMGDM_CASE={case} ({what}) in {}: {error}",
                 kept.display()
             );
         }
@@ -298,7 +316,7 @@ fn run_cases(name: &str, cases: u64, one: impl Fn(&Path, &mut Rng) -> (String, O
 
 #[test]
 fn qcow2_images_of_all_shapes_are_clean_and_hold_what_was_written() {
-    run_cases("qcow2", 150, |dir, rng| {
+    run_cases("qcow2", 70, |dir, rng| {
         let (options, bits, streams, backing) = draw_options(rng);
         // Several L2 tables and refcount blocks, where clusters are small.
         let most = (1u64 << 23).min(1 << (bits + 10)) / 512;
@@ -319,13 +337,14 @@ fn qcow2_images_of_all_shapes_are_clean_and_hold_what_was_written() {
         };
         disk.draw(rng, if streams { ALL } else { NO_STREAMS });
         disk.write(dir, "x.qcow2");
-        (what, disk.check(dir, "x.qcow2"))
+        let outcome = disk.check(dir, "x.qcow2");
+        (what, outcome.and_then(|()| disk.write_on(dir, "x.qcow2", rng)))
     });
 }
 
 #[test]
 fn qcow_images_hold_what_was_written() {
-    run_cases("qcow", 40, |dir, rng| {
+    run_cases("qcow", 20, |dir, rng| {
         let size = rng.range(1, 12_000) * 512;
         let backing = rng.percent(50).then(|| {
             let mut bytes = vec![0; at(rng.range(1, size / 512 + 20) * 512)];

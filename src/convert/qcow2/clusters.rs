@@ -220,3 +220,53 @@ impl<'f> Clusters<'f> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_device_holds_as_many_clusters_as_it_has() {
+        let file = tempfile::tempfile().unwrap();
+        let output = OutputFile::of_device(&file, 10 * 512 + 511);
+        let mut clusters = Clusters::new(output, 9, 4).unwrap();
+        assert_eq!(clusters.allocate(5).unwrap(), (2, 5));
+        assert_eq!(clusters.allocate(3).unwrap(), (7, 3));
+        let error = clusters.allocate(1).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::CannotCreate(_)), "{error:?}");
+        assert!(error.to_string().contains("holds 5631 bytes"), "{error}");
+        let error = Clusters::new(OutputFile::of_device(&file, 600), 9, 4).unwrap_err();
+        assert!(error.to_string().contains("no smaller than 1024"), "{error}");
+    }
+
+    #[test]
+    fn more_than_reference_counts_can_count_is_refused() {
+        let file = tempfile::tempfile().unwrap();
+        let mut clusters = Clusters::new(OutputFile::new(&file).unwrap(), 9, 6).unwrap();
+        clusters.table.resize(MAX_TABLE_ENTRIES, 0);
+        clusters.next = clusters.table.len() as u64 * clusters.range;
+        let error = clusters.allocate(1).unwrap_err();
+        assert!(error.to_string().contains("take a larger cluster_size"), "{error}");
+    }
+
+    #[test]
+    fn a_refcount_can_be_changed_until_its_block_is_written() {
+        let file = tempfile::tempfile().unwrap();
+        for order in 0..=6 {
+            let mut clusters = Clusters::new(OutputFile::new(&file).unwrap(), 9, order).unwrap();
+            let (first, _) = clusters.allocate(2).unwrap();
+            assert_eq!(clusters.is_full(first), order == 0);
+            if order > 0 {
+                clusters.count_again(first);
+                assert_eq!((clusters.refcount(first), clusters.refcount(first + 1)), (2, 1));
+            }
+            assert!(clusters.is_countable(first));
+            let rest = clusters.range - clusters.next();
+            assert_eq!(clusters.allocate(rest + 1).unwrap().1, rest);
+            assert!(clusters.is_countable(first));
+            // Behind the block that counts it.
+            assert_eq!(clusters.allocate(1).unwrap().0, clusters.range + 1);
+            assert!(!clusters.is_countable(first));
+        }
+    }
+}

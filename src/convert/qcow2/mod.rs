@@ -168,13 +168,13 @@ impl<'f> Qcow2Writer<'f> {
             let message = format!("{start:#x} to {end:#x} of the disk can't be written now");
             return Err(Error::new(ErrorKind::Io(message)));
         }
-        self.pass_over(start)?;
+        self.settle(start)?;
         self.done = end;
         Ok(())
     }
 
     /// Where each cluster has a place, also those from `done` up to `end` get theirs.
-    fn pass_over(&mut self, end: u64) -> Result<()> {
+    fn settle(&mut self, end: u64) -> Result<()> {
         while self.is_preallocated() && self.done < end {
             let first = self.done >> self.cluster_bits();
             let index = self.seek(first)?;
@@ -331,7 +331,10 @@ impl ImageWriter for Qcow2Writer<'_> {
         self.options.check(true, self.has_backing)?;
         let length = stream_length as u64;
         let start = cluster.get();
-        if length == 0 || length >= self.cluster_size() || start % self.cluster_size() != 0 {
+        if length == 0
+            || length >= self.cluster_size()
+            || !start.is_multiple_of(self.cluster_size())
+        {
             let message = format!("{length} bytes are no stream for the cluster at {start:#x}");
             return Err(Error::new(ErrorKind::Io(message)));
         }
@@ -352,8 +355,12 @@ impl ImageWriter for Qcow2Writer<'_> {
         self.external.unwrap_or(self.image).file()
     }
 
+    fn pass_over(&mut self, end: GuestOffset) -> Result<()> {
+        self.settle(end.get().min(self.size))
+    }
+
     fn finish(&mut self) -> Result<()> {
-        self.pass_over(self.size)?;
+        self.settle(self.size)?;
         self.write_l2_table()?;
         self.l1.flush()?;
         let refcounts = self.clusters.finish()?;
