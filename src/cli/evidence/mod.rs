@@ -48,7 +48,13 @@ pub(crate) struct EvidenceArgs {
     /// Keep a record of the attachment in REPORT (default: NAME.evidence.json, in the working
     /// directory): its files with times and sha256, now and at detach, the chain, who and
     /// when. Refuses whatever would leave a trace on the files or in what is read of them
-    #[arg(long, value_name = "REPORT", num_args = 0..=1, require_equals = true)]
+    #[arg(
+        long,
+        value_name = "REPORT",
+        num_args = 0..=1,
+        require_equals = true,
+        conflicts_with = "overlay"
+    )]
     evidence: Option<Option<PathBuf>>,
 
     /// Read all of the device after attaching it, and put its sha256 into the record
