@@ -15,6 +15,7 @@ mod common;
 mod bitmap;
 mod check;
 mod consistency;
+mod convert;
 mod crypt;
 mod damaged;
 mod deep;
