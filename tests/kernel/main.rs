@@ -7,6 +7,7 @@ mod cache;
 mod completions;
 mod compressed;
 mod content;
+mod convert;
 mod cow;
 mod encrypted;
 mod evidence;

@@ -1,0 +1,218 @@
+//! How fast `imgdm convert` is, as ratios to `qemu-img convert` on the same file system.
+//!
+//! ```text
+//! cargo bench --bench convert               prints the figures
+//! cargo bench --bench convert -- --check    and fails where a goal is missed
+//! ```
+//!
+//! It makes a qcow2 image of 4 GiB (`IMGDM_BENCH_MIB`: another number of MiB), of what lies
+//! under /usr and compresses, and converts it under `TMPDIR`, by both programs in turn,
+//! median of three, each time with the image in the page cache, no output there and
+//! nothing left to be written out:
+//!
+//! - to raw, every byte copied (`--reflink=never`);
+//! - to raw by reflinks, on XFS on a loop device, which takes root;
+//! - to qcow2 with `-c`, zlib and zstd, a sixteenth of the image, against
+//!   `qemu-img convert -c -m 16 -W`.
+//!
+//! imgdm's time is that until its output is on the disk (fsync). qemu-img leaves that to the
+//! kernel: its time is measured twice, to its own end, and to the end of an fsync of its
+//! output. The goals are for the time to its own end, although that is less work.
+//!
+//! TMPDIR has to have room for four times the size. Let nothing else run meanwhile.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+
+#[path = "common/content.rs"]
+mod content;
+#[path = "common/process.rs"]
+mod process;
+
+use process::run;
+
+const IMGDM: &str = env!("CARGO_BIN_EXE_imgdm");
+const ROUNDS: usize = 3;
+/// MiB of different content; more is the same again.
+const CONTENT_MIB: u64 = 256;
+const COPY_GOAL: f64 = 1.3;
+const REFLINK_GOAL: f64 = 50.0;
+const COMPRESS_GOAL: f64 = 1.2;
+
+fn main() -> anyhow::Result<ExitCode> {
+    let check = std::env::args().any(|arg| arg == "--check");
+    let mib = std::env::var("IMGDM_BENCH_MIB").map_or(Ok(4096), |text| text.parse::<u64>())?;
+    let dir = tempfile::tempdir().context("cannot make a directory under TMPDIR")?;
+    let dir = dir.path();
+    let raw = dir.join("content.raw");
+    content::make_content(&raw, CONTENT_MIB.min(mib) << 20)?;
+    let (whole, part) = (dir.join("whole.qcow2"), dir.join("part.qcow2"));
+    make_image(&raw, (mib / 16).max(16), &part)?;
+    make_image(&raw, mib, &whole)?;
+
+    let mut good = copied(&format!("{mib} MiB of qcow2 to raw"), &whole, "never", COPY_GOAL)?;
+    good &= reflinked(mib, &whole, dir)?;
+    std::fs::remove_file(&whole)?;
+    for method in ["zlib", "zstd"] {
+        good &= compressed(&part, method)?;
+    }
+    Ok(if check && !good { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// A qcow2 image of that many MiB of the content, again and again.
+fn make_image(raw: &Path, mib: u64, image: &Path) -> anyhow::Result<()> {
+    let longer = raw.with_extension("longer");
+    let mut out = File::create(&longer)?;
+    let mut left = mib << 20;
+    while left > 0 {
+        left -= std::io::copy(&mut File::open(raw)?.take(left), &mut out)?;
+    }
+    out.flush()?;
+    let mut convert = Command::new("qemu-img");
+    run(convert.args(["convert", "-f", "raw", "-O", "qcow2"]).args([&longer, &image.into()]))?;
+    std::fs::remove_file(longer)?;
+    Ok(())
+}
+
+/// Medians of what two programs take.
+struct Times {
+    ours: f64,
+    /// To qemu-img's own end, and to that of an fsync.
+    theirs: [f64; 2],
+    /// Bytes of the outputs.
+    sizes: [u64; 2],
+}
+
+/// Both in turn, from an image to files beside it; what they wrote is compared once.
+fn times(
+    image: &Path,
+    ours: impl Fn(&Path) -> Command,
+    theirs: impl Fn(&Path) -> Command,
+    format: &str,
+) -> anyhow::Result<Times> {
+    let outputs = ["ours", "theirs"].map(|name| image.with_file_name(name));
+    let mut all = [Vec::new(), Vec::new(), Vec::new()];
+    let mut sizes = [0; 2];
+    let fresh = || -> anyhow::Result<()> {
+        for output in &outputs {
+            let _ = std::fs::remove_file(output);
+        }
+        nix::unistd::sync();
+        // Into the page cache.
+        std::io::copy(&mut File::open(image)?, &mut std::io::sink())?;
+        Ok(())
+    };
+    for round in 0..ROUNDS {
+        fresh()?;
+        all[0].push(run(&mut ours(&outputs[0]))?);
+        if round > 0 {
+            fresh()?;
+        }
+        let start = Instant::now();
+        all[1].push(run(&mut theirs(&outputs[1]))?);
+        File::open(&outputs[1])?.sync_all()?;
+        all[2].push(start.elapsed());
+        if round == 0 {
+            let mut compare = Command::new("qemu-img");
+            compare.args(["compare", "-f", format, "-F", format]).args(&outputs);
+            run(&mut compare)?;
+            for (size, output) in sizes.iter_mut().zip(&outputs) {
+                *size = std::fs::metadata(output)?.len();
+            }
+        }
+    }
+    for output in &outputs {
+        std::fs::remove_file(output)?;
+    }
+    let [ours, own_end, synced] = all.map(median);
+    Ok(Times { ours, theirs: [own_end, synced], sizes })
+}
+
+fn median(mut times: Vec<Duration>) -> f64 {
+    times.sort();
+    times[times.len() / 2].as_secs_f64()
+}
+
+/// Prints a comparison, and says whether the goal is reached.
+fn reached(what: &str, times: &Times, goal: f64) -> bool {
+    let ratios = times.theirs.map(|theirs| theirs / times.ours);
+    println!(
+        "{what}: qemu-img {:.3} s ({:.3} s with fsync), imgdm {:.3} s: {:.2} times as fast ({:.2}; goal {goal})",
+        times.theirs[0], times.theirs[1], times.ours, ratios[0], ratios[1]
+    );
+    if ratios[0] < goal {
+        println!("{what} misses its goal");
+    }
+    ratios[0] >= goal
+}
+
+fn copied(what: &str, image: &Path, reflink: &str, goal: f64) -> anyhow::Result<bool> {
+    let ours = |out: &Path| {
+        let mut command = Command::new(IMGDM);
+        command.args(["convert", "-f", "qcow2", "-O", "raw"]);
+        command.arg(format!("--reflink={reflink}")).args([image, out]);
+        command
+    };
+    let theirs = |out: &Path| {
+        let mut command = Command::new("qemu-img");
+        command.args(["convert", "-f", "qcow2", "-O", "raw"]).args([image, out]);
+        command
+    };
+    Ok(reached(what, &times(image, ours, theirs, "raw")?, goal))
+}
+
+/// An XFS file system in a file, mounted until this is dropped.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn xfs(dir: &Path, mib: u64) -> anyhow::Result<Self> {
+        let (file, place) = (dir.join("xfs"), dir.join("mounted"));
+        File::create(&file)?.set_len((3 * mib + 512) << 20)?;
+        run(Command::new("mkfs.xfs").args(["-q", "-m", "reflink=1"]).arg(&file))?;
+        std::fs::create_dir(&place)?;
+        run(Command::new("mount").args(["-o", "loop"]).args([&file, &place]))?;
+        Ok(Self(place))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = run(Command::new("umount").arg(&self.0));
+    }
+}
+
+fn reflinked(mib: u64, image: &Path, dir: &Path) -> anyhow::Result<bool> {
+    let what = format!("{mib} MiB of qcow2 to raw by reflinks on XFS");
+    let mounted = match Mounted::xfs(dir, mib) {
+        Ok(mounted) => mounted,
+        Err(error) => {
+            println!("{what}: passed over, no XFS can be mounted here: {error:#}");
+            return Ok(true);
+        }
+    };
+    let there = mounted.0.join("image.qcow2");
+    std::fs::copy(image, &there)?;
+    copied(&what, &there, "always", REFLINK_GOAL)
+}
+
+fn compressed(image: &Path, method: &str) -> anyhow::Result<bool> {
+    let option = format!("compression_type={method}");
+    let command = |program: &str, more: &[&str], out: &Path| {
+        let mut command = Command::new(program);
+        command.args(["convert", "-f", "qcow2", "-O", "qcow2", "-c", "-o", &option]);
+        command.args(more).args([image, out]);
+        command
+    };
+    let ours = |out: &Path| command(IMGDM, &[], out);
+    let theirs = |out: &Path| command("qemu-img", &["-m", "16", "-W"], out);
+    let times = times(image, ours, theirs, "qcow2")?;
+    let [our_size, their_size] = times.sizes.map(|bytes| bytes >> 10);
+    ensure!(our_size > 0, "nothing was written");
+    println!("-c {method}: imgdm's image has {our_size} KiB, qemu-img's {their_size} KiB");
+    Ok(reached(&format!("-c {method}"), &times, COMPRESS_GOAL))
+}
