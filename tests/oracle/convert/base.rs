@@ -312,14 +312,19 @@ fn the_name_of_the_base_leads_there_from_where_the_new_image_is() {
     let same = Output::of("qcow2", &["cluster_size=4k"], &[]);
     let absolute = dir.join("base.qcow2").to_string_lossy().into_owned();
     for (out, base) in [
-        ("a/b/new", "base.qcow2"),
+        ("a/b/new", "../../base.qcow2"),
         ("a/new", &absolute),
         ("new", "./a/../base.qcow2"),
-        ("a/b/newer", "a/b/../../base.qcow2"),
+        ("a/b/newer", "../b/../../base.qcow2"),
     ] {
         ours(dir, &top(), &same, &strings(&["-B", base, "-F", "qcow2"]), out).unwrap();
         good(dir, "qcow2", out).unwrap_or_else(|error| panic!("{out} {base}: {error}"));
+        let info = described(dir, "qcow2", out).unwrap();
+        assert_eq!(info["backing-filename"], base);
     }
+    // As by qemu-img, it is not seen from where imgdm runs.
+    let line = ["convert", "-O", "qcow2", "-B", "base.qcow2", "-F", "qcow2", "top.qcow2", "a/x"];
+    crate::imgdm::refused(&imgdm(dir, &line).unwrap(), &[66], &["a/base.qcow2"]).unwrap();
     // Moved together they still belong together.
     fs::create_dir(dir.join("moved")).unwrap();
     for name in ["a", "base.qcow2"] {

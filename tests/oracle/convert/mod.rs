@@ -2,6 +2,7 @@
 //! QEMU's tools find sound and go on with.
 
 mod base;
+mod far;
 mod guest;
 mod options;
 mod random;
