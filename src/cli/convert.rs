@@ -244,6 +244,10 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     }
     let mut target = Target::create(&args.out, args.force)?;
     let mut data = data_name.map(|name| Target::create(&name, args.force)).transpose()?;
+    if let Some(data) = data.as_ref().filter(|data| data.is_same_place(&target)) {
+        let message = "the image can't be its own data file: give that another name";
+        return Err(Error::new(ErrorKind::Usage(message.to_owned())).at_path(data.name()).into());
+    }
     let summary = job.copy(&target, data.as_ref(), globals)?;
     if let Some(stamps) = stamps {
         stamps.check(&chain)?;

@@ -98,6 +98,22 @@ impl Target {
         &self.name
     }
 
+    /// True where both would come to be one and the same.
+    pub fn is_same_place(&self, other: &Self) -> bool {
+        let path = |target: &'_ Self| match &target.kind {
+            Kind::Unnamed(path) | Kind::Beside { path, .. } => Some(path.clone()),
+            Kind::BlockDevice | Kind::Done => None,
+        };
+        match (path(self), path(other)) {
+            (Some(a), Some(b)) => {
+                let [directory, other] = [&a, &b].map(|path| FileId::of_path(directory_of(path)));
+                a.file_name() == b.file_name() && directory == other
+            }
+            (None, None) => FileId::of_path(&self.name) == FileId::of_path(&other.name),
+            _ => false,
+        }
+    }
+
     /// True for a block device, which keeps what was written to it.
     pub fn is_block_device(&self) -> bool {
         matches!(self.kind, Kind::BlockDevice)

@@ -23,12 +23,17 @@ fn another_name(dir: &Path, file: &str, rng: &mut Rng) -> Outcome<String> {
     let linked = |made: std::io::Result<()>, name: &str| {
         made.map(|()| name.to_owned()).map_err(|error| format!("{name}: {error}"))
     };
-    let _ = fs::remove_file(dir.join("link"));
+    // Beside it, where its own relative names lead to the same files.
+    let link = match file.rsplit_once('/') {
+        Some((folder, _)) => format!("{folder}/link"),
+        None => "link".to_owned(),
+    };
+    let _ = fs::remove_file(dir.join(&link));
     Ok(match rng.below(5) {
         0 => absolute.to_string_lossy().into_owned(),
         1 => format!("sub/../{file}"),
-        2 => linked(symlink(&absolute, dir.join("link")), "link")?,
-        3 => linked(fs::hard_link(&absolute, dir.join("link")), "link")?,
+        2 => linked(symlink(&absolute, dir.join(&link)), &link)?,
+        3 => linked(fs::hard_link(&absolute, dir.join(&link)), &link)?,
         _ => file.to_owned(),
     })
 }
