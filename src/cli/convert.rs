@@ -11,6 +11,7 @@ use imgdm::convert::copy::{CopyOptions, DEFAULT_SPARSE, Summary, copy};
 use imgdm::convert::create::{NewImage, StoredBacking};
 use imgdm::convert::input::{Base, ChainInput};
 use imgdm::convert::options::{FormatOptions, Preallocation};
+use imgdm::convert::qcow::QcowWriter;
 use imgdm::convert::qcow2::Qcow2Writer;
 use imgdm::convert::raw::RawWriter;
 use imgdm::convert::reflink::{Offloads, Reflink};
@@ -478,10 +479,7 @@ impl Job<'_> {
             FormatOptions::Qcow2(options) => {
                 (Box::new(Qcow2Writer::new(new, options)?), options.compression())
             }
-            FormatOptions::Qcow(_) => {
-                let message = "qcow is not written yet".to_owned();
-                return Err(Error::new(ErrorKind::Unsupported(message)));
-            }
+            FormatOptions::Qcow(_) => (Box::new(QcowWriter::new(new)?), Compression::Zlib),
         })
     }
 }

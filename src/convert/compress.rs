@@ -79,8 +79,9 @@ impl Compressor {
     /// # Errors
     /// The library fails, which it does not do by itself.
     pub fn compress(&mut self, cluster: &[u8]) -> Result<Option<&[u8]>> {
-        // A stream of the cluster's length is none: QEMU gives one byte less as well.
-        self.stream.resize(cluster.len().saturating_sub(1), 0);
+        // Room for a stream that is longer than the cluster: zlib-rs 0.6 panics where what it
+        // takes to store some bytes as they are does not fit in.
+        self.stream.resize(cluster.len() + cluster.len() / 4 + 64, 0);
         let failed = |what: String| Error::new(ErrorKind::Io(format!("cannot compress: {what}")));
         let length = match &mut self.method {
             Method::Deflate(deflate) => {
@@ -96,6 +97,8 @@ impl Compressor {
             #[cfg(feature = "device")]
             Method::Zstd(zstd) => zstd.compress2(&mut self.stream[..], cluster).ok(),
         };
+        // One of the cluster's length is none: QEMU gives one byte less as well.
+        let length = length.filter(|&length| length < cluster.len());
         Ok(length.and_then(|length| self.stream.get(..length)))
     }
 }
