@@ -145,6 +145,12 @@ pub trait ImageWriter: Send {
     /// As [`data`](Self::data).
     fn compressed(&mut self, cluster: GuestOffset, stream_length: usize) -> Result<HostOffset>;
 
+    /// True where all bytes go to their own offsets, and zeros need no word (a sparse raw
+    /// image): then nobody has to ask, and nobody does.
+    fn keeps_offsets(&self) -> bool {
+        false
+    }
+
     /// The file that the bytes are to be written to.
     fn data_file(&self) -> &File;
 

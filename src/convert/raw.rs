@@ -40,7 +40,7 @@ impl<'f> RawWriter<'f> {
     }
 
     /// What lies between the last range and this one was never spoken of: zeros.
-    fn pass_over(&mut self, to: u64) -> Result<()> {
+    fn fill_up(&mut self, to: u64) -> Result<()> {
         let (from, length) = (self.done, to.saturating_sub(self.done));
         self.done = self.done.max(to);
         match self.preallocation {
@@ -68,7 +68,7 @@ impl ImageWriter for RawWriter<'_> {
     }
 
     fn data(&mut self, range: GuestRange, placed: &mut Vec<Placed>) -> Result<()> {
-        self.pass_over(range.start.get())?;
+        self.fill_up(range.start.get())?;
         self.done = range.end.get();
         placed.push(Placed { range, offset: HostOffset::new(range.start.get()) });
         Ok(())
@@ -84,12 +84,20 @@ impl ImageWriter for RawWriter<'_> {
         Err(crate::error::Error::new(crate::error::ErrorKind::Usage(message.to_owned())))
     }
 
+    fn keeps_offsets(&self) -> bool {
+        self.preallocation == Preallocation::Off && !self.image.is_block_device()
+    }
+
+    fn pass_over(&mut self, end: GuestOffset) -> Result<()> {
+        self.fill_up(end.get().min(self.size))
+    }
+
     fn data_file(&self) -> &File {
         self.image.file()
     }
 
     fn finish(&mut self) -> Result<()> {
-        self.pass_over(self.size)
+        self.fill_up(self.size)
     }
 }
 

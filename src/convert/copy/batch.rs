@@ -7,13 +7,6 @@ use super::{CopyOptions, Layout};
 use crate::error::Result;
 use crate::units::{ByteLen, GuestOffset, GuestRange};
 
-/// Bytes that are read in one go, so that they are in the core's cache when they are looked
-/// at and written.
-const CHUNK: u64 = 256 << 10;
-/// The same where zeros are looked for in longer runs, or clusters compressed.
-const LARGE_CHUNK: u64 = 2 << 20;
-/// Bytes of a cluster that are compressed by one thread between two turns.
-const COMPRESSED_CHUNK: u64 = 1 << 20;
 /// Parts of a batch at most.
 const MAX_UNITS: usize = 512;
 /// Bytes that are cloned in one batch.
@@ -26,6 +19,18 @@ pub(super) struct Unit {
     pub(super) work: Work,
     /// First byte past what comes behind and is likely data too.
     pub(super) run_end: GuestOffset,
+}
+
+impl Unit {
+    /// What of it comes from `start` on.
+    pub(super) fn from(self, start: GuestOffset) -> Self {
+        let distance = start.since(self.range.start);
+        let work = match self.work {
+            Work::Copy(Some(place)) => Work::Copy(Some(place.advanced(distance))),
+            other => other,
+        };
+        Self { range: GuestRange::new(start, self.range.end), work, ..self }
+    }
 }
 
 /// What is to be done.
@@ -61,7 +66,6 @@ pub(super) struct Batches<'s> {
     cutter: Cutter<Pieces<'s>>,
     layout: Layout,
     offloads: &'s Offloads,
-    chunk: u64,
     compresses: bool,
     rest: Option<Cut>,
     next: u64,
@@ -75,17 +79,10 @@ impl<'s> Batches<'s> {
         layout: Layout,
         options: &'s CopyOptions<'s>,
     ) -> Self {
-        let chunk = match options.compression {
-            Some(_) => COMPRESSED_CHUNK,
-            None if options.sparse > CHUNK / 4 => LARGE_CHUNK,
-            None => CHUNK,
-        };
         Self {
             cutter,
             layout,
             offloads: &options.offloads,
-            // A power of two, as a cluster is.
-            chunk: chunk.max(layout.cluster as u64),
             compresses: options.compression.is_some(),
             rest: None,
             next: 0,
@@ -104,7 +101,7 @@ impl<'s> Batches<'s> {
         }
         self.next += 1;
         let mut cloned = 0;
-        while batch.bytes < self.chunk && cloned < CLONED && batch.units.len() < MAX_UNITS {
+        while batch.bytes < self.layout.batch && cloned < CLONED && batch.units.len() < MAX_UNITS {
             let cut = match self.rest.take().map(Ok).or_else(|| self.cutter.next()) {
                 Some(Ok(cut)) => cut,
                 Some(Err(error)) => {
@@ -121,7 +118,7 @@ impl<'s> Batches<'s> {
             // What was begun is not cut anew in the middle of a chunk.
             if !matches!(unit.work, Work::Zeros | Work::Offload(..)) {
                 let length = unit.range.length().get();
-                if batch.bytes > 0 && batch.bytes + length > self.chunk {
+                if batch.bytes > 0 && batch.bytes + length > self.layout.batch {
                     self.rest = Some(cut);
                     break;
                 }
@@ -160,8 +157,8 @@ impl<'s> Batches<'s> {
                 Work::Copy(place)
             }
         };
-        let next = (cut.range.start.get() / self.chunk).saturating_add(1);
-        let end = GuestOffset::new(next.saturating_mul(self.chunk)).min(cut.range.end);
+        let next = (cut.range.start.get() / self.layout.batch).saturating_add(1);
+        let end = GuestOffset::new(next.saturating_mul(self.layout.batch)).min(cut.range.end);
         let (range, rest) = split(cut, end);
         (unit(range, work), rest)
     }

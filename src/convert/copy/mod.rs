@@ -21,6 +21,7 @@ use super::reflink::{HostCalls, Offloads};
 use super::{ImageWriter, Input, Placed};
 use crate::error::{Error, Result};
 use crate::format::qcow2::Compression;
+use crate::units::GuestOffset;
 use batch::Batches;
 use output::{Output, Room};
 
@@ -79,19 +80,23 @@ pub fn copy(
     let file = writer.data_file().try_clone();
     let file = file.map_err(|error| Error::io("cannot copy the descriptor", error))?;
     let layout = Layout::of(writer, options);
-    let room = Room::new(&file, options.allocate_ahead)?;
     let shared = Shared {
         input,
         options,
         tick,
         layout,
-        output: Output::new(file, options)?,
+        output: Output::new(&file, options)?,
         batches: Mutex::new(Batches::new(
             Cutter::new(input.pieces(), layout.granularity, input.size()),
             layout,
             options,
         )),
-        turn: Mutex::new(Turn { number: 0, writer, placed: Vec::new(), room }),
+        turn: Mutex::new(Turn {
+            number: 0,
+            writer,
+            placed: Vec::new(),
+            room: Room::new(&file, options)?,
+        }),
         turned: Condvar::new(),
         failed_at: AtomicU64::new(u64::MAX),
         failure: Mutex::new(None),
@@ -112,8 +117,22 @@ pub fn copy(
     if let Some(error) = failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
         return Err(error.1);
     }
-    turn.into_inner().unwrap_or_else(PoisonError::into_inner).writer.finish()?;
+    let Turn { writer, .. } = turn.into_inner().unwrap_or_else(PoisonError::into_inner);
+    pass_over(input.size().get(), writer, tick)?;
+    writer.finish()?;
     Ok(counts.summary())
+}
+
+/// Has the writer ready what nobody spoke of, in steps.
+fn pass_over(size: u64, writer: &mut dyn ImageWriter, tick: &Tick<'_>) -> Result<()> {
+    const STEP: u64 = 1 << 30;
+    let mut end = 0;
+    while end < size {
+        end = size.min(end.saturating_add(STEP));
+        writer.pass_over(GuestOffset::new(end))?;
+        tick(size)?;
+    }
+    Ok(())
 }
 
 /// How the output is made up.
@@ -129,7 +148,23 @@ struct Layout {
     detects_zeros: bool,
     /// Zeros that the input knows of are written.
     writes_zeros: bool,
+    /// The writer need not be asked.
+    keeps_offsets: bool,
+    /// Bytes that are read in one go, so that they are in the core's cache when they are looked
+    /// at and written: a power of two, no less than a cluster.
+    chunk: u64,
+    /// Bytes of what one thread does before it asks for more.
+    batch: u64,
 }
+
+/// Bytes that are read in one go.
+const CHUNK: u64 = 256 << 10;
+/// The same where zeros are looked for in longer runs.
+const LARGE_CHUNK: u64 = 2 << 20;
+/// Bytes that are compressed by one thread between two turns.
+const COMPRESSED_CHUNK: u64 = 1 << 20;
+/// Bytes of a batch of which the parts need not wait for each other.
+const IN_PLACE_BATCH: u64 = 4 << 20;
 
 impl Layout {
     fn of(writer: &dyn ImageWriter, options: &CopyOptions<'_>) -> Self {
@@ -139,12 +174,22 @@ impl Layout {
         // Where they hide nothing, they need not be said.
         let tells_zeros = writer.has_zeros();
         let can_skip = tells_zeros || !options.has_backing;
+        let chunk = match options.compression {
+            Some(_) => COMPRESSED_CHUNK,
+            None if options.sparse > CHUNK / 4 => LARGE_CHUNK,
+            None => CHUNK,
+        };
+        let chunk = chunk.max(cluster);
+        let keeps_offsets = writer.keeps_offsets();
         Self {
             granularity,
             cluster: usize::try_from(cluster).unwrap_or(usize::MAX),
             tells_zeros,
             detects_zeros: can_skip && options.sparse > 0,
             writes_zeros: !can_skip || options.sparse == 0,
+            keeps_offsets,
+            chunk,
+            batch: if keeps_offsets { chunk.max(IN_PLACE_BATCH) } else { chunk },
         }
     }
 }

@@ -30,7 +30,9 @@ pub(super) struct Output<'o> {
 }
 
 impl<'o> Output<'o> {
-    pub(super) fn new(file: File, options: &CopyOptions<'o>) -> Result<Self> {
+    pub(super) fn new(file: &File, options: &CopyOptions<'o>) -> Result<Self> {
+        let file = file.try_clone();
+        let file = file.map_err(|error| Error::io("cannot copy the descriptor", error))?;
         let metadata = file.metadata();
         let metadata = metadata.map_err(|error| Error::io("cannot look at the output", error))?;
         let is_device = metadata.file_type().is_block_device();
@@ -96,14 +98,31 @@ pub(super) struct Room {
 }
 
 impl Room {
-    /// Allocates space in `file` if it is `wanted`, and makes it faster.
-    pub(super) fn new(file: &File, wanted: bool) -> Result<Self> {
+    /// Allocates space in `file` if that is wanted, and makes it faster.
+    pub(super) fn new(file: &File, options: &CopyOptions<'_>) -> Result<Self> {
         let is_ext4 = |file: &File| {
             fstatfs(file).is_ok_and(|stat| stat.filesystem_type() == EXT4_SUPER_MAGIC)
         };
-        let file = (wanted && is_ext4(file)).then(|| file.try_clone()).transpose();
+        let file = (options.allocate_ahead && is_ext4(file)).then(|| file.try_clone()).transpose();
         let file = file.map_err(|error| Error::io("cannot copy the descriptor", error))?;
         Ok(Self { file, start: 0, end: 0, ahead: LEAST_AHEAD, in_place: false })
+    }
+
+    /// Allocates a range that is going to be written; true where that was done.
+    pub(super) fn allocate(&mut self, range: GuestRange) -> bool {
+        let Some(file) = &self.file else { return false };
+        self.in_place = true;
+        let (offset, length) = (range.start.get(), range.length().get());
+        let done = in_file(offset, length).is_some_and(|(at, length)| {
+            fallocate(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, at, length).is_ok()
+        });
+        if done {
+            (self.start, self.end) = (offset, offset.saturating_add(length));
+        } else {
+            // Whether that matters, the write will tell.
+            self.file = None;
+        }
+        done
     }
 
     /// Before bytes are written to their place, behind which likely come as many more, up to
@@ -127,7 +146,6 @@ impl Room {
             {
                 (self.start, self.end) = (offset, offset.saturating_add(wanted));
             }
-            // Whether that matters, the write will tell.
             _ => self.file = None,
         }
     }
@@ -141,7 +159,6 @@ impl Room {
         }
         // There are likely more of them.
         self.ahead = LEAST_AHEAD;
-        self.end = start;
         let flags = FallocateFlags::FALLOC_FL_KEEP_SIZE | FallocateFlags::FALLOC_FL_PUNCH_HOLE;
         if let Some((at, length)) = in_file(start, end - start)
             && fallocate(file, flags, at, length).is_err()

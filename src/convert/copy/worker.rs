@@ -1,13 +1,13 @@
 //! One thread of the copying.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::super::compress::Compressor;
 use super::super::reflink::{self, Offload, Offloaded};
 use super::super::{InputPlace, InputReader, Placed};
 use super::batch::{Batch, Unit, Work};
 use super::detect::Detector;
-use super::output::write_failed;
+use super::output::{Room, write_failed};
 use super::{Shared, Turn, file_of, lock};
 use crate::error::{Error, Result};
 use crate::units::{ByteLen, GuestOffset, GuestRange};
@@ -52,6 +52,8 @@ struct Worker<'w, 's> {
     streams: Vec<u8>,
     steps: Vec<Step>,
     writes: Vec<Write>,
+    /// What this thread allocates by itself.
+    room: Room,
 }
 
 /// What the writer is told.
@@ -91,11 +93,31 @@ impl<'w, 's> Worker<'w, 's> {
             streams: Vec::new(),
             steps: Vec::new(),
             writes: Vec::new(),
+            room: Room::new(shared.output.file(), shared.options)?,
         })
     }
 
     /// Does a batch; false where an earlier one has failed.
     fn work(&mut self, batch: &Batch) -> Result<bool> {
+        let shared = self.shared;
+        if shared.layout.keeps_offsets {
+            for unit in &batch.units {
+                if shared.has_failed_before(batch.number) {
+                    return Ok(false);
+                }
+                self.copy_in_place(batch.number, unit)?;
+            }
+        } else if !self.copy_in_turn(batch)? {
+            return Ok(false);
+        }
+        let done = shared.counts.done.fetch_max(batch.end.get(), Ordering::Relaxed);
+        (shared.tick)(done.max(batch.end.get()))?;
+        Ok(true)
+    }
+
+    /// Has the writer place the bytes of a batch, and writes them; false where an earlier one
+    /// has failed.
+    fn copy_in_turn(&mut self, batch: &Batch) -> Result<bool> {
         let shared = self.shared;
         self.read(batch)?;
         let Some(mut turn) = shared.wait_for_turn(batch.number) else { return Ok(false) };
@@ -108,9 +130,61 @@ impl<'w, 's> Worker<'w, 's> {
         }
         shared.pass_turn(turn);
         self.write(batch.number)?;
-        let done = shared.counts.done.fetch_max(batch.end.get(), Ordering::Relaxed);
-        (shared.tick)(done.max(batch.end.get()))?;
         Ok(true)
+    }
+
+    /// Copies a unit to its own offset.
+    fn copy_in_place(&mut self, number: u64, unit: &Unit) -> Result<()> {
+        let shared = self.shared;
+        match unit.work {
+            Work::Zeros => {
+                add(&shared.counts.zeros, unit.range);
+                return Ok(());
+            }
+            Work::Offload(place, offload) => {
+                add(&shared.counts.cloned, unit.range);
+                let length = unit.range.length().get();
+                return self.offload(number, place, offload, length, unit.range.start.get());
+            }
+            Work::WriteZeros | Work::Copy(_) | Work::Granule => {}
+        }
+        let mut rest = *unit;
+        let mut has_room = false;
+        while !rest.range.is_empty() {
+            let next = (rest.range.start.get() / shared.layout.chunk).saturating_add(1);
+            let end = GuestOffset::new(next.saturating_mul(shared.layout.chunk));
+            let end = end.min(rest.range.end);
+            let chunk = Unit { range: GuestRange::new(rest.range.start, end), ..rest };
+            let length = bytes_of(chunk.range);
+            self.steps.clear();
+            if self.buffer.len() < length {
+                self.buffer.resize(length, 0);
+            }
+            self.read_unit(&chunk, 0, length)?;
+            self.judge(&chunk, 0, length)?;
+            if !has_room && let [Step::Data { .. }] = self.steps[..] {
+                // All data so far: the rest is likely so too.
+                let writing = shared.output.lock();
+                has_room = self.room.allocate(rest.range);
+                drop(writing);
+            }
+            for step in &self.steps {
+                match *step {
+                    Step::Data { range, at, .. } => {
+                        add(&shared.counts.copied, range);
+                        let bytes = &self.buffer[at..at + bytes_of(range)];
+                        shared.output.write(range.start.get(), bytes)?;
+                    }
+                    Step::Zeros(range) => {
+                        add(&shared.counts.zeros, range);
+                        self.room.give_back(range);
+                    }
+                    Step::Stream { .. } | Step::Offload { .. } => {}
+                }
+            }
+            rest = rest.from(end);
+        }
+        Ok(())
     }
 
     /// Reads the units and says what they become.
@@ -213,25 +287,22 @@ impl<'w, 's> Worker<'w, 's> {
         self.writes.clear();
         let Turn { writer, placed, room, .. } = turn;
         let counts = &self.shared.counts;
-        let count = |count: &std::sync::atomic::AtomicU64, range: GuestRange| {
-            count.fetch_add(range.length().get(), Ordering::Relaxed);
-        };
         for step in &self.steps {
             match *step {
                 Step::Zeros(range) => {
-                    count(&counts.zeros, range);
+                    add(&counts.zeros, range);
                     room.give_back(range);
                     if self.shared.layout.tells_zeros {
                         writer.zeros(range)?;
                     }
                 }
                 Step::Stream { cluster, at, length } => {
-                    count(&counts.compressed, cluster);
+                    add(&counts.compressed, cluster);
                     let offset = writer.compressed(cluster.start, length)?.get();
                     self.writes.push(Write::Stream { at, length, offset });
                 }
                 Step::Data { range, at, run_end } => {
-                    count(&counts.copied, range);
+                    add(&counts.copied, range);
                     placed.clear();
                     writer.data(range, placed)?;
                     for part in placed.iter() {
@@ -241,7 +312,7 @@ impl<'w, 's> Worker<'w, 's> {
                     }
                 }
                 Step::Offload { range, place, offload } => {
-                    count(&counts.cloned, range);
+                    add(&counts.cloned, range);
                     placed.clear();
                     writer.data(range, placed)?;
                     for part in placed.iter() {
@@ -349,6 +420,10 @@ impl<'w, 's> Worker<'w, 's> {
         }
         Ok(())
     }
+}
+
+fn add(count: &AtomicU64, range: GuestRange) {
+    count.fetch_add(range.length().get(), Ordering::Relaxed);
 }
 
 /// What part of the data a place is of: bytes before it, its length, and where it goes.
