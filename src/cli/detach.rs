@@ -22,7 +22,7 @@ use super::{Globals, signal};
     after_help = "Examples:\n  imgdm detach disk\n  imgdm detach ./disk.qcow2\n  imgdm detach --all\n  umount /mnt && imgdm detach --wait disk\n\nAn argument with a slash is a path (of the device or of the image), else a NAME."
 )]
 pub(crate) struct Args {
-    /// What to detach: a NAME, /dev/mapper/NAME, or the path of an image
+    /// What to detach: a NAME, /dev/mapper/NAME, or the path of an image or a store
     #[arg(value_name = "NAME|PATH", required_unless_present = "all", conflicts_with = "all")]
     target: Option<PathBuf>,
 

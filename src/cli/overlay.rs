@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use imgdm::chain::Chain;
 use imgdm::device::attach::{Overlay, OverlayStore};
+use imgdm::lock::Sharing;
 use imgdm::overlay::{Store, StoreFile, StoreHeader, StoreSnapshot, persistent};
 use imgdm::scratch::{OnError, ScratchPlace};
 use imgdm::source::FileId;
@@ -41,6 +42,15 @@ impl OverlayArgs {
             Some(None) => Overlay::Transient,
             Some(Some(_)) => Overlay::Kept,
         }
+    }
+
+    /// Refuses to keep what is written over an image that may change under it.
+    pub(crate) fn check(&self, sharing: Sharing) -> Result<()> {
+        if self.overlay() == Overlay::Kept && sharing == Sharing::Writers {
+            let message = "--overlay=FILE: with --force-share the image may change, and its store would be refused from then on";
+            return Err(Error::new(ErrorKind::Usage(message.to_owned())));
+        }
+        Ok(())
     }
 
     /// The store as far as it is known before it is opened or made: enough to know it where
@@ -85,7 +95,8 @@ impl OverlayArgs {
                 "--overlay: this is a file of the image, and no store for what is written";
             return Err(Error::new(ErrorKind::Usage(message.to_owned())).at_path(path));
         }
-        Store::kept(path, &header, size).map(Some)
+        // No more than what can be of use.
+        Store::kept(path, &header, size.map(|_| header.length)).map(Some)
     }
 }
 

@@ -25,7 +25,7 @@ use crate::source::FileId;
 const BUSY_PATIENCE: Duration = Duration::from_millis(1500);
 
 /// The attachment that an argument means: a NAME, or, with a `/` in it,
-/// /dev/mapper/NAME, another path of the device, or the image. `id` is what is at that
+/// /dev/mapper/NAME, another path of the device, the image, or a kept store. `id` is what is at that
 /// path, if anything.
 ///
 /// # Errors
@@ -83,7 +83,13 @@ pub fn find<K: Kernel>(kernel: &K, argument: &Path, id: Option<FileId>) -> Resul
         }
         (None, None) => false,
     };
-    all.retain(|attached| is_device(attached) || is_image(attached));
+    let is_store = |attached: &Attached| {
+        let store = attached.overlay.as_ref().filter(|overlay| overlay.is_kept);
+        let is_it = |number| attached.loops.iter().find(|each| Some(each.number) == number);
+        let file = store.and_then(|store| is_it(store.store)).map(|each| each.info.file);
+        file.is_some() && file == id
+    };
+    all.retain(|attached| is_device(attached) || is_image(attached) || is_store(attached));
     match all.len() {
         0 => Err(stands_on.unwrap_or_else(|| {
             Error::new(ErrorKind::NotAttached("this image is not attached".to_owned()))

@@ -1,18 +1,21 @@
 //! A kernel in memory, for tests: it records what is asked of it, can fail or panic at
 //! any step, and removes devices and clears loops by the real one's rules.
 
+mod reader;
+
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use self::reader::FakeReader;
 use super::name::{DmName, DmUuid};
 use super::{
     Access, DeviceId, DeviceInfo, DeviceNumber, DeviceReader, Guard, Interrupt, Kernel, Lines,
@@ -21,7 +24,7 @@ use super::{
 use crate::crypt::VolumeKey;
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::FileId;
-use crate::table::{CryptKey, TableLine, Target};
+use crate::table::{CryptKey, TableLine};
 use crate::units::{ByteLen, SECTOR_SIZE, Sectors};
 
 const DM_MAJOR: u32 = 253;
@@ -133,62 +136,6 @@ impl State {
                 }
             })
             .map(|(&minor, _)| minor)
-    }
-}
-
-/// Reads through tables as they were when it was made; dm-crypt it can't.
-struct FakeReader {
-    number: DeviceNumber,
-    tables: BTreeMap<DeviceNumber, Vec<TableLine>>,
-    files: BTreeMap<DeviceNumber, Arc<File>>,
-}
-
-impl FakeReader {
-    fn read_sector(&self, mut sector: u64, buffer: &mut [u8]) -> io::Result<()> {
-        let failed = || io::Error::from_raw_os_error(nix::libc::EIO);
-        let mut number = self.number;
-        loop {
-            if let Some(file) = self.files.get(&number) {
-                return file.read_exact_at(buffer, sector * SECTOR_SIZE).map_err(|_| failed());
-            }
-            let table = self.tables.get(&number).ok_or_else(failed)?;
-            let line = table.iter().find(|line| {
-                (line.start.get()..line.start.get() + line.length.get()).contains(&sector)
-            });
-            let line = line.ok_or_else(failed)?;
-            match &line.target {
-                Target::Zero => {
-                    buffer.fill(0);
-                    return Ok(());
-                }
-                Target::Linear { offset, .. } => {
-                    sector = offset.get() + sector - line.start.get();
-                    number = reference(line).ok_or_else(failed)?;
-                }
-                Target::Striped { chunk, offsets, .. } => {
-                    let at = sector - line.start.get();
-                    let (index, inside) = (at / chunk.get(), at % chunk.get());
-                    let count = offsets.len() as u64;
-                    let stripe = usize::try_from(index % count).ok();
-                    let offset = stripe.and_then(|stripe| offsets.get(stripe));
-                    sector =
-                        offset.ok_or_else(failed)?.get() + index / count * chunk.get() + inside;
-                    number = reference(line).ok_or_else(failed)?;
-                }
-                // As long as nothing was written.
-                Target::Snapshot { .. } => {
-                    number = reference(line).ok_or_else(failed)?;
-                }
-                Target::Error | Target::Crypt { .. } => return Err(failed()),
-            }
-        }
-    }
-}
-
-impl DeviceReader for FakeReader {
-    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        let sectors = (offset / SECTOR_SIZE..).zip(buffer.chunks_mut(512));
-        sectors.into_iter().try_for_each(|(sector, buffer)| self.read_sector(sector, buffer))
     }
 }
 
@@ -627,7 +574,8 @@ impl Kernel for FakeKernel {
         let files = state.loops.iter().map(|(&minor, each)| {
             (DeviceNumber { major: LOOP_MAJOR, minor }, Arc::clone(&each.file))
         });
-        Ok(Arc::new(FakeReader { number, tables: tables.collect(), files: files.collect() }))
+        let (tables, files) = (tables.collect(), files.collect());
+        Ok(Arc::new(FakeReader { number, tables, files }))
     }
 
     fn block_device_path(&self, number: DeviceNumber) -> PathBuf {

@@ -225,6 +225,7 @@ fn what_was_synced_survives_a_removal_without_us() {
 fn killed_at_any_step_attach_leaves_nothing_or_an_empty_store() {
     let scratch = Scratch::on_disk();
     let (image, files) = chain(&scratch);
+    let mut wanted = qemu_content(&scratch, &image, &[]);
     let before = untouched(&files);
     let store = scratch.path("store");
     let option = kept(&store);
@@ -247,11 +248,10 @@ fn killed_at_any_step_attach_leaves_nothing_or_an_empty_store() {
         }
     }
     // With something in it, it is as it was.
-    let mut wanted = qemu_content(&scratch, &image, &[]);
     let device = attach(args![&option, &image]);
     write_randomly(&device.path, &mut wanted, 31, 20);
     device.detach();
-    for step in steps(&[&option], &image) {
+    for step in steps(&[&option], &image).iter().skip(1).step_by(3) {
         run(&mut faulty(&[&option], &image, &format!("{step}:kill")));
         let _ = within(SETTLE, || our_devices().is_empty());
         let device = attach(args![&option, &image]);
@@ -358,6 +358,8 @@ fn what_is_no_store_or_a_damaged_one_is_refused_and_left_alone() {
     // What the chain's files are refused for, evidence is too.
     let said = imgdm(args!["attach", "--overlay", "--evidence", &image]).refused(64);
     assert!(said.contains("--evidence") && said.contains("--overlay"), "{said}");
+    let said = imgdm(args!["attach", "-U", kept(&store), "-f", "raw", &image]).refused(64);
+    assert!(said.contains("--force-share"), "{said}");
     let said = imgdm(args!["attach", "--overlay", "--overlay-size=4k", "-f", "raw", &image]);
     assert!(said.refused(64).contains("at least 1048576"));
 }
@@ -385,7 +387,9 @@ fn a_store_in_use_is_refused_whoever_uses_it() {
     assert!(!elsewhere.exists());
     let said = imgdm(args!["attach", "-f", "raw", &image]).refused(73);
     assert!(said.contains("other options"), "{said}");
-    device.detach();
+    // The store stands for the device.
+    imgdm(args!["detach", &store]).ok();
+    assert_nothing_left();
     // A QEMU that has it open.
     let writer = Writer::open(&store, "raw");
     imgdm(args!["attach", kept(&store), "-f", "raw", &image]).refused(75);
@@ -457,9 +461,12 @@ fn places_that_take_no_store_are_named_with_the_reason() {
     attach(args![kept(&store), "-f", "raw", &image]).detach();
     tool("mount", args!["-o", "remount,ro", &place.place]);
     refused(&args![kept(&store), "-f", "raw"], &image, 73, &["place/store", "read-only"]);
-    tool("mount", args!["-o", "remount,rw,size=4k", &place.place]);
-    let second = kept(&place.place.join("second"));
-    refused(&args![second, "-f", "raw"], &image, 73, &["place/second", "full"]);
+    tool("mount", args!["-o", "remount,rw", &place.place]);
+    let tiny = Tmpfs::over(scratch.path("tiny"), 4096);
+    let in_tiny = kept(&tiny.place.join("store"));
+    refused(&args![in_tiny, "-f", "raw"], &image, 73, &["tiny/store", "full"]);
+    refused(&args!["--overlay", "--scratch-dir", &tiny.place, "-f", "raw"], &image, 73, &["full"]);
+    assert_eq!(fs::read_dir(&tiny.place).unwrap().count(), 0);
     // ext4 takes no file of more than 16 TiB.
     let large = scratch.create("qcow2", &[], "large.qcow2", "20T");
     let into = scratch.directory();
@@ -556,4 +563,28 @@ fn explain_leads_through_it_into_the_image() {
     drop(file);
     assert_eq!(imgdm(["verify", "--content", &device.name]).code(), Some(0));
     device.detach();
+}
+
+#[test]
+fn a_kernel_without_the_target_is_named_with_what_it_lacks() {
+    let scratch = Scratch::new();
+    let image = raw(&scratch);
+    let release = tool("uname", ["-r"]);
+    let modules = PathBuf::from("/lib/modules").join(release.trim());
+    let target = fs::read_link(&modules).unwrap();
+    // All else is there, and the module is loaded where it can be.
+    attach(args!["--overlay", "-f", "raw", &image]).detach();
+    tool("modprobe", ["-r", "dm-snapshot"]);
+    attach(args!["--overlay", "-f", "raw", &image]).detach();
+    tool("modprobe", ["-r", "dm-snapshot"]);
+    fs::remove_file(&modules).unwrap();
+    let store = scratch.path("store");
+    let ran = imgdm(args!["attach", kept(&store), "-f", "raw", &image]);
+    let plain = imgdm(args!["attach", "-f", "raw", &image]);
+    std::os::unix::fs::symlink(target, &modules).unwrap();
+    let said = ran.refused(69);
+    assert!(said.contains("target 'snapshot' (module dm-snapshot)"), "{said}");
+    assert!(!store.exists());
+    plain.ok();
+    imgdm(["detach", "disk"]).ok();
 }

@@ -102,3 +102,31 @@ fn partitions_of_a_loop_stay_hidden_where_the_kernel_scans_for_them() {
     assert!(!looked, "{properties:?}");
     assert_eq!(control, (true, true), "a plain loop's partition and its link");
 }
+
+#[test]
+fn what_is_written_to_a_device_stays_hidden_and_its_store_too() {
+    let world = World::new("udev");
+    let image = raw(&world, "blank.raw", 64);
+    let before = disk_links();
+    let option = format!("--overlay={}", world.path("store").display());
+    let device = attach(args![option, &image]);
+    // udev looks again at what was open for writing.
+    tool("mkfs.ext4", args!["-q", "-F", "-L", "imgdm-over", &device.path]);
+    for action in [None, Some("change"), Some("add")] {
+        match action {
+            None => settle(),
+            Some(action) => trigger(action),
+        }
+        hidden::assert_hidden(&device);
+        let label = Path::new("/dev/disk/by-label/imgdm-over");
+        assert!(!label.exists(), "a link by what was written ({action:?})");
+    }
+    let store = tree(&device).into_iter().find(|node| {
+        let file = format!("/sys/class/block/{}/loop/backing_file", node.kernel_name);
+        fs::read_to_string(file).is_ok_and(|file| file.trim_end().ends_with("/store"))
+    });
+    assert!(store.is_some(), "the store's loop device was looked at");
+    device.detach();
+    settle();
+    assert_eq!(disk_links(), before);
+}

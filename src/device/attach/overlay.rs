@@ -4,7 +4,7 @@ use super::Request;
 use crate::device::name::{DmUuid, LoopRole};
 use crate::device::options::DirectIo;
 use crate::device::stacked::{NewDevice, Stack};
-use crate::device::{Access, DeviceNumber, Kernel, LoopOptions};
+use crate::device::{Access, DeviceNumber, Kernel, LoopHandle, LoopOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::table::{DeviceRef, TableLine, Target};
 use crate::units::Sectors;
@@ -27,6 +27,11 @@ pub(super) fn build_overlay<K: Kernel>(
     let direct_io = request.options.direct_io == DirectIo::On;
     let options = LoopOptions { role: LoopRole::Store, direct_io };
     let (cow, _) = stack.bind_loop(file, &options, &request.interrupt)?;
+    if direct_io && !stack.last_loop().is_some_and(LoopHandle::direct_io) {
+        return Err(Error::new(ErrorKind::KernelLacks(
+            "the file system of the store, or its disk, does no direct I/O by 512 bytes: use --direct-io=auto".to_owned(),
+        )));
+    }
     let kernel = stack.kernel;
     let (name, rules) = (request.name.clone(), request.options.rules());
     let line = TableLine {

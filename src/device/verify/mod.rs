@@ -123,7 +123,7 @@ fn check_devices<K: Kernel>(
     let has_overlay = attached.overlay.is_some();
     if has_overlay {
         found.note(
-            "the device takes writes: what is compared is the disk below, as the image has it",
+            "the device takes writes: what was written is in its store; this is about the disk below",
         );
     }
     let devices = std::iter::once(&top).filter(|_| !has_overlay).chain(&attached.inner);

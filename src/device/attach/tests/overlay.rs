@@ -184,6 +184,8 @@ fn what_is_listed_says_where_writes_go_and_detaching_syncs_the_store() {
     assert_eq!(overlay.state, OverlayState::Usable { used, total, metadata });
     assert!(overlay.is_kept);
     assert_eq!(overlay.path.unwrap().path, PathBuf::from("/images/imgdm:store"));
+    let by_store = find(&kernel, store.path(), FileId::of_path(store.path())).unwrap();
+    assert_eq!(by_store.name, "disk");
     let disk = attached.disk();
     assert_eq!(disk.0.minor, 1);
     assert!(disk.1.contains("inner1"), "{}", disk.1);
