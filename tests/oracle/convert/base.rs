@@ -100,7 +100,7 @@ fn checked_depth(
     }
     if depth == 1 {
         theirs(dir, input, output, more, "theirs")?;
-        same_allocation(dir, output, "ours", "theirs")?;
+        same_allocation(dir, (input, output), true, "ours", "theirs")?;
     }
     if rng.percent(20) {
         same_bytes_again(dir, input, output, more, "ours")?;
@@ -275,7 +275,7 @@ fn a_base_that_was_converted_takes_the_place_of_the_old_one() {
             theirs(dir, &top(), &output, &more, "theirs").unwrap();
             good(dir, output.format, "ours").unwrap_or_else(|error| panic!("{output:?}: {error}"));
             check_rule(dir, &top(), 1, &output).unwrap();
-            same_allocation(dir, &output, "ours", "theirs").unwrap();
+            same_allocation(dir, (&top(), &output), true, "ours", "theirs").unwrap();
             remove(dir, "ours");
             remove(dir, "theirs");
         }

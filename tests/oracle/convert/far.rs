@@ -38,7 +38,7 @@ fn data_past_4_gib_and_2_tib_goes_where_it_belongs() {
         ours(dir, &INPUT, &output, &[], "ours").unwrap();
         assert!(start.elapsed() < PATIENCE, "{output:?} took {:?}", start.elapsed());
         theirs(dir, &INPUT, &output, &[], "theirs").unwrap();
-        same_allocation(dir, &output, "ours", "theirs").unwrap();
+        same_allocation(dir, (&INPUT, &output), false, "ours", "theirs").unwrap();
         super::clean(dir, output.format, "ours").unwrap();
         super::same_disk(dir, ("qcow2", "in.qcow2"), (output.format, "ours")).unwrap();
         remove(dir, "ours");
@@ -108,7 +108,7 @@ fn many_rows_of_single_sectors_are_converted() {
         ours(dir, &INPUT, &output, &[], "ours").unwrap();
         good(dir, output.format, "ours").unwrap();
         theirs(dir, &INPUT, &output, &[], "theirs").unwrap();
-        same_allocation(dir, &output, "ours", "theirs")
+        same_allocation(dir, (&INPUT, &output), false, "ours", "theirs")
             .unwrap_or_else(|error| panic!("{output:?}: {error}"));
         remove(dir, "ours");
         remove(dir, "theirs");

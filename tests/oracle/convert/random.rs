@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use super::{Input, Output, check_copy, input_of};
-use crate::check::snapshots;
+use super::{Input, Output, check_copy, check_copy_of, input_of};
+use crate::check::{applied, snapshots};
 use crate::common::images::{MIXED, Recipe, Theme};
 use crate::common::process::Outcome;
 use crate::common::rng::Rng;
@@ -28,8 +28,12 @@ fn check_snapshots(dir: &Path, recipe: &Recipe, rng: &mut Rng) -> Outcome {
     for (id, _) in snapshots(dir, &recipe.top().file)? {
         let snapshot = format!("snapshot.id={id}");
         let input = Input { snapshot: Some(&snapshot), ..input_of(recipe) };
-        input.expected(dir)?;
-        check_copy(dir, &input, &Output::draw(rng, recipe.top().size, false), rng)?;
+        // By `-l` QEMU reads it with the size that the image has now.
+        let copy = applied(dir, recipe.top(), &id)?;
+        let reference = Input { file: &copy, ..input_of(recipe) };
+        reference.expected(dir)?;
+        let output = Output::draw(rng, recipe.top().size, false);
+        check_copy_of(dir, &input, &reference, &output, rng)?;
     }
     Ok(())
 }
