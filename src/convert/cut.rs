@@ -161,3 +161,6 @@ fn carries_on(piece: &Piece, next: &Piece) -> bool {
         (a, b) => a == b,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -258,3 +258,6 @@ impl InputReader for RebasedReader<'_, '_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests;
