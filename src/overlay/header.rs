@@ -364,7 +364,8 @@ mod tests {
             change(&mut now);
             then.check(&now).unwrap_err().to_string()
         };
-        let cases: [(&dyn Fn(&mut StoreHeader), &str); 7] = [
+        type Case<'c> = (&'c dyn Fn(&mut StoreHeader), &'c str);
+        let cases: [Case<'_>; 7] = [
             (
                 &|h| h.snapshot = None,
                 "the snapshot 'before' (ID 1) of the image, and not of the active",
