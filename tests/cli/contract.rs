@@ -8,12 +8,14 @@ use std::process::{Output, Stdio};
 
 use crate::images::{Qcow2, chain, command};
 
-/// A command line; `explain` is also told which byte to explain, `mount` where to.
+/// A command line; `explain` is also told which byte to explain, `mount` and `convert` where
+/// to.
 fn line<'a>(arguments: &[&'a str]) -> Vec<&'a str> {
     let last: &[_] = match arguments {
         [_, "--help" | "--reverse", ..] => &[],
         ["explain", _, ..] => &["0"],
         ["mount", _, ..] => &["."],
+        ["convert", _, ..] => &["out.raw"],
         _ => &[],
     };
     [arguments, last].concat()
@@ -307,7 +309,7 @@ macro_rules! for_every_reader {
     };
 }
 
-for_every_reader! { map plan table show attach explain hash mount }
+for_every_reader! { map plan table show attach explain hash mount convert }
 
 #[test]
 fn what_only_other_bytes_suffer_from_is_no_damage_of_this_one() {

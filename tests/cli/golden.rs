@@ -110,6 +110,12 @@ fn hash() {
 }
 
 #[test]
+fn convert() {
+    let line = ["convert", "--reflink=never", "top.qcow2", "out.raw"];
+    check(&[&line[..], &["--output=human"]].concat(), "convert.txt");
+}
+
+#[test]
 fn partitions() {
     let directory = chain();
     std::fs::write(directory.path().join("disk.raw"), crate::partitions::disk()).unwrap();

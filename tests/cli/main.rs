@@ -4,6 +4,7 @@
 mod check;
 mod completions;
 mod contract;
+mod convert;
 mod evidence;
 mod explain;
 mod golden;
