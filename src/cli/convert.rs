@@ -95,7 +95,7 @@ pub(crate) struct Args {
     #[arg(short, long)]
     progress: bool,
 
-    /// Threads that copy; without it, one for each core
+    /// Threads that copy; without it, one for each core, or two that compress
     #[arg(short = 'm', long, value_name = "N")]
     threads: Option<NonZeroUsize>,
 
@@ -458,7 +458,7 @@ impl Job<'_> {
             allocate_ahead: preallocation == Preallocation::Off
                 && !args.compress
                 && !bytes_go_to.is_block_device(),
-            threads: threads(args.threads),
+            threads: threads(args.threads, args.compress),
         };
         let progress = Meter::start(args.progress, size.get(), globals);
         let tick = |done: u64| {
@@ -484,12 +484,14 @@ impl Job<'_> {
     }
 }
 
-/// As many as there are cores, unless told otherwise.
-fn threads(asked: Option<NonZeroUsize>) -> usize {
+/// As many as there are cores, unless told otherwise. Twice as many that compress: what that
+/// takes differs, and one that waits for its turn leaves its core to another.
+fn threads(asked: Option<NonZeroUsize>, compress: bool) -> usize {
     /// More than that only wait for each other.
     const MOST: usize = 64;
     let cores = || std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-    asked.map_or_else(cores, NonZeroUsize::get).min(MOST)
+    let default = || cores() * if compress { 2 } else { 1 };
+    asked.map_or_else(default, NonZeroUsize::get).min(MOST)
 }
 
 /// An error of reading names the file that was read; any other is of the output.
