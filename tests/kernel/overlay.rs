@@ -554,14 +554,35 @@ fn explain_leads_through_it_into_the_image() {
     assert_eq!(ran.code(), Some(0), "{ran}");
     assert!(ran.stdout.contains(" snapshot ") && ran.stdout.contains(" P "), "{ran}");
     assert!(ran.stderr.contains("takes writes"), "{ran}");
+    assert!(ran.stdout.contains("its chunk was not written"), "{ran}");
     let ran = imgdm(["verify", &device.name]);
     assert_eq!(ran.code(), Some(0), "{ran}");
     assert!(format!("{ran}").contains("takes writes"), "{ran}");
     // Its content as the image has it, whatever was written.
     let file = OpenOptions::new().write(true).open(&device.path).unwrap();
     file.write_all_at(&[1; 9000], 700_000).unwrap();
+    file.sync_all().unwrap();
     drop(file);
     assert_eq!(imgdm(["verify", "--content", &device.name]).code(), Some(0));
+    let said = imgdm(["explain", &device.name, "705000"]).ok();
+    assert!(said.contains("does NOT show what the image has: it is at 0x1"), "{said}");
+    device.detach();
+    // Where it is kept, its file and the place there are told.
+    let store = scratch.path("store");
+    let device = attach(args![kept(&store), &image]);
+    let file = OpenOptions::new().write(true).open(&device.path).unwrap();
+    file.write_all_at(b"written here", 700_000).unwrap();
+    file.sync_all().unwrap();
+    drop(file);
+    let said = imgdm(["explain", "--output=json", &device.name, "700000"]).ok();
+    let said: Value = serde_json::from_str(&said).unwrap();
+    let step = said["steps"].as_array().unwrap().iter().find(|step| step["step"] == "written");
+    let step = step.unwrap_or_else(|| panic!("{said}"));
+    assert_eq!(step["store"]["path"], store.display().to_string());
+    let mut bytes = [0; 12];
+    let at = step["offset"].as_u64().unwrap();
+    File::open(&store).unwrap().read_exact_at(&mut bytes, at).unwrap();
+    assert_eq!(&bytes, b"written here");
     device.detach();
 }
 
@@ -587,4 +608,30 @@ fn a_kernel_without_the_target_is_named_with_what_it_lacks() {
     assert!(!store.exists());
     plain.ok();
     imgdm(["detach", "disk"]).ok();
+}
+
+#[test]
+fn a_block_device_without_a_loop_between_stays_as_it_is() {
+    let scratch = Scratch::on_disk();
+    let block = block_device();
+    let mut wanted = Random(41).bytes(4 << 20);
+    let file = OpenOptions::new().read(true).write(true).open(&block).unwrap();
+    file.write_all_at(&wanted, 0).unwrap();
+    file.sync_all().unwrap();
+    let before = sha256(&block);
+    let store = scratch.path("store");
+    let options = args!["--direct-block", "-f", "raw", kept(&store), &block];
+    for seed in [42, 43] {
+        let device = attach(&options);
+        assert_same("before", &read_direct(&device.path, 0, 4 << 20).unwrap(), &wanted);
+        write_randomly(&device.path, &mut wanted, seed, 20);
+        assert_same("after", &read_direct(&device.path, 0, 4 << 20).unwrap(), &wanted);
+        device.detach();
+        assert_eq!(sha256(&block), before);
+    }
+    // It has no time of its own: what is different at its start is seen.
+    file.write_all_at(b"changed", 1000).unwrap();
+    file.sync_all().unwrap();
+    let said = imgdm(args!["attach"].into_iter().chain(options)).refused(65);
+    assert!(said.contains("content is another"), "{said}");
 }

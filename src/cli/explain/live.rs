@@ -6,14 +6,17 @@ use imgdm::device::detach::find;
 use imgdm::device::linux::LinuxKernel;
 use imgdm::device::list::Attached;
 use imgdm::device::locate::{Located, ServedBy, ServedEnd, locate};
-use imgdm::device::loop_node;
 use imgdm::device::name::LoopRole;
+use imgdm::device::overlay::OverlayState;
 use imgdm::device::verify::{FindingKind, Verifier};
+use imgdm::device::{Kernel, loop_node};
 use imgdm::explain::Explanation;
 use imgdm::extent::Mapping;
 use imgdm::open::is_path;
-use imgdm::source::FileId;
-use imgdm::units::SECTOR_SIZE;
+use imgdm::overlay::STORE_OFFSET;
+use imgdm::overlay::exceptions::ExceptionStore;
+use imgdm::source::{FileId, Source};
+use imgdm::units::{ByteLen, GuestOffset, HostOffset, SECTOR_SIZE};
 use imgdm::{Error, ErrorKind, Result};
 
 use super::forward::Report;
@@ -101,16 +104,45 @@ impl<'k> Live<'k> {
         Ok(chain)
     }
 
+    /// Whether the chunk of that byte was written, where the device takes writes.
+    fn written(&self, offset: GuestOffset) -> Result<Option<Step>> {
+        let Some(overlay) = &self.attached.overlay else { return Ok(None) };
+        let (Some(store), OverlayState::Usable { .. }) = (overlay.store, &overlay.state) else {
+            return Ok(None);
+        };
+        let disk = ByteLen::new(self.attached.size.to_bytes().unwrap_or(u64::MAX));
+        // The page cache has nothing of the store from before.
+        drop(self.kernel.reader(store)?);
+        let source = Source::open(&self.kernel.block_device_path(store))?;
+        let changes = ExceptionStore::open(&source, HostOffset::ZERO, disk)?.changes()?;
+        let place = changes.at(offset)?.place;
+        let written = place.is_some();
+        let offset = place.and_then(|place| place.get().checked_add(STORE_OFFSET));
+        let path = overlay.path.as_ref().filter(|_| written);
+        let store = path.map(|path| JsonPath::from(path.path.as_path()));
+        Ok(Some(Step::Written { written, store, offset }))
+    }
+
     /// Adds the devices that serve the byte's sector.
     pub(super) fn add_devices(&self, report: &mut Report, explanation: &Explanation) -> Result<()> {
         let sector = explanation.offset.get() / SECTOR_SIZE;
         let Located { devices, end } = locate(self.kernel, &self.attached, sector)?;
-        report.steps.extend(devices.into_iter().map(|ServedBy { name, number, sector, line }| {
-            let words =
-                [&line.start.to_string(), &line.length.to_string(), &line.kind, &line.parameters];
-            let line = words.map(String::as_str).join(" ").trim_end().to_owned();
-            Step::Device { name, number: number.to_string(), sector, line }
-        }));
+        let mut written = self.written(explanation.offset)?;
+        report.steps.extend(devices.into_iter().flat_map(
+            |ServedBy { name, number, sector, line }| {
+                // It is the top device that takes writes.
+                let written = written.take();
+                let words = [
+                    &line.start.to_string(),
+                    &line.length.to_string(),
+                    &line.kind,
+                    &line.parameters,
+                ];
+                let line = words.map(String::as_str).join(" ").trim_end().to_owned();
+                let device = Step::Device { name, number: number.to_string(), sector, line };
+                std::iter::once(device).chain(written)
+            },
+        ));
         let in_sector = explanation.offset.get() % SECTOR_SIZE;
         report.steps.extend(match end {
             ServedEnd::Target => None,

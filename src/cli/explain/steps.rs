@@ -153,6 +153,17 @@ pub(super) enum Step {
         sector: u64,
         line: String,
     },
+    /// Whether the chunk was written on a device that takes writes: then it is in the store,
+    /// and what the image has there does not show.
+    #[cfg(feature = "device")]
+    Written {
+        written: bool,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        store: Option<JsonPath>,
+        /// Where the byte is in the store's file.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        offset: Option<u64>,
+    },
     /// Where the live tables end.
     #[cfg(feature = "device")]
     Loop {
@@ -368,6 +379,21 @@ impl fmt::Display for Step {
                 printable(name),
                 printable(line)
             ),
+            #[cfg(feature = "device")]
+            Self::Written { written: false, .. } => {
+                f.write_str("its chunk was not written: the image shows")
+            }
+            #[cfg(feature = "device")]
+            Self::Written { store, offset, .. } => {
+                f.write_str("its chunk was written, and does NOT show what the image has: it is")?;
+                if let Some(offset) = offset {
+                    write!(f, " at {offset:#x} of")?;
+                }
+                match store {
+                    Some(store) => write!(f, " the store {}", store.shown()),
+                    None => f.write_str(" the store, which goes with the device"),
+                }
+            }
             #[cfg(feature = "device")]
             Self::Loop { device, file, sector, offset, agrees } => {
                 write!(f, "sector {sector} of {}", device.shown())?;
