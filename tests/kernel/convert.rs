@@ -80,9 +80,12 @@ fn converts_by_clones(
     run(line.args(&more).args([input.1, &out])).ok();
     let taken = free.saturating_sub(free_bytes(place));
     let name = format!("{kind}: {input:?} to {output:?} {options}");
-    assert!(taken < 2 * MIB, "{name}: {taken} bytes were taken");
+    // Metadata come in whole clusters.
+    let metadata = if options.contains("2M") { 12 * MIB } else { 2 * MIB };
+    assert!(taken < metadata, "{name}: {taken} bytes were taken");
     let (shared, all) = shared_bytes(data.as_deref().unwrap_or(&out));
-    assert!(shared >= 16 * MIB && all < 20 * MIB, "{name}: {shared} of {all} bytes are shared");
+    let is_cloned = shared >= 16 * MIB && all < 16 * MIB + metadata;
+    assert!(is_cloned, "{name}: {shared} of {all} bytes are shared");
     forget(&out);
     compare(input, (output.0, &out));
     fs::remove_file(out).unwrap();
@@ -348,7 +351,7 @@ fn a_block_device_that_is_too_small_or_held_is_refused_as_it_is() {
     tool("mkfs.ext4", args!["-q", "-F", "-E", "nodiscard", &device.path]);
     let place = scratch.path("place");
     fs::create_dir(&place).unwrap();
-    tool("mount", args![&device.path, &place]);
+    tool("mount", args!["-o", "ro", &device.path, &place]);
     let before = sha256(&device.file);
     refused(75);
     assert_eq!(sha256(&device.file), before);
@@ -379,6 +382,23 @@ fn an_attached_image_is_converted_and_so_is_its_device() {
     device.detach();
 }
 
+/// Takes all the space of a file system but some, by a file.
+fn fill(filler: &Path, left: u64) {
+    let file = File::create(filler).unwrap();
+    let mut length = 0;
+    for step in [MIB, 64 * KIB, 4 * KIB] {
+        let more = |length: u64| {
+            let (from, step) = (i64::try_from(length).unwrap(), i64::try_from(step).unwrap());
+            nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), from, step).is_ok()
+        };
+        while more(length) {
+            length += step;
+        }
+    }
+    file.set_len(length - left).unwrap();
+    file.sync_all().unwrap();
+}
+
 #[test]
 fn a_full_disk_leaves_nothing_and_the_old_image_as_it_was() {
     let disk = Scratch::on_disk();
@@ -389,10 +409,8 @@ fn a_full_disk_leaves_nothing_and_the_old_image_as_it_was() {
         let mounted = Mounted::make(kind, disk.directory(), size);
         let (filler, out) = (mounted.place.join("filler"), mounted.place.join("out"));
         fs::write(&out, "old").unwrap();
-        let free = free_bytes(&mounted.place);
         for left in [64 * KIB, MIB, 4 * MIB, 11 * MIB] {
-            let full = [filler.as_os_str().to_owned()];
-            tool("fallocate", [&args!["-l", (free - left).to_string()][..], &full].concat());
+            fill(&filler, left);
             for (output, more) in [
                 ("raw", &[][..]),
                 ("qcow2", &[]),

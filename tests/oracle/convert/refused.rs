@@ -284,10 +284,13 @@ fn an_image_that_is_written_to_is_refused_but_by_force_share() {
     let mut writer = Command::new("qemu-io");
     writer.current_dir(dir).args(["-f", "qcow2", "in.qcow2"]);
     let mut writer = writer.stdin(std::process::Stdio::piped()).spawn().unwrap();
+    // Not by opening it, which may keep the other one from it.
+    let inode = format!(":{} ", fs::metadata(dir.join("in.qcow2")).unwrap().ino());
     let opened = || -> Outcome {
-        for _ in 0..200 {
-            let ran = imgdm(dir, &["info", "in.qcow2"])?;
-            if ran.code() == Some(75) {
+        for _ in 0..500 {
+            let locks = fs::read_to_string("/proc/locks").map_err(|error| error.to_string())?;
+            // The last lock of one who opens for writing: that nobody else may.
+            if locks.lines().any(|lock| lock.contains(&inode) && lock.ends_with(" 201 201")) {
                 return Ok(());
             }
             std::thread::sleep(std::time::Duration::from_millis(20));
@@ -295,6 +298,7 @@ fn an_image_that_is_written_to_is_refused_but_by_force_share() {
         Err("qemu-io takes no lock".to_owned())
     };
     let open = opened();
+    std::thread::sleep(std::time::Duration::from_millis(100));
     let refused_in_use = imgdm(dir, &["convert", "-O", "raw", "in.qcow2", "out"]).unwrap();
     let nothing = !dir.join("out").exists();
     let shared = imgdm(dir, &["convert", "-U", "-O", "raw", "in.qcow2", "out"]).unwrap();
