@@ -219,7 +219,7 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     }
     let unlocker = args.keys.unlocker()?;
     let interrupt = catch_signals()?;
-    let chain = args.open.open_to_read(globals)?;
+    let chain = args.open_input(globals)?;
     let backing = args.base.as_deref().map(|base| args.backing(base, &chain, globals));
     let backing = backing.transpose()?;
 
@@ -280,6 +280,23 @@ fn catch_signals() -> anyhow::Result<Interrupt<'static>> {
 }
 
 impl Args {
+    /// Opens the image; where its own backing file is gone, over the base, which takes its
+    /// place.
+    fn open_input(&self, globals: Globals) -> anyhow::Result<Chain> {
+        let gone = match self.open.open_to_read(globals) {
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound(_)) => error,
+            other => return Ok(other?),
+        };
+        let (Some(base), Some(format)) = (&self.base, self.base_format) else {
+            return Err(gone.into());
+        };
+        let name = LocalName::parse(base.as_os_str().as_bytes())?;
+        let path = resolve_beside(&self.out, &name.path);
+        let chain = self.open.open_to_read_over(Some((path, format)), globals)?;
+        globals.warn(format_args!("{gone}; {} takes its place", show_path(base)));
+        Ok(chain)
+    }
+
     /// Finds the base among the input's layers, or opens it.
     fn backing(&self, base: &Path, chain: &Chain, globals: Globals) -> anyhow::Result<Backing> {
         let name = LocalName::parse(base.as_os_str().as_bytes())?;

@@ -79,8 +79,17 @@ impl OpenArgs {
 
     /// Opens an image whose bytes are read here and go no further, and prints the warnings.
     pub(crate) fn open_to_read(&self, globals: Globals) -> Result<Chain> {
+        self.open_to_read_over(None, globals)
+    }
+
+    /// The same, over this file in place of the image's own backing file where there is one.
+    pub(crate) fn open_to_read_over(
+        &self,
+        backing: Option<(PathBuf, Format)>,
+        globals: Globals,
+    ) -> Result<Chain> {
         // As for a map: nothing is given to a guest or a kernel, so a warning is enough.
-        let policy = OpenPolicy { probe_backing: true, ..self.policy() };
+        let policy = OpenPolicy { probe_backing: true, backing, ..self.policy() };
         let OpenedChain { chain, mut warnings } = open_chain(&self.image, &policy)?;
         if self.probe_backing {
             warnings.retain(|warning| !is_undeclared(warning));

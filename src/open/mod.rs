@@ -56,6 +56,9 @@ pub struct OpenPolicy {
     /// What is to be opened in place of a layer's file, by depth: 0 the active layer. It
     /// goes by the file's own path all the same. For files in use of which the path is gone.
     pub in_place_of: BTreeMap<(u32, FileRole), PathBuf>,
+    /// What takes the place of the active layer's own backing file, which is not opened: for
+    /// one that was moved. An image without a backing file has none with it either.
+    pub backing: Option<(PathBuf, Format)>,
     /// Takes unwritten extents as zero, in files that are locked and that nobody has
     /// open for writing.
     pub unwritten: Option<Arc<dyn UnwrittenProbe>>,
@@ -470,6 +473,10 @@ impl Opener<'_> {
 
     fn backing_of(&self, layer: &Layer) -> Result<Option<Reference>> {
         let Some(backing) = layer.backing() else { return Ok(None) };
+        if let (Some((path, format)), true) = (&self.policy.backing, self.layers.is_empty()) {
+            let (path, format) = (path.clone(), Some(*format));
+            return Ok(Some(Reference { path, format, expected: None, is_backing: true }));
+        }
         let (path, format) = resolve_backing(layer.source.path(), backing)?;
         Ok(Some(Reference { path, format, expected: backing.expected, is_backing: true }))
     }

@@ -244,7 +244,14 @@ fn what_an_image_left_to_a_base_that_was_moved_is_left_to_it_at_its_new_place() 
     let mid = Input { file: "mid.qcow2", ..top() };
     let same = Output::of("qcow2", &["cluster_size=4k"], &[]);
     let base = strings(&["-B", "elsewhere/base.img", "-F", "qcow2"]);
-    ours(dir, &mid, &same, &base, "mid2.qcow2").unwrap();
+    let ran = ours(dir, &mid, &same, &base, "mid2.qcow2").unwrap();
+    let said = ["base.qcow2", "backing file of mid.qcow2", "elsewhere/base.img takes its place"];
+    assert!(said.iter().all(|words| ran.stderr.contains(words)), "{}", ran.describe());
+    // Nobody is to guess: neither what it is, nor without -B.
+    for args in [&["-B", "elsewhere/base.img"][..], &[]] {
+        let line = [&["convert", "-O", "qcow2"], args, &["mid.qcow2", "out"]].concat();
+        crate::imgdm::refused(&imgdm(dir, &line).unwrap(), &[66], &["base.qcow2"]).unwrap();
+    }
     ours(dir, &top(), &same, &strings(&["-B", "mid2.qcow2", "-F", "qcow2"]), "ours").unwrap();
     good(dir, "qcow2", "ours").unwrap();
     assert_eq!(allocation(dir, "qcow2", "ours").unwrap(), before);
