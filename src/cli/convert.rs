@@ -95,7 +95,7 @@ pub(crate) struct Args {
     #[arg(short, long)]
     progress: bool,
 
-    /// Threads that copy; without it, one for each core, or two that compress
+    /// Threads that copy; without it, one for each core
     #[arg(short = 'm', long, value_name = "N")]
     threads: Option<NonZeroUsize>,
 
@@ -475,7 +475,7 @@ impl Job<'_> {
             allocate_ahead: preallocation == Preallocation::Off
                 && !args.compress
                 && !bytes_go_to.is_block_device(),
-            threads: threads(args.threads, args.compress),
+            threads: threads(args.threads),
         };
         let progress = Meter::start(args.progress, size.get(), globals);
         let tick = |done: u64| {
@@ -501,14 +501,12 @@ impl Job<'_> {
     }
 }
 
-/// As many as there are cores, unless told otherwise. Twice as many that compress: what that
-/// takes differs, and one that waits for its turn leaves its core to another.
-fn threads(asked: Option<NonZeroUsize>, compress: bool) -> usize {
+/// As many as there are cores, unless told otherwise.
+fn threads(asked: Option<NonZeroUsize>) -> usize {
     /// More than that only wait for each other.
     const MOST: usize = 64;
     let cores = || std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-    let default = || cores() * if compress { 2 } else { 1 };
-    asked.map_or_else(default, NonZeroUsize::get).min(MOST)
+    asked.map_or_else(cores, NonZeroUsize::get).min(MOST)
 }
 
 /// An error of reading names the file that was read; any other is of the output.
