@@ -258,7 +258,15 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     if let Some(data) = &mut data {
         data.commit(sync)?;
     }
-    target.commit(sync)?;
+    let committed = target.commit(sync);
+    if committed.is_err()
+        && let Some(data) = &data
+        && !args.force
+    {
+        // Nothing was there, and without the image it is of no use.
+        let _ = std::fs::remove_file(data.name());
+    }
+    committed?;
     args.print(&target, input.size().get(), summary)
 }
 

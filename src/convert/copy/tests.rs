@@ -1,5 +1,7 @@
 //! Copying from and to memory, and to files.
 
+#![allow(clippy::cast_possible_truncation)]
+
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};

@@ -364,7 +364,7 @@ impl<'w, 's> Worker<'w, 's> {
         // The last bytes of the file are less than a block.
         let in_file = source.length().get().saturating_sub(place.offset.get());
         let mut whole = length.min(in_file) / alignment * alignment;
-        let is_aligned = offset % alignment == 0 && place.offset.get() % alignment == 0;
+        let is_aligned = offset.is_multiple_of(alignment) && place.offset.is_multiple_of(alignment);
         if !is_aligned {
             whole = 0;
         }
