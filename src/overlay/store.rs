@@ -202,7 +202,7 @@ fn make(path: &Path, header: &StoreHeader) -> Result<()> {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let made = |error: io::Error| Error::io("cannot make the file", error);
+    let made = |error: io::Error| Error::io("no store can be made", error);
     let attempt = || {
         if let Ok(file) = open_unnamed(directory)
             && File::open(descriptor_path(&file)).is_ok()
@@ -248,7 +248,6 @@ fn cannot_make(error: Error, path: &Path) -> Error {
         Some(io::ErrorKind::StorageFull) => "the file system is full",
         Some(io::ErrorKind::QuotaExceeded) => "the quota is used up",
         Some(io::ErrorKind::ReadOnlyFilesystem) => "the file system is read-only",
-        Some(io::ErrorKind::PermissionDenied) => "this is not permitted",
         Some(io::ErrorKind::NotFound) => "there is no such directory",
         Some(io::ErrorKind::FileTooLarge | io::ErrorKind::InvalidInput) => {
             "the file system takes no file that long, holes and all: choose another place, or limit it with --overlay-size"

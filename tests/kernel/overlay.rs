@@ -452,6 +452,11 @@ fn places_that_take_no_store_are_named_with_the_reason() {
         }
         assert_nothing_left();
     };
+    let closed = scratch.path("closed");
+    fs::create_dir(&closed).unwrap();
+    tool("chattr", args!["+i", &closed]);
+    refused(&args![kept(&closed.join("store")), "-f", "raw"], &image, 77, &["closed/store"]);
+    tool("chattr", args!["-i", &closed]);
     let read_only = Tmpfs::read_only(scratch.path("ro"));
     let in_read_only = kept(&read_only.place.join("store"));
     refused(&args![in_read_only, "-f", "raw"], &image, 73, &["ro/store", "read-only"]);
