@@ -174,7 +174,7 @@ impl Chain {
         Resolver { chain: self, holes, memory, whole_answer: None }
     }
 
-    /// A walker that goes on past damage: its extents are [`Mapping::Damaged`] there, and
+    /// A walker that goes on past damage: its extents are [`Mapping::Damaged`](crate::extent::Mapping::Damaged) there, and
     /// [`Resolver::take_damage`] says what was found.
     pub fn resolver_past_damage(&self, holes: HoleQuery) -> Resolver<'_> {
         let mut resolver = self.resolver(holes);
