@@ -6,6 +6,7 @@
 //! batches take their turns at the writer.
 
 mod batch;
+mod buffer;
 mod detect;
 mod output;
 #[cfg(test)]

@@ -6,6 +6,7 @@ use super::super::compress::Compressor;
 use super::super::reflink::{self, Offload, Offloaded};
 use super::super::{InputPlace, InputReader, Placed};
 use super::batch::{Batch, Unit, Work};
+use super::buffer::Buffer;
 use super::detect::Detector;
 use super::output::{Room, write_failed};
 use super::{Shared, Turn, file_of, lock};
@@ -47,7 +48,7 @@ struct Worker<'w, 's> {
     compressor: Option<Compressor>,
     detector: Detector,
     /// The bytes of a batch.
-    buffer: Vec<u8>,
+    buffer: Buffer,
     /// The compressed streams of a batch.
     streams: Vec<u8>,
     steps: Vec<Step>,
@@ -89,7 +90,7 @@ impl<'w, 's> Worker<'w, 's> {
                 sparse: length(shared.options.sparse),
                 granularity: length(shared.layout.granularity),
             },
-            buffer: Vec::new(),
+            buffer: Buffer::default(),
             streams: Vec::new(),
             steps: Vec::new(),
             writes: Vec::new(),
@@ -157,9 +158,7 @@ impl<'w, 's> Worker<'w, 's> {
             let chunk = Unit { range: GuestRange::new(rest.range.start, end), ..rest };
             let length = bytes_of(chunk.range);
             self.steps.clear();
-            if self.buffer.len() < length {
-                self.buffer.resize(length, 0);
-            }
+            self.buffer.reserve(length);
             self.read_unit(&chunk, 0, length)?;
             self.judge(&chunk, 0, length)?;
             if !has_room && let [Step::Data { .. }] = self.steps[..] {
@@ -193,9 +192,7 @@ impl<'w, 's> Worker<'w, 's> {
         self.streams.clear();
         let padded = batch.bytes.saturating_add(self.shared.layout.cluster as u64);
         let length = usize::try_from(padded).unwrap_or(usize::MAX);
-        if self.buffer.len() < length {
-            self.buffer.resize(length, 0);
-        }
+        self.buffer.reserve(length);
         let mut at = 0;
         for unit in &batch.units {
             match unit.work {
@@ -409,7 +406,8 @@ impl<'w, 's> Worker<'w, 's> {
         let source = shared.input.file(place.file);
         let source = source.ok_or_else(|| Error::invalid("a place is in no file"))?;
         // What the batch has in the buffer may not be written yet.
-        let mut buffer = vec![0; usize::try_from(length).unwrap_or(AT_ONCE).min(AT_ONCE)];
+        let mut buffer = Buffer::default();
+        buffer.reserve(usize::try_from(length).unwrap_or(AT_ONCE).min(AT_ONCE));
         let mut done = 0;
         while done < length {
             let part = (length - done).min(buffer.len() as u64);
