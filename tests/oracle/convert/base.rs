@@ -120,13 +120,13 @@ const CHAINS: Theme = Theme { depth: (2, 5), max_size: 8 << 20, empty: 4, ..MIXE
 
 #[test]
 fn an_image_stays_one_of_any_layer_below() {
-    run_theme("an_image_stays_one_of_any_layer_below", 40, &CHAINS, check_depths);
+    run_theme("an_image_stays_one_of_any_layer_below", 25, &CHAINS, check_depths);
 }
 
 #[test]
 fn layers_of_other_sizes_between_hide_what_they_hid() {
     let theme = Theme { depth: (3, 5), other_size: 90, resize: 40, ..CHAINS };
-    run_theme("layers_of_other_sizes_between_hide_what_they_hid", 25, &theme, check_depths);
+    run_theme("layers_of_other_sizes_between_hide_what_they_hid", 12, &theme, check_depths);
 }
 
 #[test]
@@ -139,7 +139,7 @@ fn compressed_layers_and_odd_bases_stay_below() {
         qcow: 20,
         ..CHAINS
     };
-    run_theme("compressed_layers_and_odd_bases_stay_below", 20, &theme, check_depths);
+    run_theme("compressed_layers_and_odd_bases_stay_below", 12, &theme, check_depths);
 }
 
 /// The options by which a qcow2 image was made, as far as they say how it is allocated.

@@ -151,6 +151,17 @@ impl Output {
         self.options.iter().any(|each| each == option)
     }
 
+    /// Zeros in a row that are left out: `-S`.
+    fn sparse(&self) -> u64 {
+        let given = self.switches.iter().position(|switch| switch == "-S");
+        match given.and_then(|at| self.switches.get(at + 1)).map(String::as_str) {
+            Some("0") => 0,
+            Some("512") => 512,
+            Some("64k") => 64 << 10,
+            _ => 4096,
+        }
+    }
+
     fn is_compressed(&self) -> bool {
         self.switches.iter().any(|switch| switch == "-c")
     }
@@ -249,7 +260,7 @@ fn accepted(
     over_base: bool,
     ours: &Row,
     theirs: &Row,
-    end: u64,
+    (start, end): (u64, u64),
 ) -> Option<&'static str> {
     let is_own = |row: &Row| row.depth == 0 && row.present;
     let without_zero = |row: &Row| Row { zero: false, start: 0, length: 0, ..row.clone() };
@@ -260,9 +271,12 @@ fn accepted(
         // Whether QEMU looks for them depends on how much of the file is allocated.
         return Some("holes that the file system has below data");
     }
-    let sparse = !output.switches.iter().any(|switch| switch == "0");
+    if is_own(ours) && ours.data && !theirs.data && theirs.zero && end - start < output.sparse() {
+        return Some("zeros too few to be left out, which are all of a piece that qemu-img reads");
+    }
     let in_pieces = input.format == "qcow" || over_base;
-    if sparse && in_pieces && is_own(theirs) && theirs.data && ours.zero && !ours.data {
+    if output.sparse() > 0 && in_pieces && is_own(theirs) && theirs.data && ours.zero && !ours.data
+    {
         return Some("zeros that qemu-img does not see, as it looks at the pieces of a cluster");
     }
     if output.is_compressed() && is_own(theirs) && !is_own(ours) {
@@ -295,7 +309,9 @@ fn same_allocation(
         return Err(format!("{} bytes are mapped, and {} by qemu-img", end(&a), end(&b)));
     }
     let mut differing = differences(&a, &b);
-    differing.retain(|(x, y, _, end)| accepted((input, output), over_base, x, y, *end).is_none());
+    differing.retain(|(x, y, start, end)| {
+        accepted((input, output), over_base, x, y, (*start, *end)).is_none()
+    });
     match differing.first() {
         None => Ok(()),
         Some((x, y, start, end)) => Err(format!(

@@ -42,7 +42,7 @@ const SMALL: Theme = Theme { depth: (1, 4), max_size: 8 << 20, ..MIXED };
 
 #[test]
 fn any_chain_becomes_any_image_allocated_as_by_qemu_img() {
-    run_theme("any_chain_becomes_any_image_allocated_as_by_qemu_img", 40, &SMALL, check);
+    run_theme("any_chain_becomes_any_image_allocated_as_by_qemu_img", 25, &SMALL, check);
 }
 
 #[test]
@@ -55,7 +55,7 @@ fn compressed_clusters_and_odd_tails_are_converted() {
         qcow: 20,
         ..SMALL
     };
-    run_theme("compressed_clusters_and_odd_tails_are_converted", 25, &theme, check);
+    run_theme("compressed_clusters_and_odd_tails_are_converted", 15, &theme, check);
 }
 
 #[test]
@@ -68,7 +68,7 @@ fn subclusters_and_data_files_are_converted() {
         qcow: 0,
         ..SMALL
     };
-    run_theme("subclusters_and_data_files_are_converted", 25, &theme, check);
+    run_theme("subclusters_and_data_files_are_converted", 15, &theme, check);
 }
 
 #[test]
@@ -87,5 +87,5 @@ fn snapshots_are_converted() {
         empty: 0,
         ..SMALL
     };
-    run_theme("snapshots_are_converted", 15, &theme, check_snapshots);
+    run_theme("snapshots_are_converted", 8, &theme, check_snapshots);
 }
