@@ -6,9 +6,9 @@
 //! ```
 //!
 //! It makes a qcow2 image of 1 GiB (`IMGDM_BENCH_MIB`: another number of MiB; the goals are for
-//! 4096), of what lies under /usr and compresses, and converts it under `TMPDIR`, by both programs in turn,
-//! median of three, each time with the image in the page cache, no output there and
-//! nothing left to be written out:
+//! 4096), of what lies under /usr and compresses, and converts it under `TMPDIR`, by both
+//! programs in turn, median of three, each time with the image in the page cache, no output
+//! there and nothing left to be written out:
 //!
 //! - to raw, every byte copied (`--reflink=never`);
 //! - to raw by reflinks, on XFS on a loop device, which takes root;
