@@ -155,7 +155,7 @@ pub(crate) fn help_asked_for() -> Option<&'static str> {
 
 /// Takes any text, but for one that asks for help: that gets it, whatever else is given.
 #[derive(Clone, Copy, Debug)]
-struct OptionsParser;
+pub(super) struct OptionsParser;
 
 impl clap::builder::TypedValueParser for OptionsParser {
     type Value = String;
@@ -275,7 +275,7 @@ fn files_of(chain: &Chain) -> impl Iterator<Item = &Source> {
 }
 
 /// From now on signals set a flag, so that what is half done can be taken back.
-fn catch_signals() -> anyhow::Result<Interrupt<'static>> {
+pub(super) fn catch_signals() -> anyhow::Result<Interrupt<'static>> {
     #[cfg(feature = "device")]
     {
         // A limit of the file's size is to be an error, not the end.
@@ -485,7 +485,7 @@ impl Job<'_> {
                 && !bytes_go_to.is_block_device(),
             threads: threads(args.threads),
         };
-        let progress = Meter::start(args.progress, size.get(), globals);
+        let progress = Meter::start(args.progress, size.get(), "converting", globals);
         let tick = |done: u64| {
             progress.set(done);
             self.interrupt.check()
@@ -510,7 +510,7 @@ impl Job<'_> {
 }
 
 /// As many as there are cores, unless told otherwise.
-fn threads(asked: Option<NonZeroUsize>) -> usize {
+pub(super) fn threads(asked: Option<NonZeroUsize>) -> usize {
     /// More than that only wait for each other.
     const MOST: usize = 64;
     let cores = || std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
@@ -518,7 +518,7 @@ fn threads(asked: Option<NonZeroUsize>) -> usize {
 }
 
 /// An error of reading names the file that was read; any other is of the output.
-fn output_failed(error: Error, target: &Target, data: &Target, size: u64) -> Error {
+pub(super) fn output_failed(error: Error, target: &Target, data: &Target, size: u64) -> Error {
     if error.path().is_some() || error.is_interruption() {
         return error;
     }
@@ -545,7 +545,7 @@ fn output_failed(error: Error, target: &Target, data: &Target, size: u64) -> Err
 }
 
 /// How far it is: a bar on a terminal, or lines.
-struct Meter {
+pub(super) struct Meter {
     bar: Option<Progress>,
     size: u64,
     /// The percentage that was printed last, in hundredths.
@@ -553,15 +553,15 @@ struct Meter {
 }
 
 impl Meter {
-    fn start(lines: bool, size: u64, globals: Globals) -> Self {
+    pub(super) fn start(lines: bool, size: u64, what: &'static str, globals: Globals) -> Self {
         let lines = lines && !globals.quiet;
-        let bar = (!lines).then(|| Progress::start(true, size, "converting", globals));
+        let bar = (!lines).then(|| Progress::start(true, size, what, globals));
         let meter = Self { bar, size, printed: lines.then(|| Mutex::new(u64::MAX)) };
         meter.set(0);
         meter
     }
 
-    fn set(&self, done: u64) {
+    pub(super) fn set(&self, done: u64) {
         if let Some(bar) = &self.bar {
             bar.set(done);
         }
@@ -576,7 +576,7 @@ impl Meter {
         }
     }
 
-    fn finish(self, all: bool) {
+    pub(super) fn finish(self, all: bool) {
         if all {
             self.set(self.size);
         }

@@ -17,6 +17,8 @@ mod diff;
 mod evidence;
 mod exit;
 mod explain;
+#[cfg(feature = "device")]
+mod export;
 mod facts;
 #[cfg(feature = "device")]
 mod fill;
@@ -97,6 +99,8 @@ enum Command {
     Show(show::Args),
     Hash(hash::Args),
     Convert(convert::Args),
+    #[cfg(feature = "device")]
+    Export(export::Args),
     #[cfg(feature = "device")]
     Attach(attach::Args),
     #[cfg(feature = "device")]
@@ -225,6 +229,8 @@ pub(crate) fn run() -> ExitCode {
         Command::Show(args) => show::run(&args, globals),
         Command::Hash(args) => hash::run(&args, globals),
         Command::Convert(args) => convert::run(&args, globals),
+        #[cfg(feature = "device")]
+        Command::Export(args) => export::run(&args, globals),
         #[cfg(feature = "device")]
         Command::Attach(args) => attach::run(&args, globals),
         #[cfg(feature = "device")]

@@ -1,12 +1,14 @@
 //! What a file lies on: the block devices of its file system, and all below them.
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::fs::{self, File};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{AtFlags, CWD, FileType, StatxFlags};
+
 use super::mountinfo::{Mount, mounts};
-use super::{DeviceNumber, loops, nodes};
+use super::{DeviceNumber, PathState, loops};
 
 /// File systems and devices on each other, at most.
 const MAX_STEPS: usize = 4096;
@@ -17,15 +19,20 @@ const MAX_STEPS: usize = 4096;
 #[derive(Debug, Default)]
 pub struct Below {
     devices: BTreeSet<DeviceNumber>,
-    mounts: Option<Vec<Mount>>,
 }
 
 /// What is yet to be looked at.
 enum Step {
     Device(DeviceNumber),
-    /// A file system, by the device number of its files.
+    /// A file system, as it is mounted somewhere; the device number of its files, should that
+    /// mount not be to be seen.
+    Mount(u64, DeviceNumber),
+    /// A file system, by the device number of its files: of btrfs and overlay that is none of
+    /// the file system.
     FileSystem(DeviceNumber),
     Path(PathBuf),
+    /// Nobody knows: all that is mounted.
+    Anything,
 }
 
 impl Below {
@@ -34,6 +41,15 @@ impl Below {
     pub fn of_path(path: &Path) -> Self {
         let mut below = Self::default();
         below.add(Step::Path(path.to_owned()));
+        below
+    }
+
+    /// All that an open file lies on.
+    pub fn of_file(file: &File) -> Self {
+        let mut below = Self::default();
+        if let Some(step) = look(file.as_fd(), Path::new("")) {
+            below.add(step);
+        }
         below
     }
 
@@ -54,48 +70,75 @@ impl Below {
     }
 
     fn add(&mut self, first: Step) {
+        let all = mounts("self").unwrap_or_default();
         let (mut steps, mut seen) = (vec![first], BTreeSet::new());
         for _ in 0..MAX_STEPS {
             match steps.pop() {
                 None => break,
-                Some(Step::Path(path)) => {
-                    let Ok(metadata) = fs::metadata(&path) else { continue };
-                    steps.push(match nodes::number_at(&path) {
-                        Some(number) => Step::Device(number),
-                        None => Step::FileSystem(DeviceNumber::from_dev(metadata.dev())),
-                    });
-                }
+                Some(Step::Path(path)) => steps.extend(look(CWD, &path)),
                 Some(Step::Device(number)) => {
                     if self.devices.insert(number) {
                         steps.extend(below_device(number));
                     }
                 }
-                Some(Step::FileSystem(number)) => {
-                    if seen.insert(number) {
-                        steps.extend(self.below_file_system(number));
+                Some(Step::Mount(id, number)) => match all.iter().find(|mount| mount.id == id) {
+                    Some(mount) => {
+                        if seen.insert(mount.number) {
+                            steps.extend(below_mount(mount));
+                        }
                     }
+                    None => steps.push(Step::FileSystem(number)),
+                },
+                Some(Step::FileSystem(number)) => match seen.insert(number) {
+                    true if sysfs(number, "").exists() => steps.push(Step::Device(number)),
+                    true => {
+                        let known = all.iter().find(|mount| mount.number == number);
+                        let is_other = |mount: &&Mount| match known {
+                            Some(known) => mount.id == known.id,
+                            None => matches!(mount.driver.as_str(), "btrfs" | "overlay"),
+                        };
+                        steps.extend(all.iter().filter(is_other).flat_map(below_mount));
+                    }
+                    false => {}
+                },
+                Some(Step::Anything) => {
+                    let others = all.iter().filter(|mount| mount.driver != "overlay");
+                    let others = others.filter(|mount| seen.insert(mount.number));
+                    steps.extend(others.flat_map(below_mount));
                 }
             }
         }
     }
+}
 
-    fn below_file_system(&mut self, number: DeviceNumber) -> Vec<Step> {
-        if sysfs(number, "").exists() {
-            return vec![Step::Device(number)];
-        }
-        // The number is none of a device: btrfs, overlay, network, memory.
-        let all = self.mounts.get_or_insert_with(|| mounts("self").unwrap_or_default());
-        let mut steps = Vec::new();
-        for mount in all.iter().filter(|mount| mount.number == number) {
-            steps.extend(mount.layers.iter().cloned().map(Step::Path));
-            let device = mount.device();
-            if device != number {
-                let all = if mount.driver == "btrfs" { btrfs_devices(device) } else { Vec::new() };
-                steps.extend(all.into_iter().chain([device]).map(Step::Device));
-            }
-        }
-        steps
+/// What a file or directory lies on directly. Its mount tells of more file systems than the
+/// device number that it has.
+fn look(directory: BorrowedFd<'_>, path: &Path) -> Option<Step> {
+    let wanted = StatxFlags::MNT_ID | StatxFlags::BASIC_STATS;
+    let found = rustix::fs::statx(directory, path, AtFlags::EMPTY_PATH, wanted).ok()?;
+    let number = |major, minor| DeviceNumber { major, minor };
+    if FileType::from_raw_mode(found.stx_mode.into()) == FileType::BlockDevice {
+        return Some(Step::Device(number(found.stx_rdev_major, found.stx_rdev_minor)));
     }
+    Some(Step::Mount(found.stx_mnt_id, number(found.stx_dev_major, found.stx_dev_minor)))
+}
+
+fn below_mount(mount: &Mount) -> Vec<Step> {
+    let mut steps = Vec::new();
+    if sysfs(mount.number, "").exists() {
+        steps.push(Step::Device(mount.number));
+    }
+    let device = mount.device();
+    if device != mount.number {
+        let all = if mount.driver == "btrfs" { btrfs_devices(device) } else { Vec::new() };
+        steps.extend(all.into_iter().chain([device]).map(Step::Device));
+    }
+    for layer in &mount.layers {
+        // A path of another mount namespace, or from a directory that nobody knows.
+        let is_known = layer.is_absolute() && layer.exists();
+        steps.push(if is_known { Step::Path(layer.clone()) } else { Step::Anything });
+    }
+    steps
 }
 
 fn sysfs(number: DeviceNumber, attribute: &str) -> PathBuf {
@@ -122,9 +165,11 @@ fn below_device(number: DeviceNumber) -> Vec<Step> {
         && let Ok(Some(info)) = loops::info(number)
     {
         let device = DeviceNumber::from_dev(info.file.device);
-        steps.push(match info.file.inode {
-            0 => Step::Device(device),
-            _ => Step::FileSystem(device),
+        let path = info.path.filter(|path| path.state == PathState::Same);
+        steps.push(match (info.file.inode, path) {
+            (0, _) => Step::Device(device),
+            (_, Some(path)) => Step::Path(path.path),
+            (_, None) => Step::FileSystem(device),
         });
     }
     steps
@@ -142,12 +187,15 @@ fn btrfs_devices(number: DeviceNumber) -> Vec<DeviceNumber> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
 
     #[test]
     fn a_file_lies_on_its_file_systems_device_or_on_none() {
         assert!(Below::of_path(Path::new("/proc/self/stat")).devices.is_empty());
         assert!(Below::of_path(Path::new("/nowhere")).devices.is_empty());
+        assert!(Below::of_file(&File::open("/proc/self/stat").unwrap()).devices.is_empty());
         let here = Below::of_path(Path::new(env!("CARGO_MANIFEST_DIR")));
         let device = fs::metadata(env!("CARGO_MANIFEST_DIR")).unwrap().dev();
         let number = DeviceNumber::from_dev(device);

@@ -9,6 +9,7 @@ use crate::partition::Disk;
 use crate::units::{ByteLen, GuestOffset, SECTOR_SIZE};
 
 /// A device that is read as the kernel serves it: decrypted, with all layers.
+#[derive(Clone)]
 pub struct DeviceDisk<'a> {
     reader: Arc<dyn DeviceReader>,
     size: ByteLen,

@@ -33,6 +33,8 @@ pub mod below;
 #[cfg(feature = "device")]
 mod dm;
 #[cfg(feature = "device")]
+pub mod export;
+#[cfg(feature = "device")]
 pub mod linux;
 #[cfg(feature = "device")]
 mod loops;

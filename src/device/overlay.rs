@@ -83,15 +83,21 @@ pub(super) fn of<K: Kernel>(
     let store = loops.iter().find(|each| each.number == live.cow && is_store(&each.info));
     let is_kept = overlay == Overlay::Kept;
     let disk = inner.iter().find(|device| device.number == live.origin);
-    let status = kernel.live_status(&text)?;
+    let state = state(kernel, top)?;
     Ok(Some(AttachedOverlay {
         disk: live.origin,
         disk_uuid: disk.map(|disk| disk.uuid.clone()).unwrap_or_default(),
         store: store.map(|each| each.number),
         path: store.and_then(|each| each.info.path.clone()).filter(|_| is_kept),
         is_kept,
-        state: OverlayState::parse(status.first().map_or("", |line| &line.parameters)),
+        state,
     }))
+}
+
+/// How full the store of the device of this UUID is now.
+pub(super) fn state<K: Kernel>(kernel: &K, top: &DmUuid) -> Result<OverlayState> {
+    let status = kernel.live_status(&top.to_string())?;
+    Ok(OverlayState::parse(status.first().map_or("", |line| &line.parameters)))
 }
 
 #[cfg(test)]

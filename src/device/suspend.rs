@@ -4,6 +4,8 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::Path;
 
+use nix::sys::signal::{SigSet, Signal};
+
 use super::below::Below;
 use super::dm::Dm;
 use super::nodes::{self, DEVICE_MAPPER};
@@ -23,12 +25,24 @@ pub struct Suspended<'k> {
     dm: &'k Dm,
     /// Bottom last.
     devices: Vec<(DeviceNumber, String)>,
+    /// Signals that are blocked.
+    refused: Option<SigSet>,
     /// So that nobody removes them meanwhile.
     _held: Vec<File>,
     _watch: Watch,
 }
 
 impl Suspended<'_> {
+    /// From now on Ctrl-Z does not stop this thread and those that it starts: who waits for the
+    /// devices would wait for `fg`. They go on as before once the devices do.
+    pub(super) fn refuse_stops(&mut self) {
+        let mut stop = SigSet::empty();
+        stop.add(Signal::SIGTSTP);
+        if stop.thread_block().is_ok() {
+            self.refused = Some(stop);
+        }
+    }
+
     /// Lets them go on, the lowest first.
     ///
     /// # Errors
@@ -48,6 +62,9 @@ impl Suspended<'_> {
                 )
             });
             failed = failed.or(resumed.err());
+        }
+        if let Some(stop) = self.refused.take() {
+            let _ = stop.thread_unblock();
         }
         failed.map_or(Ok(()), Err)
     }
@@ -100,12 +117,12 @@ impl Still {
         Ok(Self { devices })
     }
 
-    /// Refuses to hold still what this process needs to go on: `path`, which is to be written,
-    /// its own program, and what memory is swapped to.
+    /// Refuses to hold still what this process needs to go on: files that are to be written,
+    /// which go by these names; its own program, and what memory is swapped to.
     ///
     /// # Errors
-    /// [`ErrorKind::Usage`] for a path, [`ErrorKind::InUse`] for the others.
-    pub fn check(&self, path: &Path) -> Result<()> {
+    /// [`ErrorKind::Usage`] for a file, [`ErrorKind::InUse`] for the others.
+    pub fn check(&self, files: &[(&Path, &File)]) -> Result<()> {
         let refuse = |kind: fn(String) -> ErrorKind, what: &str, below: &Below| match self
             .devices
             .iter()
@@ -117,8 +134,10 @@ impl Still {
                 printable(&device.name)
             )))),
         };
-        refuse(ErrorKind::Usage, "this", &Below::of_path(path))
-            .map_err(|error| error.at_path(path))?;
+        for (name, file) in files {
+            refuse(ErrorKind::Usage, "this", &Below::of_file(file))
+                .map_err(|error| error.at_path(name))?;
+        }
         for stream in ["/proc/self/fd/1", "/proc/self/fd/2"] {
             let what = "what is printed goes to a file that";
             refuse(ErrorKind::Usage, what, &Below::of_path(Path::new(stream)))?;
@@ -150,8 +169,13 @@ impl Still {
         let remedies: Result<Vec<_>, _> = all.map(|device| Dm::resumption(device.number)).collect();
         let control = DEVICE_MAPPER.open()?;
         let watch = remedies.and_then(|remedies| watch(control.as_fd(), &remedies));
-        let mut suspended =
-            Suspended { dm, devices: Vec::new(), _held: held, _watch: watch.map_err(failed)? };
+        let mut suspended = Suspended {
+            dm,
+            devices: Vec::new(),
+            refused: None,
+            _held: held,
+            _watch: watch.map_err(failed)?,
+        };
         for device in &self.devices {
             interrupt.check()?;
             if let Err(error) = dm.suspend(device.number) {

@@ -12,6 +12,7 @@ mod cow;
 mod encrypted;
 mod evidence;
 mod explain;
+mod export;
 mod faults;
 mod guest;
 mod holes;

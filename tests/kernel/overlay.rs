@@ -14,7 +14,7 @@ use crate::guest::*;
 use crate::lvm::{GROUP, Host};
 
 /// Content and times of files: what must not change while they are attached.
-fn untouched(files: &[PathBuf]) -> Vec<(Vec<u8>, [i64; 6])> {
+pub(crate) fn untouched(files: &[PathBuf]) -> Vec<(Vec<u8>, [i64; 6])> {
     let look = |file: &PathBuf| {
         let m = fs::metadata(file).unwrap();
         let times =
@@ -29,7 +29,7 @@ fn untouched(files: &[PathBuf]) -> Vec<(Vec<u8>, [i64; 6])> {
 }
 
 /// Writes random pieces to the device, of whole sectors and not, and the same to `wanted`.
-fn write_randomly(device: &Path, wanted: &mut [u8], seed: u64, count: u64) {
+pub(crate) fn write_randomly(device: &Path, wanted: &mut [u8], seed: u64, count: u64) {
     let file = OpenOptions::new().write(true).open(device).unwrap();
     let mut random = Random(seed);
     for _ in 0..count {
@@ -45,7 +45,7 @@ fn write_randomly(device: &Path, wanted: &mut [u8], seed: u64, count: u64) {
 }
 
 /// A chain of two qcow2 images over a raw one of 3 MiB and a bit, and all its files.
-fn chain(scratch: &Scratch) -> (PathBuf, Vec<PathBuf>) {
+pub(crate) fn chain(scratch: &Scratch) -> (PathBuf, Vec<PathBuf>) {
     let base = scratch.path("base.raw");
     fs::write(&base, Random(3).bytes(3 * 1024 * 1024 + 3 * 512)).unwrap();
     let middle = scratch.create("qcow2", &["-b", "base.raw", "-F", "raw"], "middle.qcow2", "");
@@ -56,13 +56,13 @@ fn chain(scratch: &Scratch) -> (PathBuf, Vec<PathBuf>) {
 }
 
 /// A raw image of 4 MiB.
-fn raw(scratch: &Scratch) -> PathBuf {
+pub(crate) fn raw(scratch: &Scratch) -> PathBuf {
     let image = scratch.path("disk.raw");
     fs::write(&image, Random(11).bytes(4 << 20)).unwrap();
     image
 }
 
-fn kept(store: &Path) -> String {
+pub(crate) fn kept(store: &Path) -> String {
     format!("--overlay={}", store.display())
 }
 
