@@ -29,9 +29,12 @@ pub(super) enum CutKind {
     Bytes(Option<InputPlace>),
     /// A granule that holds some of several, not all of it left to the backing file.
     Mixed,
+    /// Nothing: it is left to the backing file. Told all the same, so that who asks for the
+    /// next cut never waits long.
+    Backing,
 }
 
-/// Cuts pieces; what is left to the backing file is left out.
+/// Cuts pieces.
 pub(super) struct Cutter<I: Iterator> {
     pieces: Peekable<I>,
     /// What is left of the piece that was taken last; starts with a granule.
@@ -83,7 +86,7 @@ impl<I: Iterator<Item = Result<Piece>>> Cutter<I> {
     }
 
     /// The granule that `first` starts and does not fill: with the pieces that do.
-    fn granule(&mut self, first: Piece) -> Result<Option<Cut>> {
+    fn granule(&mut self, first: Piece) -> Result<Cut> {
         let range = GuestRange::new(first.range.start, self.granule_end(first.range.start));
         let mut kind = kind_of(first.content);
         let mut at = first.range.end;
@@ -91,14 +94,14 @@ impl<I: Iterator<Item = Result<Piece>>> Cutter<I> {
             let Some(piece) = self.piece() else { break };
             let piece = piece?;
             if kind != kind_of(piece.content) {
-                kind = Some(CutKind::Mixed);
+                kind = CutKind::Mixed;
             }
             at = piece.range.end;
             if at > range.end {
                 self.rest = Some(without_start(piece, range.end));
             }
         }
-        Ok(kind.map(|kind| Cut { range, kind }))
+        Ok(Cut { range, kind })
     }
 }
 
@@ -106,39 +109,32 @@ impl<I: Iterator<Item = Result<Piece>>> Iterator for Cutter<I> {
     type Item = Result<Cut>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        loop {
-            let piece = match self.piece()? {
-                Ok(piece) => piece,
-                Err(error) => return Some(Err(error)),
-            };
-            let whole = self.whole_granules(piece.range);
-            if whole == piece.range.start {
-                match self.granule(piece) {
-                    Ok(None) => continue,
-                    Ok(Some(cut)) => return Some(Ok(cut)),
-                    Err(error) => return Some(Err(error)),
-                }
-            }
-            if whole < piece.range.end {
-                self.rest = Some(without_start(piece, whole));
-            }
-            let kind = match piece.content {
-                Content::Backing => continue,
-                Content::Zeros => CutKind::Zeros,
-                Content::Bytes { place } => CutKind::Bytes(place),
-            };
-            return Some(Ok(Cut { range: GuestRange::new(piece.range.start, whole), kind }));
+        let piece = match self.piece()? {
+            Ok(piece) => piece,
+            Err(error) => return Some(Err(error)),
+        };
+        let whole = self.whole_granules(piece.range);
+        if whole == piece.range.start {
+            return Some(self.granule(piece));
         }
+        if whole < piece.range.end {
+            self.rest = Some(without_start(piece, whole));
+        }
+        let kind = match piece.content {
+            Content::Backing => CutKind::Backing,
+            Content::Zeros => CutKind::Zeros,
+            Content::Bytes { place } => CutKind::Bytes(place),
+        };
+        Some(Ok(Cut { range: GuestRange::new(piece.range.start, whole), kind }))
     }
 }
 
-/// What a granule of that content alone is; `None` where it is left to the backing file.
-/// Which bytes does not matter.
-fn kind_of(content: Content) -> Option<CutKind> {
+/// What a granule of that content alone is. Which bytes does not matter.
+fn kind_of(content: Content) -> CutKind {
     match content {
-        Content::Backing => None,
-        Content::Zeros => Some(CutKind::Zeros),
-        Content::Bytes { .. } => Some(CutKind::Bytes(None)),
+        Content::Backing => CutKind::Backing,
+        Content::Zeros => CutKind::Zeros,
+        Content::Bytes { .. } => CutKind::Bytes(None),
     }
 }
 

@@ -9,6 +9,9 @@ use crate::units::{ByteLen, GuestOffset, GuestRange};
 
 /// Parts of a batch at most.
 const MAX_UNITS: usize = 512;
+/// Cuts of a batch that are left to the backing file, at most: between batches the work can be
+/// stopped.
+const MAX_LEFT_OUT: usize = 4096;
 /// Bytes that are cloned in one batch.
 const CLONED: u64 = 8 << 30;
 
@@ -48,7 +51,7 @@ pub(super) enum Work {
     Offload(InputPlace, Offload),
 }
 
-/// Some units in guest order.
+/// Some units in guest order; none where all that it goes by is left to the backing file.
 #[derive(Debug, Default)]
 pub(super) struct Batch {
     pub(super) number: u64,
@@ -101,7 +104,12 @@ impl<'s> Batches<'s> {
         }
         self.next += 1;
         let mut cloned = 0;
-        while batch.bytes < self.layout.batch && cloned < CLONED && batch.units.len() < MAX_UNITS {
+        let mut left_out = 0;
+        while batch.bytes < self.layout.batch
+            && cloned < CLONED
+            && batch.units.len() < MAX_UNITS
+            && left_out < MAX_LEFT_OUT
+        {
             let cut = match self.rest.take().map(Ok).or_else(|| self.cutter.next()) {
                 Some(Ok(cut)) => cut,
                 Some(Err(error)) => {
@@ -114,7 +122,11 @@ impl<'s> Batches<'s> {
                     break;
                 }
             };
-            let (unit, rest) = self.unit(cut);
+            let Some((unit, rest)) = self.unit(cut) else {
+                left_out += 1;
+                batch.end = cut.range.end;
+                continue;
+            };
             // What was begun is not cut anew in the middle of a chunk.
             if !matches!(unit.work, Work::Zeros | Work::Offload(..)) {
                 let length = unit.range.length().get();
@@ -131,28 +143,30 @@ impl<'s> Batches<'s> {
             batch.units.push(unit);
             self.rest = rest;
         }
-        Ok(!batch.units.is_empty())
+        Ok(!self.ended || !batch.units.is_empty())
     }
 
-    /// The first unit of a cut, and what is left of it.
-    fn unit(&self, cut: Cut) -> (Unit, Option<Cut>) {
+    /// The first unit of a cut, and what is left of it; none where it is left to the backing
+    /// file.
+    fn unit(&self, cut: Cut) -> Option<(Unit, Option<Cut>)> {
         let run_end = cut.range.end;
         let unit = |range, work| Unit { range, work, run_end };
         let work = match cut.kind {
+            CutKind::Backing => return None,
             CutKind::Zeros if !self.layout.writes_zeros => {
-                return (unit(cut.range, Work::Zeros), None);
+                return Some((unit(cut.range, Work::Zeros), None));
             }
             CutKind::Zeros => Work::WriteZeros,
-            CutKind::Mixed => return (unit(cut.range, Work::Granule), None),
+            CutKind::Mixed => return Some((unit(cut.range, Work::Granule), None)),
             CutKind::Bytes(place) => {
                 if let Some((end, offload)) = place.and_then(|place| self.offload(cut, place)) {
                     let (range, rest) = split(cut, end);
-                    return match (offload, place) {
+                    return Some(match (offload, place) {
                         (Some(offload), Some(place)) => {
                             (unit(range, Work::Offload(place, offload)), rest)
                         }
                         _ => (unit(range, Work::Copy(place)), rest),
-                    };
+                    });
                 }
                 Work::Copy(place)
             }
@@ -160,7 +174,7 @@ impl<'s> Batches<'s> {
         let next = (cut.range.start.get() / self.layout.batch).saturating_add(1);
         let end = GuestOffset::new(next.saturating_mul(self.layout.batch)).min(cut.range.end);
         let (range, rest) = split(cut, end);
-        (unit(range, work), rest)
+        Some((unit(range, work), rest))
     }
 
     /// Up to where the file system does the work, or up to where it has to be done before the

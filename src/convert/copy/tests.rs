@@ -73,7 +73,16 @@ impl Packed {
     fn new(cluster: u64, granularity: u64) -> Self {
         let file = tempfile::tempfile().unwrap();
         let (next, told) = (0, Vec::new());
-        Self { file, cluster, granularity, has_zeros: true, next, told, fails_at: None }
+        Self {
+            file,
+            cluster,
+            granularity,
+            has_zeros: true,
+            next,
+            told,
+            fails_at: None,
+            panics_at: None,
+        }
     }
 
     /// The disk, over a backing file with the bytes `base`.
@@ -390,6 +399,55 @@ fn the_tick_tells_how_far_it_is_and_can_stop_the_work() {
     let error = copy(&input, &mut writer, &options(&kernel), &stop).unwrap_err();
     assert!(error.is_interruption(), "{error}");
     assert!(writer.next < 16 << 20);
+}
+
+/// An endless disk that is left to the backing file; it counts the pieces that it was asked for.
+#[derive(Default)]
+struct LeftOut {
+    pieces: AtomicU64,
+}
+
+impl LeftOut {
+    const PIECES: u64 = 1 << 25;
+    const PIECE: u64 = 1 << 30;
+}
+
+impl Input for LeftOut {
+    fn size(&self) -> ByteLen {
+        ByteLen::new(Self::PIECES * Self::PIECE)
+    }
+
+    fn pieces(&self) -> Box<dyn Iterator<Item = Result<Piece>> + Send + '_> {
+        Box::new((0..Self::PIECES).map(|number| {
+            self.pieces.fetch_add(1, Ordering::Relaxed);
+            let start = number * Self::PIECE;
+            let end = GuestOffset::new(start + Self::PIECE);
+            let range = GuestRange::new(GuestOffset::new(start), end);
+            Ok(Piece { range, content: Content::Backing })
+        }))
+    }
+
+    fn file(&self, _: u32) -> Option<&Source> {
+        None
+    }
+
+    fn reader(&self) -> Box<dyn InputReader + Send + '_> {
+        unreachable!("nothing is read")
+    }
+}
+
+#[test]
+fn the_work_can_be_stopped_while_all_is_left_to_the_backing_file() {
+    let kernel = Kernel::default();
+    for threads in [1, 4] {
+        let input = LeftOut::default();
+        let stop = |_| Err(Error::new(ErrorKind::Interrupted(2)));
+        let options = CopyOptions { has_backing: true, threads, ..options(&kernel) };
+        let mut writer = Packed::new(65536, 65536);
+        let error = copy(&input, &mut writer, &options, &stop).unwrap_err();
+        assert!(error.is_interruption(), "{error}");
+        assert!(input.pieces.into_inner() < LeftOut::PIECES / 100, "it went on");
+    }
 }
 
 #[test]
