@@ -67,6 +67,8 @@ struct Packed {
     told: Vec<(GuestRange, Option<u64>)>,
     /// The call for that guest offset fails.
     fails_at: Option<u64>,
+    /// As does this one, by a panic.
+    panics_at: Option<u64>,
 }
 
 impl Packed {
@@ -102,6 +104,7 @@ impl Packed {
         if self.fails_at.is_some_and(|at| range.end.get() > at) {
             return Err(Error::invalid("the writer fails"));
         }
+        assert!(self.panics_at.is_none_or(|at| range.end.get() <= at), "the writer panics");
         let before = self.told.last().map_or(0, |(range, _)| range.end.get());
         assert!(range.start.get() >= before, "guest order");
         assert_eq!(range.start.get() % self.granularity, 0);
@@ -447,6 +450,58 @@ fn the_work_can_be_stopped_while_all_is_left_to_the_backing_file() {
         let error = copy(&input, &mut writer, &options, &stop).unwrap_err();
         assert!(error.is_interruption(), "{error}");
         assert!(input.pieces.into_inner() < LeftOut::PIECES / 100, "it went on");
+    }
+}
+
+/// A writer, or its reader, that panics.
+struct Panics {
+    by_reading: bool,
+}
+
+impl Input for Panics {
+    fn size(&self) -> ByteLen {
+        ByteLen::new(16 << 20)
+    }
+
+    fn pieces(&self) -> Box<dyn Iterator<Item = Result<Piece>> + Send + '_> {
+        let range = GuestRange::new(GuestOffset::ZERO, GuestOffset::new(16 << 20));
+        Box::new(std::iter::once(Ok(Piece { range, content: Content::Bytes { place: None } })))
+    }
+
+    fn file(&self, _: u32) -> Option<&Source> {
+        None
+    }
+
+    fn reader(&self) -> Box<dyn InputReader + Send + '_> {
+        struct Reader(bool);
+        impl InputReader for Reader {
+            fn read(&mut self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
+                assert!(!self.0 || offset.get() != 2 << 20, "the reader panics");
+                buffer.fill(1);
+                Ok(())
+            }
+        }
+        Box::new(Reader(self.by_reading))
+    }
+}
+
+#[test]
+fn a_panic_of_one_thread_is_the_end_of_all() {
+    for (by_reading, threads) in [(true, 1), (true, 4), (false, 1), (false, 4)] {
+        let (tell, told) = std::sync::mpsc::channel();
+        // On a thread of its own: without an end, the test is to fail nevertheless.
+        std::thread::spawn(move || {
+            let kernel = Kernel::default();
+            let mut writer = Packed::new(65536, 65536);
+            writer.panics_at = (!by_reading).then_some(2 << 20);
+            let options = CopyOptions { threads, ..options(&kernel) };
+            let copying = std::panic::AssertUnwindSafe(|| {
+                copy(&Panics { by_reading }, &mut writer, &options, &goes_on).map(drop)
+            });
+            let _ = tell.send(std::panic::catch_unwind(copying).is_err());
+        });
+        let panicked = told.recv_timeout(std::time::Duration::from_secs(60));
+        assert_eq!(panicked, Ok(true), "by reading: {by_reading}, {threads} threads");
     }
 }
 

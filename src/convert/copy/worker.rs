@@ -13,8 +13,22 @@ use super::{Shared, Turn, file_of, lock};
 use crate::error::{Error, Result};
 use crate::units::{ByteLen, GuestOffset, GuestRange};
 
+/// Ends the work where a thread panics: those that wait for its turn would wait for good, and
+/// the panic with them.
+struct EndsByPanic<'w, 's>(&'w Shared<'s>);
+
+impl Drop for EndsByPanic<'_, '_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.fail(0, Error::invalid("a thread panicked"));
+        }
+    }
+}
+
 /// Works until there is nothing left to do.
 pub(super) fn run(shared: &Shared<'_>) {
+    // The first, so that the locks are free when it is dropped.
+    let _ends = EndsByPanic(shared);
     let mut batch = Batch::default();
     let mut worker = None;
     loop {
