@@ -7,6 +7,8 @@
 //! ends them all. They lie in the order of their writing: [`Changes`] gives them in that of the
 //! disk, with memory that does not grow with the store.
 
+mod check;
+
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::persistent::{

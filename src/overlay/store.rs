@@ -15,6 +15,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use nix::unistd::linkat;
 
 use super::StoreFile;
+use super::exceptions::ExceptionStore;
 use super::header::{FIXED_LENGTH, STORE_OFFSET, StoreHeader};
 use super::persistent::{HEADER_LENGTH, PersistentHeader};
 use crate::error::{Error, ErrorKind, Result};
@@ -22,8 +23,8 @@ use crate::lock::lock_writer;
 use crate::scratch::{
     ScratchPlace, create_named, descriptor_path, open_unnamed, wait_for_the_clock,
 };
-use crate::source::FileId;
-use crate::units::{ByteLen, Sectors};
+use crate::source::{FileId, Source};
+use crate::units::{ByteLen, HostOffset, Sectors};
 
 /// The file of a store, open for reading and writing.
 #[derive(Debug)]
@@ -84,6 +85,7 @@ impl Store {
         // Once more under the lock: whoever had it may have filled it.
         let persistent = read_persistent(&file)?;
         found.check_persistent(&persistent, length)?;
+        check_exceptions(path, &file, found.disk)?;
         if let Some(size) = size
             && size != length
         {
@@ -157,6 +159,18 @@ pub fn read_persistent(file: &File) -> Result<PersistentHeader> {
     let mut bytes = [0; HEADER_LENGTH];
     read_up_to(file, &mut bytes, STORE_OFFSET)?;
     PersistentHeader::parse(&bytes).map_err(|error| error.at_offset(STORE_OFFSET))
+}
+
+/// Checks all that the kernel is going to read of an open store, of a disk of this size.
+///
+/// # Errors
+/// As [`ExceptionStore::check`].
+fn check_exceptions(path: &Path, file: &File, disk: Sectors) -> Result<()> {
+    let look = || Ok((file.metadata()?.len(), file.try_clone()?));
+    let (length, file) = look().map_err(|error| Error::io("cannot look at the store", error))?;
+    let source = Source::from_reader(path, ByteLen::new(length), Box::new(file));
+    let disk = disk.to_bytes().ok_or_else(|| Error::invalid("a disk of more than 2^64 bytes"))?;
+    ExceptionStore::open(&source, HostOffset::new(STORE_OFFSET), ByteLen::new(disk))?.check()
 }
 
 /// Fills the buffer; with zeros past the end of the file, which are no header of anything.

@@ -355,6 +355,10 @@ fn what_is_no_store_or_a_damaged_one_is_refused_and_left_alone() {
         &|store| File::options().write(true).open(store).unwrap().set_len(2 * MIB).unwrap(),
         "cut off",
     );
+    // Exceptions that would make the kernel panic, were it given them: its count of a run of
+    // chunks, in the upper bits of the second number, would go from 255 to 0.
+    let pairs = [1u64, 0xff << 56 | 6, 0, 5].map(u64::to_le_bytes).concat();
+    damaged(&|store| patch(store, MIB + 16 * KIB, &pairs), "past its end");
     // What the chain's files are refused for, evidence is too.
     let said = imgdm(args!["attach", "--overlay", "--evidence", &image]).refused(64);
     assert!(said.contains("--evidence") && said.contains("--overlay"), "{said}");

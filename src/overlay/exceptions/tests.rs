@@ -1,5 +1,6 @@
 use proptest::prelude::*;
 
+use super::check::Limits;
 use super::*;
 use crate::ErrorKind;
 
@@ -184,6 +185,64 @@ fn more_than_can_be_sorted_is_refused_by_name() {
     let error = store.changes_within(39).unwrap_err();
     assert!(error.to_string().contains("more than 39 chunks"), "{error}");
     assert!(store.changes_within(40).is_ok());
+}
+
+/// What `check` says of a store whose pairs in the first area are these.
+fn checked(sectors: u32, disk: u64, pairs: &[(u64, u64)], limits: Limits) -> Result<()> {
+    let mut bytes = store(sectors, &vec![(0, 1); pairs.len()]);
+    for (slot, &(old, new)) in pairs.iter().enumerate() {
+        let at = usize::try_from(START).unwrap() + sectors as usize * 512 + slot * 16;
+        bytes[at..at + 8].copy_from_slice(&old.to_le_bytes());
+        put_new(&mut bytes, sectors as usize, slot, new);
+    }
+    let source = source(bytes);
+    open(&source, disk).and_then(|store| store.check_within(limits))
+}
+
+/// Bits for all numbers, several parts of them, and sorted.
+const WAYS: [Limits; 3] = [
+    Limits { bits: 1 << 30, sorted: 0, rounds: 1 },
+    Limits { bits: 2, sorted: 0, rounds: 1 << 20 },
+    Limits { bits: 1, sorted: 100, rounds: 0 },
+];
+
+#[test]
+fn what_would_make_the_kernel_panic_is_refused() {
+    // Its count of a run of chunks, in the upper bits of the second number, would go from 255
+    // to 0.
+    let error = checked(32, 1 << 20, &[(1, 0xff << 56 | 6), (0, 5)], WAYS[0]).unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::InvalidImage(_)), "{error}");
+    assert!(error.to_string().contains("past its end"), "{error}");
+    assert_eq!(error.offset(), Some(START + 32 * 512));
+}
+
+#[test]
+fn no_chunk_of_the_disk_or_the_store_is_named_twice() {
+    for limits in WAYS {
+        checked(8, 1 << 20, &[], limits).unwrap();
+        checked(8, 1 << 20, &[(9, 3), (200, 2), (3, 5), (0, 4)], limits).unwrap();
+        let said =
+            |pairs: &[(u64, u64)]| checked(8, 1 << 20, pairs, limits).unwrap_err().to_string();
+        let old = said(&[(9, 3), (200, 2), (9, 5), (0, 4)]);
+        assert!(old.contains("chunk 9 of the disk is named twice"), "{limits:?}: {old}");
+        let new = said(&[(9, 3), (200, 2), (3, 4), (0, 4)]);
+        assert!(new.contains("chunk 4 of the store is named twice"), "{limits:?}: {new}");
+    }
+    let far = Limits { bits: 2, sorted: 0, rounds: 2 };
+    let error = checked(8, 1 << 20, &[(9, 3), (200, 2), (100, 4)], far).unwrap_err();
+    assert!(error.to_string().contains("too far apart"), "{error}");
+}
+
+#[test]
+fn what_the_kernel_writes_is_sound_to_the_last_area() {
+    let changed: Vec<_> = (0..1000u64).map(|n| (n * 617 % 1000, 7)).collect();
+    let bytes = store(8, &changed);
+    for disk in [1000 * 4096, 1 << 60] {
+        open(&source(bytes.clone()), disk).unwrap().check().unwrap();
+    }
+    let cut = bytes[..bytes.len() - 4096].to_vec();
+    let error = open(&source(cut), 1000 * 4096).unwrap().check().unwrap_err();
+    assert!(error.to_string().contains("past its end"), "{error}");
 }
 
 proptest::proptest! {

@@ -143,6 +143,54 @@ fn a_damaged_store_and_that_of_another_or_a_changed_image_are_refused() {
     assert!(matches!(error.kind(), ErrorKind::InvalidImage(_)), "{error}");
 }
 
+/// The pair of this number in the first area of exceptions.
+fn pair(number: u64, old: u64, new: u64) -> (u64, [u8; 16]) {
+    let chunk = persistent::DEFAULT_CHUNK.to_bytes().unwrap();
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&old.to_le_bytes());
+    bytes[8..].copy_from_slice(&new.to_le_bytes());
+    (STORE_OFFSET + chunk + number * 16, bytes)
+}
+
+#[test]
+fn exceptions_that_the_kernel_would_fall_over_are_refused() {
+    let world = World::new();
+    let refused = |pairs: &[(u64, u64)], wanted: &str| {
+        let path = world.made();
+        for (number, &(old, new)) in (0..).zip(pairs) {
+            let (at, bytes) = pair(number, old, new);
+            write_at(&path, at, &bytes);
+        }
+        let error = world.assert_refused(wanted);
+        assert!(matches!(error.kind(), ErrorKind::InvalidImage(_)), "{error}");
+        std::fs::remove_file(path).unwrap();
+    };
+    refused(&[(1, 0xff << 56 | 6), (0, 5)], "past its end");
+    refused(&[(1, 6), (0, 1)], "for exceptions");
+    refused(&[(1, 6), (1 << 40, 5)], "the disk has 3125");
+    refused(&[(1, 6), (0, 6)], "named twice");
+    // And what is as it should be is taken.
+    let path = world.made();
+    let (at, bytes) = pair(0, 7, 2);
+    write_at(&path, at, &bytes);
+    world.kept().unwrap();
+}
+
+#[test]
+fn a_store_that_has_grown_and_was_cut_back_is_refused_where_something_is_lost() {
+    let world = World::new();
+    let path = world.made();
+    let length = world.header().length.get();
+    drop(Store::kept(&path, &world.header(), Some(ByteLen::new(length + (1 << 20)))).unwrap());
+    let chunk = persistent::DEFAULT_CHUNK.to_bytes().unwrap();
+    let (at, bytes) = pair(0, 7, length.div_ceil(chunk));
+    write_at(&path, at, &bytes);
+    drop(world.kept().unwrap());
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len(STORE_OFFSET + length).unwrap();
+    world.assert_refused("past its end");
+}
+
 #[test]
 fn a_store_is_in_use_as_long_as_it_is_open() {
     let world = World::new();
