@@ -24,7 +24,7 @@ depends() {
 
 installkernel() {
     # The machine that makes the initrd need not have any of them in use now.
-    hostonly='' instmods loop dm_zero dm_crypt \
+    hostonly='' instmods loop dm_zero dm_snapshot dm_bufio dm_crypt \
         aes cbc xts ecb hmac sha1 sha256 sha512 essiv
     hostonly='' instmods ext4 xfs btrfs f2fs vfat nls_cp437 nls_iso8859_1 nls_ascii nls_utf8 \
         exfat ntfs3 isofs squashfs erofs
