@@ -253,21 +253,36 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     if let Some(stamps) = stamps {
         stamps.check(&chain)?;
     }
-    interrupt.check()?;
     let sync = args.cache == Cache::Writeback;
-    if let Some(data) = &mut data {
-        data.commit(sync)?;
+    for target in data.as_mut().into_iter().chain([&mut target]) {
+        target.prepare(sync)?;
     }
-    let committed = target.commit(sync);
+    // Writing out may have taken long.
+    interrupt.check()?;
+    give_names(data.as_mut(), &mut target, sync, args.force)?;
+    args.print(&target, input.size().get(), summary)
+}
+
+/// Gives the data file and the image their names: both, or none where nothing was there.
+fn give_names(
+    mut data: Option<&mut Target>,
+    image: &mut Target,
+    sync: bool,
+    force: bool,
+) -> Result<()> {
+    let mut commit = || {
+        data.as_mut().map_or(Ok(()), |data| data.commit(sync))?;
+        image.commit(sync)
+    };
+    let committed = commit();
     if committed.is_err()
-        && let Some(data) = &data
-        && !args.force
+        && !image.is_committed()
+        && let Some(data) = data.filter(|data| data.is_committed() && !force)
     {
         // Nothing was there, and without the image it is of no use.
         let _ = std::fs::remove_file(data.name());
     }
-    committed?;
-    args.print(&target, input.size().get(), summary)
+    committed
 }
 
 fn files_of(chain: &Chain) -> impl Iterator<Item = &Source> {

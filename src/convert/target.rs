@@ -4,8 +4,10 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, fchown};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, RenameFlags, renameat2};
@@ -20,6 +22,8 @@ use crate::source::{FileId, Source};
 const LINKS: u32 = 40;
 /// Longest name that room is left in for what is added to it.
 const LONG_NAME: usize = 200;
+/// Names beside that are tried: others may have left some of them.
+const NAMES_BESIDE: u32 = 10_000;
 
 /// An output on its way. Dropped before it is [committed](Self::commit), nothing of it is left
 /// (but on a block device).
@@ -30,6 +34,8 @@ pub struct Target {
     file: File,
     kind: Kind,
     force: bool,
+    /// All but the name is done.
+    is_prepared: bool,
 }
 
 #[derive(Debug)]
@@ -61,7 +67,7 @@ impl Target {
         };
         if let Some(metadata) = &existing {
             require_replaceable(metadata, force).map_err(|error| error.at_path(name))?;
-            require_unused(name)?;
+            require_unused(name).map_err(|error| error.at_path(name))?;
             if metadata.file_type().is_block_device() {
                 return Self::open_device(name);
             }
@@ -71,7 +77,7 @@ impl Target {
             None => end_of_links(name),
         };
         let (file, kind) = path.and_then(make).map_err(failed)?;
-        Ok(Self { name: name.to_owned(), file, kind, force })
+        Ok(Self::new(name, file, kind, force))
     }
 
     fn open_device(name: &Path) -> Result<Self> {
@@ -85,7 +91,12 @@ impl Target {
             .at_path(name),
             _ => cannot_create("the block device can't be written", error).at_path(name),
         })?;
-        Ok(Self { name: name.to_owned(), file, kind: Kind::BlockDevice, force: true })
+        lock_device(&file).map_err(|error| error.at_path(name))?;
+        Ok(Self::new(name, file, Kind::BlockDevice, true))
+    }
+
+    fn new(name: &Path, file: File, kind: Kind, force: bool) -> Self {
+        Self { name: name.to_owned(), file, kind, force, is_prepared: false }
     }
 
     /// The file, open for reading and writing.
@@ -98,15 +109,19 @@ impl Target {
         &self.name
     }
 
+    /// Where its name is to be, links followed; none for a block device.
+    fn path(&self) -> Option<&Path> {
+        match &self.kind {
+            Kind::Unnamed(path) | Kind::Beside { path, .. } => Some(path),
+            Kind::BlockDevice | Kind::Done => None,
+        }
+    }
+
     /// True where both would come to be one and the same.
     pub fn is_same_place(&self, other: &Self) -> bool {
-        let path = |target: &'_ Self| match &target.kind {
-            Kind::Unnamed(path) | Kind::Beside { path, .. } => Some(path.clone()),
-            Kind::BlockDevice | Kind::Done => None,
-        };
-        match (path(self), path(other)) {
+        match (self.path(), other.path()) {
             (Some(a), Some(b)) => {
-                let [directory, other] = [&a, &b].map(|path| FileId::of_path(directory_of(path)));
+                let [directory, other] = [a, b].map(|path| FileId::of_path(directory_of(path)));
                 a.file_name() == b.file_name() && directory == other
             }
             (None, None) => FileId::of_path(&self.name) == FileId::of_path(&other.name),
@@ -119,44 +134,77 @@ impl Target {
         matches!(self.kind, Kind::BlockDevice)
     }
 
-    /// Gives the file its name; with `sync`, it is on the disk when this returns. What it
-    /// replaces hands down its permissions, and its owner where that is permitted.
-    ///
-    /// # Errors
-    /// `CannotCreate`: something of that name has come into being and may not be replaced; it
-    /// can't be written out. Nothing of it is left.
-    pub fn commit(&mut self, sync: bool) -> Result<()> {
-        let failed = |error: io::Error| {
-            let is_there = error.kind() == io::ErrorKind::AlreadyExists;
-            if is_there { exists() } else { cannot_create("the file can't be finished", error) }
-        };
-        self.commit_io(sync).map_err(|error| failed(error).at_path(&self.name))
+    /// True once it has its name.
+    pub fn is_committed(&self) -> bool {
+        matches!(self.kind, Kind::Done)
     }
 
-    fn commit_io(&mut self, sync: bool) -> io::Result<()> {
-        let path = match &self.kind {
-            Kind::Unnamed(path) | Kind::Beside { path, .. } => Some(path.clone()),
-            Kind::BlockDevice | Kind::Done => None,
+    /// Does all that comes before its name: what it replaces hands down its permissions, and
+    /// its owner where that is permitted; with `sync`, it is written out, which can take long.
+    ///
+    /// # Errors
+    /// `CannotCreate`: it can't be written out; something of that name has come into being and
+    /// may not be replaced. `InUse`: a virtual machine has opened what is to be replaced.
+    pub fn prepare(&mut self, sync: bool) -> Result<()> {
+        if self.is_prepared {
+            return Ok(());
+        }
+        self.finish_file(sync)
+            .map_err(|error| cannot_create("the file can't be finished", error))
+            .and_then(|()| self.require_free())
+            .map_err(|error| error.at_path(&self.name))?;
+        self.is_prepared = true;
+        Ok(())
+    }
+
+    fn finish_file(&self, sync: bool) -> io::Result<()> {
+        let old = self.path().filter(|_| self.force).and_then(|path| fs::metadata(path).ok());
+        match (old, &self.kind) {
+            (Some(old), _) => inherit(&self.file, &old)?,
+            (None, Kind::Beside { .. }) => {
+                let mode = 0o666 & !umask();
+                self.file.set_permissions(fs::Permissions::from_mode(mode))?;
+            }
+            (None, _) => {}
+        }
+        if sync { self.file.sync_all() } else { Ok(()) }
+    }
+
+    /// Looks again whether the name may be had: much time has gone by.
+    fn require_free(&self) -> Result<()> {
+        match self.path() {
+            Some(path) if self.force => require_unused(path),
+            Some(path) if fs::symlink_metadata(path).is_ok() => Err(exists()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives the file its name, [prepared](Self::prepare) if it is not yet; with `sync`, it is
+    /// on the disk when this returns.
+    ///
+    /// # Errors
+    /// As [`prepare`](Self::prepare), and then nothing of it is left. `CannotCreate`, though it
+    /// [is there](Self::is_committed): the directory can't be written out.
+    pub fn commit(&mut self, sync: bool) -> Result<()> {
+        self.prepare(sync)?;
+        let named = match &self.kind {
+            Kind::Unnamed(path) => link(&self.file, path, self.force),
+            Kind::Beside { path, beside } => rename(beside, path, self.force),
+            Kind::BlockDevice | Kind::Done => Ok(()),
         };
-        if let Some(path) = &path
-            && self.force
-            && let Ok(old) = fs::metadata(path)
-        {
-            // Its owner may not be ours to give.
-            let _ = fchown(&self.file, Some(old.uid()), Some(old.gid()));
-            self.file.set_permissions(old.permissions())?;
-        }
-        if sync {
-            self.file.sync_all()?;
-        }
-        match &self.kind {
-            Kind::Unnamed(path) => link(&self.file, path, self.force)?,
-            Kind::Beside { path, beside } => rename(beside, path, self.force)?,
-            Kind::BlockDevice | Kind::Done => {}
-        }
+        named.map_err(|error| {
+            let is_there = error.kind() == io::ErrorKind::AlreadyExists;
+            let failed = |error| cannot_create("the file can't be given its name", error);
+            if is_there { exists() } else { failed(error) }.at_path(&self.name)
+        })?;
+        let path = self.path().map(Path::to_owned);
         self.kind = Kind::Done;
         match path {
-            Some(path) if sync => sync_directory(&path),
+            Some(path) if sync => sync_directory(&path).map_err(|error| {
+                let message = "it is there and whole, but its directory can't be written out: \
+                               after a power failure the name may be missing, or be the old file's";
+                cannot_create(message, error).at_path(&self.name)
+            }),
             _ => Ok(()),
         }
     }
@@ -202,12 +250,51 @@ fn require_replaceable(existing: &Metadata, force: bool) -> Result<()> {
 
 /// Refuses what a virtual machine has open: it would go on with a file that has no name.
 fn require_unused(path: &Path) -> Result<()> {
-    let Ok(source) = Source::open(path) else { return Ok(()) };
-    if lock::others(&source).is_empty() {
-        return Ok(());
+    match Source::open(path) {
+        Ok(source) if !lock::others(&source).is_empty() => Err(in_use()),
+        _ => Ok(()),
     }
+}
+
+fn in_use() -> Error {
     let message = "it is in use by another program (a running virtual machine?) and stays";
-    Err(Error::new(ErrorKind::InUse(message.to_owned())).at_path(path))
+    Error::new(ErrorKind::InUse(message.to_owned()))
+}
+
+/// Keeps virtual machines from a block device while it is written.
+fn lock_device(file: &File) -> Result<()> {
+    match lock::lock_writer(file) {
+        Ok(_) => Ok(()),
+        Err(error) if matches!(error.kind(), ErrorKind::InUse(_)) => Err(in_use()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Gives a new file the owner and the permissions of the one it replaces. Where the group can't
+/// be given, its permissions are nobody else's: group and others keep what both had.
+fn inherit(file: &File, old: &Metadata) -> io::Result<()> {
+    let has_group = fchown(file, Some(old.uid()), Some(old.gid())).is_ok()
+        || fchown(file, None, Some(old.gid())).is_ok();
+    let mode = if has_group { old.mode() & 0o777 } else { mode_for_others(old.mode()) };
+    file.set_permissions(fs::Permissions::from_mode(mode))
+}
+
+fn mode_for_others(mode: u32) -> u32 {
+    let of_both = (mode >> 3) & mode & 0o7;
+    mode & 0o700 | of_both << 3 | of_both
+}
+
+/// What new files of this process are not to permit.
+fn umask() -> u32 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("Umask:"));
+    line.and_then(|mask| u32::from_str_radix(mask.trim(), 8).ok()).unwrap_or_else(|| {
+        // The kernel tells it only in exchange for another.
+        let mask =
+            nix::sys::stat::umask(nix::sys::stat::Mode::S_IRWXG | nix::sys::stat::Mode::S_IRWXO);
+        nix::sys::stat::umask(mask);
+        mask.bits()
+    })
 }
 
 /// What a path leads to that leads to no file yet.
@@ -234,8 +321,12 @@ fn directory_of(path: &Path) -> &Path {
 /// A file that is to be at `path`: with no name, so that it is gone whatever becomes of us;
 /// where that can't be had, with a name beside.
 fn make(path: PathBuf) -> io::Result<(File, Kind)> {
-    if path.file_name().is_none() {
-        return Err(Errno::EISDIR.into());
+    let name = path.file_name().ok_or(Errno::EISDIR)?;
+    if !path.as_os_str().as_bytes().ends_with(name.as_bytes()) {
+        return Err(io::Error::new(
+            io::ErrorKind::IsADirectory,
+            "a name that ends in '/' is a directory's, and there is none",
+        ));
     }
     let mut options = OpenOptions::new();
     options.read(true).write(true).mode(0o666);
@@ -251,17 +342,40 @@ fn make(path: PathBuf) -> io::Result<(File, Kind)> {
             Err(error) => return Err(error),
         }
     }
-    let beside = beside(&path);
-    let file = options.create_new(true).open(&beside)?;
+    make_beside(path)
+}
+
+fn make_beside(path: PathBuf) -> io::Result<(File, Kind)> {
+    let mut options = OpenOptions::new();
+    // Whom the finished file permits to read it is not known yet.
+    options.read(true).write(true).mode(0o600).create_new(true);
+    let (beside, file) = with_name_beside(&path, |beside| options.open(beside))?;
     Ok((file, Kind::Beside { path, beside }))
 }
 
+/// Makes something of a name beside `path` that nothing has yet.
+fn with_name_beside<T>(
+    path: &Path,
+    mut make: impl FnMut(&Path) -> io::Result<T>,
+) -> io::Result<(PathBuf, T)> {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    for _ in 0..NAMES_BESIDE {
+        let beside = beside(path, NEXT.fetch_add(1, Ordering::Relaxed));
+        match make(&beside) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            made => return Ok((beside, made?)),
+        }
+    }
+    Err(io::Error::other("all names beside it are taken"))
+}
+
 /// The name of a file beside `path` until it is finished.
-fn beside(path: &Path) -> PathBuf {
+fn beside(path: &Path, number: u32) -> PathBuf {
     let name = path.file_name().filter(|name| name.len() <= LONG_NAME);
     let mut beside = OsString::from(".");
     beside.push(name.unwrap_or(OsStr::new("output")));
-    beside.push(format!(".imgdm-{}", std::process::id()));
+    // Processes in containers may have the same number.
+    beside.push(format!(".imgdm-{}-{number}", std::process::id()));
     path.with_file_name(beside)
 }
 
@@ -269,8 +383,7 @@ fn beside(path: &Path) -> PathBuf {
 fn link(file: &File, path: &Path, force: bool) -> io::Result<()> {
     match link_new(file, path) {
         Err(error) if force && error.kind() == io::ErrorKind::AlreadyExists => {
-            let beside = beside(path);
-            link_new(file, &beside)?;
+            let (beside, ()) = with_name_beside(path, |beside| link_new(file, beside))?;
             fs::rename(&beside, path).inspect_err(|_| drop(fs::remove_file(&beside)))
         }
         other => other,
@@ -316,145 +429,4 @@ pub fn refuse_files<'s>(name: &Path, files: impl IntoIterator<Item = &'s Source>
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io::Write;
-    use std::os::unix::fs::{PermissionsExt, symlink};
-
-    use super::*;
-
-    fn names(directory: &Path) -> Vec<OsString> {
-        let mut names: Vec<_> =
-            fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-        names.sort();
-        names
-    }
-
-    fn written(path: &Path, force: bool, content: &[u8]) -> Result<Target> {
-        let mut target = Target::create(path, force)?;
-        target.file.write_all(content).unwrap();
-        Ok(target)
-    }
-
-    #[test]
-    fn a_file_has_its_name_only_once_it_is_finished() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("out.raw");
-        drop(written(&path, false, b"one").unwrap());
-        assert_eq!(names(directory.path()), Vec::<OsString>::new());
-        let mut target = written(&path, false, b"two").unwrap();
-        assert!(!path.exists());
-        target.commit(true).unwrap();
-        drop(target);
-        assert_eq!(fs::read(&path).unwrap(), b"two");
-        assert_eq!(names(directory.path()), ["out.raw"]);
-    }
-
-    #[test]
-    fn a_file_with_a_name_beside_is_renamed_or_removed() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("out.raw");
-        let make = |force| {
-            let beside = beside(&path);
-            let file = File::create_new(&beside).unwrap();
-            let kind = Kind::Beside { path: path.clone(), beside };
-            Target { name: path.clone(), file, kind, force }
-        };
-        drop(make(false));
-        assert_eq!(names(directory.path()), Vec::<OsString>::new());
-        make(false).commit(true).unwrap();
-        assert_eq!(names(directory.path()), ["out.raw"]);
-        let error = make(false).commit(false).unwrap_err();
-        assert!(error.to_string().contains("there already; --force"), "{error}");
-        make(true).commit(false).unwrap();
-        assert_eq!(names(directory.path()), ["out.raw"]);
-    }
-
-    #[test]
-    fn what_is_there_stays_unless_forced() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("out.raw");
-        fs::write(&path, b"old").unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
-        let error = Target::create(&path, false).unwrap_err();
-        assert!(matches!(error.kind(), ErrorKind::CannotCreate(_)), "{error}");
-        assert!(error.to_string().contains("--force"), "{error}");
-        drop(written(&path, true, b"new").unwrap());
-        assert_eq!(fs::read(&path).unwrap(), b"old");
-        written(&path, true, b"new").unwrap().commit(true).unwrap();
-        assert_eq!(fs::read(&path).unwrap(), b"new");
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
-        assert_eq!(names(directory.path()), ["out.raw"]);
-    }
-
-    #[test]
-    fn what_came_into_being_meanwhile_stays_too() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("out.raw");
-        let mut target = written(&path, false, b"new").unwrap();
-        fs::write(&path, b"another's").unwrap();
-        let error = target.commit(true).unwrap_err();
-        assert!(matches!(error.kind(), ErrorKind::CannotCreate(_)), "{error}");
-        drop(target);
-        assert_eq!(fs::read(&path).unwrap(), b"another's");
-        assert_eq!(names(directory.path()), ["out.raw"]);
-    }
-
-    #[test]
-    fn links_stay_links() {
-        let directory = tempfile::tempdir().unwrap();
-        let (link, path) = (directory.path().join("link"), directory.path().join("out.raw"));
-        symlink("out.raw", &link).unwrap();
-        written(&link, false, b"one").unwrap().commit(false).unwrap();
-        assert_eq!(fs::read(&path).unwrap(), b"one");
-        assert!(Target::create(&link, false).is_err());
-        written(&link, true, b"two").unwrap().commit(false).unwrap();
-        assert_eq!(fs::read(&path).unwrap(), b"two");
-        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
-        symlink("b", directory.path().join("a")).unwrap();
-        symlink("a", directory.path().join("b")).unwrap();
-        assert!(Target::create(&directory.path().join("a"), true).is_err());
-    }
-
-    #[test]
-    fn what_no_image_can_be_made_of_is_refused() {
-        let directory = tempfile::tempdir().unwrap();
-        let fifo = directory.path().join("fifo");
-        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let places = [
-            directory.path(),
-            &fifo,
-            Path::new("/dev/null"),
-            Path::new("/no/such/x"),
-            Path::new("/"),
-        ];
-        for path in places {
-            let error = Target::create(path, true).unwrap_err();
-            assert!(matches!(error.kind(), ErrorKind::CannotCreate(_)), "{error}");
-            assert_eq!(error.path(), Some(path));
-        }
-        assert_eq!(names(directory.path()), ["fifo"]);
-    }
-
-    #[test]
-    fn the_file_of_a_running_virtual_machine_is_not_replaced() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let reader = Source::open(file.path()).unwrap();
-        lock::lock(&reader, lock::Sharing::Readers).unwrap();
-        let error = Target::create(file.path(), true).unwrap_err();
-        assert!(matches!(error.kind(), ErrorKind::InUse(_)), "{error}");
-        drop(reader);
-        Target::create(file.path(), true).unwrap();
-    }
-
-    #[test]
-    fn a_file_that_is_read_is_known_by_any_name() {
-        let directory = tempfile::tempdir().unwrap();
-        let (path, other) = (directory.path().join("in"), directory.path().join("other"));
-        fs::write(&path, b"x").unwrap();
-        fs::hard_link(&path, &other).unwrap();
-        let source = Source::open(&path).unwrap();
-        let error = refuse_files(&other, [&source]).unwrap_err();
-        assert!(matches!(error.kind(), ErrorKind::Usage(_)), "{error}");
-        refuse_files(&directory.path().join("new"), [&source]).unwrap();
-    }
-}
+mod tests;
