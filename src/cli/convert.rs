@@ -1,9 +1,11 @@
 //! `imgdm convert`: a disk copied into a new image.
 
+mod meter;
+
 use std::num::NonZeroUsize;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, OnceLock};
+use std::sync::OnceLock;
 
 use clap::ValueEnum;
 use imgdm::chain::Chain;
@@ -30,9 +32,9 @@ use imgdm::{Error, ErrorKind, Result};
 use super::Globals;
 use super::open::{OpenArgs, is_undeclared, parse_size, print_warnings};
 use super::output::{JsonPath, OutputFormat, human_size, print_json, show_path, stdout};
-use super::progress::Progress;
 use super::stamps::Stamps;
 use super::unlock::UnlockArgs;
+pub(super) use meter::Meter;
 
 /// Copy a disk into a new image: raw, qcow2 or qcow
 ///
@@ -210,6 +212,16 @@ enum Place {
     Other(Chain),
 }
 
+impl Backing {
+    /// Its chain, where that is not the input's.
+    fn own_chain(&self) -> Option<&Chain> {
+        match &self.place {
+            Place::Layer(_) => None,
+            Place::Other(chain) => Some(chain),
+        }
+    }
+}
+
 pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     let options = FormatOptions::parse(args.output_format, &args.format_options)?;
     options.check(args.compress, args.base.is_some())?;
@@ -223,9 +235,11 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     let backing = args.base.as_deref().map(|base| args.backing(base, &chain, globals));
     let backing = backing.transpose()?;
 
-    let stamps = match args.open.policy().sharing {
-        Sharing::Readers => Some(Stamps::of(&chain)?),
-        Sharing::Writers => None,
+    let chains = [Some(&chain), backing.as_ref().and_then(Backing::own_chain)];
+    let chains: Vec<&Chain> = chains.into_iter().flatten().collect();
+    let stamps: Vec<Stamps> = match args.open.policy().sharing {
+        Sharing::Readers => chains.iter().copied().map(Stamps::of).collect::<Result<_>>()?,
+        Sharing::Writers => Vec::new(),
     };
     let needed = args.keys_needed(&chain, backing.as_ref(), &options)?;
     let unlocked = unlocker.unlock(&chain, &needed)?;
@@ -238,9 +252,8 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     let job = Job { args, options: &options, input: &input, backing: backing.as_ref(), interrupt };
     let data_name = options.data_file().map(|name| resolve_beside(&args.out, Path::new(name)));
     for name in [Some(&args.out), data_name.as_ref()].into_iter().flatten() {
-        refuse_files(name, files_of(&chain))?;
-        if let Some(Backing { place: Place::Other(base), .. }) = &backing {
-            refuse_files(name, files_of(base))?;
+        for chain in &chains {
+            refuse_files(name, files_of(chain))?;
         }
     }
     let mut target = Target::create(&args.out, args.force)?;
@@ -250,8 +263,8 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
         return Err(Error::new(ErrorKind::Usage(message.to_owned())).at_path(data.name()).into());
     }
     let summary = job.copy(&target, data.as_ref(), globals)?;
-    if let Some(stamps) = stamps {
-        stamps.check(&chain)?;
+    for (stamps, chain) in stamps.iter().zip(&chains) {
+        stamps.check(chain)?;
     }
     let sync = args.cache == Cache::Writeback;
     for target in data.as_mut().into_iter().chain([&mut target]) {
@@ -557,48 +570,6 @@ pub(super) fn output_failed(error: Error, target: &Target, data: &Target, size: 
         other => other.clone(),
     };
     error.with_kind(kind).at_path(target.name())
-}
-
-/// How far it is: a bar on a terminal, or lines.
-pub(super) struct Meter {
-    bar: Option<Progress>,
-    size: u64,
-    /// The percentage that was printed last, in hundredths.
-    printed: Option<Mutex<u64>>,
-}
-
-impl Meter {
-    pub(super) fn start(lines: bool, size: u64, what: &'static str, globals: Globals) -> Self {
-        let lines = lines && !globals.quiet;
-        let bar = (!lines).then(|| Progress::start(true, size, what, globals));
-        let meter = Self { bar, size, printed: lines.then(|| Mutex::new(u64::MAX)) };
-        meter.set(0);
-        meter
-    }
-
-    pub(super) fn set(&self, done: u64) {
-        if let Some(bar) = &self.bar {
-            bar.set(done);
-        }
-        let Some(printed) = &self.printed else { return };
-        let done = u128::from(done) * 100 / u128::from(self.size.max(1));
-        let percent = u64::try_from(done).unwrap_or(100).min(100);
-        let Ok(mut printed) = printed.lock() else { return };
-        if *printed == u64::MAX || percent > *printed {
-            *printed = percent;
-            // A closed stderr must not stop the work.
-            let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("{percent}%\n"));
-        }
-    }
-
-    pub(super) fn finish(self, all: bool) {
-        if all {
-            self.set(self.size);
-        }
-        if let Some(bar) = self.bar {
-            bar.finish();
-        }
-    }
 }
 
 const _: () = assert!(DEFAULT_SPARSE == 4 << 10, "the default of -S");

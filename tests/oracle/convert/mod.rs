@@ -5,6 +5,7 @@ mod base;
 mod far;
 mod guest;
 mod options;
+mod place;
 mod random;
 mod refused;
 mod stopped;
