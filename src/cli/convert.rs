@@ -337,6 +337,13 @@ impl Args {
     fn backing(&self, base: &Path, chain: &Chain, globals: Globals) -> anyhow::Result<Backing> {
         let name = LocalName::parse(base.as_os_str().as_bytes())?;
         let path = resolve_beside(&self.out, &name.path);
+        if let Err(error) = std::fs::metadata(&path)
+            && error.kind() == std::io::ErrorKind::NotFound
+        {
+            let message =
+                "there is no such file for -B, whose name is seen from the directory of OUT";
+            return Err(Error::new(ErrorKind::NotFound(message.to_owned())).at_path(path).into());
+        }
         let id = FileId::of_path(&path);
         let layers = chain.layers().iter().zip(0u32..);
         let own = layers.filter(|(layer, _)| id.is_some() && layer.source.id() == id).last();

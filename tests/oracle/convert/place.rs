@@ -46,6 +46,21 @@ fn a_directory_that_is_not_there_is_told_at_once() {
     assert_eq!(listing(dir), before);
 }
 
+#[test]
+fn a_base_that_is_not_there_is_looked_for_beside_the_image() {
+    let dir = scratch_dir("convert-place").unwrap();
+    let dir = dir.path();
+    make_input(dir);
+    fs::create_dir(dir.join("sub")).unwrap();
+    fs::write(dir.join("base.raw"), [0; 512]).unwrap();
+    for more in [&[][..], &["-F", "raw"]] {
+        let line = ["convert", "-O", "qcow2", "-f", "raw", "-B", "base.raw", "in.raw", "sub/out"];
+        let ran = imgdm(dir, &[&line[..], more].concat()).unwrap();
+        refused(&ran, &[66], &["sub/base.raw", "seen from the directory of OUT"]).unwrap();
+    }
+    assert!(listing(&dir.join("sub")).is_empty());
+}
+
 /// Runs it as somebody who owns nothing; `None` where that takes another user.
 fn as_nobody(dir: &Path, args: &[&str]) -> Option<Ran> {
     if !nix::unistd::geteuid().is_root() {
