@@ -407,7 +407,12 @@ impl Args {
             _ => u64::MAX,
         };
         let copied = chain.layers().iter().take(depth as usize);
-        let is_coarser = copied.map(|layer| layer.image.granularity()).any(|own| own < granularity);
+        let mut images = copied.map(|layer| &layer.image).zip(0u32..);
+        // Also where a layer below the first ends inside of a granule: behind that are zeros.
+        let is_coarser = images.any(|(image, depth)| {
+            image.granularity() < granularity
+                || depth > 0 && !image.virtual_size().is_multiple_of(granularity)
+        });
         if !is_coarser || !matches!(backing, Some(Backing { place: Place::Layer(_), .. })) {
             needed.retain(|&layer| layer < depth);
         }

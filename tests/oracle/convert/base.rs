@@ -366,3 +366,26 @@ fn without_f_the_base_keeps_the_format_by_which_the_chain_declares_it() {
         assert!(!dir.join("raw-based").exists());
     }
 }
+
+#[test]
+fn a_middle_layer_that_ends_inside_of_a_cluster_has_the_bases_key_asked_for() {
+    let dir = scratch_dir("convert-base").unwrap();
+    let dir = dir.path();
+    crate::crypt::create(dir, "qcow2", "base", crate::crypt::LUKS, "abc", "2M").unwrap();
+    crate::crypt::write(dir, &[("qcow2", "base", "abc")], &["write -P 5 0 2M"]).unwrap();
+    // Its last cluster is the base's up to the middle, and zeros from there on.
+    let (mid, top) = (["-b", "base", "mid", "1049088"], ["-b", "mid", "top", "2M"]);
+    for more in [&mid[..], &top] {
+        qemu::img(dir, &[&["create", "-q", "-u", "-f", "qcow2", "-F", "qcow2"], more].concat())
+            .unwrap();
+    }
+    fs::write(dir.join("key"), "abc").unwrap();
+    let convert = |line: &[&str]| {
+        imgdm(dir, &[&["convert", "--key-file", "key", "top"], line].concat()).unwrap().ok()
+    };
+    convert(&["-O", "qcow2", "-B", "base", "-F", "qcow2", "out"]).unwrap();
+    convert(&["expected.raw"]).unwrap();
+    let copied = imgdm(dir, &["convert", "--key-file", "key", "out", "out.raw"]).unwrap();
+    copied.ok().unwrap();
+    assert!(super::bytes(dir, "out.raw").unwrap() == super::bytes(dir, "expected.raw").unwrap());
+}
