@@ -152,8 +152,9 @@ impl Input for ChainInput<'_> {
     }
 
     fn file_numbers(&self) -> std::ops::Range<u32> {
-        let files = self.chain.layers().len().saturating_mul(FILES_PER_LAYER);
-        0..u32::try_from(files).unwrap_or(u32::MAX)
+        // Those of which bytes are copied.
+        let copied = self.chain.layers().len().min(self.depth as usize);
+        0..u32::try_from(copied.saturating_mul(FILES_PER_LAYER)).unwrap_or(u32::MAX)
     }
 
     fn reader(&self) -> Box<dyn InputReader + Send + '_> {

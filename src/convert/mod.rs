@@ -82,7 +82,7 @@ pub trait Input: Sync {
     /// The file of that number of an [`InputPlace`].
     fn file(&self, number: u32) -> Option<&Source>;
 
-    /// The numbers that [`file`](Self::file) may know.
+    /// The numbers that the places of [`pieces`](Self::pieces) can have.
     fn file_numbers(&self) -> Range<u32> {
         0..u32::from(self.file(0).is_some())
     }

@@ -109,7 +109,11 @@ proptest! {
                 if found_at as usize >= depth {
                     prop_assert_eq!(*content, Content::Backing, "nothing below is copied");
                 }
+                if let Content::Bytes { place: Some(place) } = content {
+                    prop_assert!(input.file_numbers().contains(&place.file));
+                }
             }
+            prop_assert_eq!(input.file_numbers().len(), 2 * depth, "no file of the base");
             let base = base_disk(&chain, u32::try_from(depth).unwrap());
             prop_assert!(over(&base, &found, &own) == own);
             prop_assert!(read_all(&input) == own);
