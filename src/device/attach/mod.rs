@@ -210,7 +210,8 @@ pub fn find_attached<'k, K: Kernel>(
 }
 
 /// The same disk, where it is attached under whatever name, unless `only_its_name`, and with
-/// whatever options: with what is asked for on top of it. It stays as it is.
+/// whatever options, but that one which takes writes is no longer the disk that its image has:
+/// with what is asked for on top of it. It stays as it is.
 ///
 /// # Errors
 /// As [`build`]; its tables are not those that the files give now. Where it was attached with
@@ -221,6 +222,10 @@ pub fn find_same_disk<'k, K: Kernel>(
     only_its_name: bool,
 ) -> Result<Option<Pending<'k, K>>, AttachError> {
     let (uuid, lock) = begin(kernel, request)?;
+    let same_access = |other: &DmUuid| {
+        let options = Options::from_bits(other.options);
+        options.map_or(true, |options| options.access() == request.options.access())
+    };
     let mut found = None;
     for device in kernel.devices()? {
         let is_named_so = device.name == request.name.as_str();
@@ -228,6 +233,7 @@ pub fn find_same_disk<'k, K: Kernel>(
         if other.role == DeviceRole::Top
             && device.has_live_table
             && other.is_same_disk(&uuid)
+            && same_access(&other)
             && (is_named_so || (found.is_none() && !only_its_name))
         {
             found = Some((device, other));
@@ -395,12 +401,19 @@ fn already_attached<K: Kernel>(
             }
         };
     };
-    let same_but_for_options = there.uuid.parse::<DmUuid>().is_ok_and(|other| {
-        other.options != uuid.options && DmUuid { options: uuid.options, ..other } == *uuid
+    let same_but_for_options = there.uuid.parse::<DmUuid>().ok().filter(|other| {
+        let same = DmUuid { options: uuid.options, ..other.clone() };
+        other.options != uuid.options && same == *uuid
     });
-    if same_but_for_options {
+    if let Some(other) = same_but_for_options {
+        let is_overlay = |bits| Options::from_bits(bits).map(|o| o.access() == Access::Writable);
+        let how = match (is_overlay(other.options), is_overlay(uuid.options)) {
+            (Ok(true), Ok(false)) => " (it takes writes: --overlay)",
+            (Ok(false), Ok(true)) => " (without --overlay)",
+            _ => "",
+        };
         return refuse(format!(
-            "'{name}' is attached from the same files already, with other options: detach it first, or choose another name with --name"
+            "'{name}' is attached from the same files already, with other options{how}: detach it first, or choose another name with --name"
         ));
     }
     if there.uuid != text {

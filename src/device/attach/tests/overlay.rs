@@ -120,6 +120,30 @@ fn attaching_again_changes_nothing_and_other_stores_are_refused() {
 }
 
 #[test]
+fn what_takes_writes_is_not_taken_for_the_disk_of_the_image() {
+    let (kernel, fixture, store) = (FakeKernel::new(), Fixture::new(), store());
+    attach_over(&fixture, &kernel, &store, |_| {}).unwrap();
+    let same_disk = |request: &Request<'_>| {
+        let found = find_same_disk(&kernel, request, false).unwrap();
+        found.map(|pending| pending.uuid().options)
+    };
+    let plain = |request: &Request<'_>| same_disk(request);
+    assert_eq!(fixture.with_request(|_| {}, plain), None);
+    let error = fixture.attach_with(&kernel, |_| {}).unwrap_err().to_string();
+    assert!(error.contains("with other options (it takes writes: --overlay)"), "{error}");
+    // Beside it there may be one that shows the image, and that is the one.
+    let name = DmName::new("image").unwrap();
+    let name: &'static DmName = Box::leak(Box::new(name));
+    let image = fixture.attach_with(&kernel, |request| request.name = name).unwrap();
+    assert_eq!(fixture.with_request(|_| {}, plain), Some(image.uuid.options));
+    let over = |request: &Request<'_>| {
+        let options = Options { overlay: Overlay::Transient, ..request.options };
+        same_disk(&Request { options, ..*request })
+    };
+    assert_ne!(fixture.with_request(|_| {}, over), Some(image.uuid.options));
+}
+
+#[test]
 fn a_device_that_is_not_over_the_disk_and_a_store_is_not_the_same_attachment() {
     let (fixture, store) = (Fixture::new(), store());
     for line in [
