@@ -357,8 +357,8 @@ impl Kernel for FakeKernel {
 
     fn live_table(&self, uuid: &str) -> Result<Box<dyn Iterator<Item = LiveLine>>> {
         let state = self.0.borrow();
-        let minor = state.find(DeviceId::Uuid(uuid));
-        let live = minor.and_then(|minor| state.devices[&minor].live.clone()).unwrap_or_default();
+        let minor = state.find(DeviceId::Uuid(uuid)).ok_or_else(|| refused("no such device"))?;
+        let live = state.devices[&minor].live.clone().unwrap_or_default();
         Ok(Box::new(live.into_iter().map(|line| LiveLine {
             start: line.start.get(),
             length: line.length.get(),
@@ -369,8 +369,8 @@ impl Kernel for FakeKernel {
 
     fn live_status(&self, uuid: &str) -> Result<Vec<LiveLine>> {
         let state = self.0.borrow();
-        let minor = state.find(DeviceId::Uuid(uuid));
-        Ok(minor.map(|minor| state.devices[&minor].status.clone()).unwrap_or_default())
+        let minor = state.find(DeviceId::Uuid(uuid)).ok_or_else(|| refused("no such device"))?;
+        Ok(state.devices[&minor].status.clone())
     }
 
     fn create(&self, name: &DmName, uuid: &DmUuid) -> Result<DeviceNumber> {

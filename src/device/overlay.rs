@@ -4,7 +4,7 @@ use super::list::AttachedLoop;
 use super::live::LiveTarget;
 use super::name::{DmUuid, LoopRole};
 use super::options::{Options, Overlay};
-use super::{DeviceInfo, DeviceNumber, Kernel, LoopInfo, LoopPath};
+use super::{DeviceId, DeviceInfo, DeviceNumber, Kernel, LoopInfo, LoopPath};
 use crate::error::Result;
 use crate::units::Sectors;
 
@@ -75,7 +75,13 @@ pub(super) fn of<K: Kernel>(
         return Ok(None);
     }
     let text = top.to_string();
-    let line = kernel.live_table(&text)?.next();
+    let ask = || Ok((kernel.live_table(&text)?.next(), state(kernel, top)?));
+    let (line, state) = match ask() {
+        Ok(answers) => answers,
+        // It went after it was listed.
+        Err(_) if kernel.device(DeviceId::Uuid(&text))?.is_none() => return Ok(None),
+        Err(error) => return Err(error),
+    };
     let Some(LiveTarget::Snapshot(live)) = line.as_ref().map(LiveTarget::of) else {
         return Ok(None);
     };
@@ -83,7 +89,6 @@ pub(super) fn of<K: Kernel>(
     let store = loops.iter().find(|each| each.number == live.cow && is_store(&each.info));
     let is_kept = overlay == Overlay::Kept;
     let disk = inner.iter().find(|device| device.number == live.origin);
-    let state = state(kernel, top)?;
     Ok(Some(AttachedOverlay {
         disk: live.origin,
         disk_uuid: disk.map(|disk| disk.uuid.clone()).unwrap_or_default(),

@@ -220,6 +220,17 @@ fn what_is_listed_says_where_writes_go_and_detaching_syncs_the_store() {
 }
 
 #[test]
+fn a_device_that_goes_while_it_is_looked_at_is_no_error() {
+    let (kernel, fixture, store) = (FakeKernel::new(), Fixture::new(), store());
+    let attachment = attach_over(&fixture, &kernel, &store, |_| {}).unwrap();
+    let all = kernel.devices().unwrap();
+    let device = all.iter().find(|device| device.name == "disk").unwrap().clone();
+    kernel.change(|state| drop(state.devices.remove(&attachment.number.minor)));
+    let seen = crate::device::list::attached(&kernel, device, attachment.uuid, &all).unwrap();
+    assert_eq!(seen.overlay, None);
+}
+
+#[test]
 fn a_way_through_a_writable_device_goes_on_in_the_disk() {
     let (kernel, fixture, store) = (FakeKernel::new(), Fixture::new(), store());
     attach_over(&fixture, &kernel, &store, |_| {}).unwrap();
