@@ -106,9 +106,9 @@ pub fn find<K: Kernel>(kernel: &K, argument: &Path, id: Option<FileId>) -> Resul
 }
 
 /// The attachment of an image that `attach` without options has made or would make: under
-/// the name that follows from the image's path, of its active layer, without a record. Other
-/// attachments of the image do not count. `id` is what is at that path, if anything; an image
-/// that was replaced there is known by the path, too.
+/// the name that follows from the image's path, of its active layer, without a record, and it
+/// takes no writes. Other attachments of the image do not count. `id` is what is at that path,
+/// if anything; an image that was replaced there is known by the path, too.
 ///
 /// # Errors
 /// [`ErrorKind::NotAttached`], or no name follows from the path.
@@ -128,6 +128,7 @@ pub fn find_by_default_name<K: Kernel>(
             && attached.name == name.as_str()
             && !attached.uuid.is_snapshot()
             && !attached.is_evidence()
+            && !attached.takes_writes()
     };
     list(kernel)?.into_iter().find(is_it).ok_or_else(|| {
         let message = format!("this image is not attached under the name '{name}'");

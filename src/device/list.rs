@@ -6,7 +6,7 @@ use super::above::AttachedAbove;
 use super::name::{DeviceRole, DmUuid, LoopRole};
 use super::options::Options;
 use super::overlay::{self, AttachedOverlay};
-use super::{DeviceId, DeviceInfo, DeviceNumber, Kernel, LoopInfo, LoopPath};
+use super::{Access, DeviceId, DeviceInfo, DeviceNumber, Kernel, LoopInfo, LoopPath};
 use crate::error::Result;
 use crate::status::FileRole;
 use crate::units::Sectors;
@@ -65,6 +65,12 @@ impl Attached {
     /// Whether a record is kept of it; false too where a later imgdm made it.
     pub fn is_evidence(&self) -> bool {
         Options::from_bits(self.uuid.options).is_ok_and(|options| options.evidence)
+    }
+
+    /// Whether it takes writes; false too where a later imgdm made it.
+    pub fn takes_writes(&self) -> bool {
+        let options = Options::from_bits(self.uuid.options);
+        options.is_ok_and(|options| options.access() == Access::Writable)
     }
 
     /// Numbers and UUID of the device that shows what the image says: its own, or the one

@@ -220,6 +220,24 @@ fn what_is_listed_says_where_writes_go_and_detaching_syncs_the_store() {
 }
 
 #[test]
+fn what_attach_without_options_makes_takes_no_writes() {
+    let (fixture, store) = (Fixture::new(), store());
+    let image = &fixture.sources[0];
+    let find = |kernel: &FakeKernel| {
+        crate::device::detach::find_by_default_name(kernel, image.path(), image.id())
+    };
+    let name: &'static DmName = Box::leak(Box::new(DmName::new("a").unwrap()));
+    let plain = |request: &mut Request<'_>| (request.name, request.snapshot) = (name, None);
+    let kernel = FakeKernel::new();
+    fixture.attach_with(&kernel, plain).unwrap();
+    assert_eq!(find(&kernel).unwrap().name, "a");
+    let kernel = FakeKernel::new();
+    attach_over(&fixture, &kernel, &store, plain).unwrap();
+    let error = find(&kernel).unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::NotAttached(_)), "{error}");
+}
+
+#[test]
 fn a_device_that_goes_while_it_is_looked_at_is_no_error() {
     let (kernel, fixture, store) = (FakeKernel::new(), Fixture::new(), store());
     let attachment = attach_over(&fixture, &kernel, &store, |_| {}).unwrap();
