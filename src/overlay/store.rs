@@ -19,12 +19,15 @@ use super::exceptions::ExceptionStore;
 use super::header::{FIXED_LENGTH, STORE_OFFSET, StoreHeader};
 use super::persistent::{HEADER_LENGTH, PersistentHeader};
 use crate::error::{Error, ErrorKind, Result};
-use crate::lock::lock_writer;
+use crate::lock::{Locked, lock_writer};
 use crate::scratch::{
     ScratchPlace, create_named, descriptor_path, open_unnamed, wait_for_the_clock,
 };
 use crate::source::{FileId, Source};
 use crate::units::{ByteLen, HostOffset, Sectors};
+
+/// How often a store may come and go while it is opened.
+const ATTEMPTS: u32 = 20;
 
 /// The file of a store, open for reading and writing.
 #[derive(Debug)]
@@ -35,6 +38,8 @@ pub struct Store {
     pub chunk: Sectors,
     /// Which file it is, where it is kept.
     pub id: Option<FileId>,
+    /// Nobody else can take it as long as it is open: it is locked, or has no name.
+    pub is_locked: bool,
     /// Where it was made just now.
     made: Option<PathBuf>,
 }
@@ -50,7 +55,7 @@ impl Store {
         place.check_room(0, length)?;
         let file = place.create()?.writer;
         fill(&file, header, length).map_err(|error| cannot_make(error, place.directory()))?;
-        Ok(Self { file, chunk: header.chunk, id: None, made: None })
+        Ok(Self { file, chunk: header.chunk, id: None, is_locked: true, made: None })
     }
 
     /// The kept store at `path`, made where nothing is there. An existing one is checked
@@ -60,39 +65,24 @@ impl Store {
     /// # Errors
     /// It is no store, or not one of this image as it is now; it is in use, or can't be made.
     pub fn kept(path: &Path, header: &StoreHeader, size: Option<ByteLen>) -> Result<Self> {
-        let mut made = None;
-        if let Err(error) = path.metadata()
-            && error.kind() == io::ErrorKind::NotFound
-        {
-            // A later write to the image is to be seen by its time.
-            header.files.iter().filter_map(StoreFile::modified).for_each(wait_for_the_clock);
-            make(path, header)?;
-            made = Some(path.to_owned());
-        }
-        match Self::open(path, header, size) {
-            Ok(mut store) => {
-                store.made = made;
-                Ok(store)
+        for _ in 0..ATTEMPTS {
+            let is_missing = path.metadata().is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
+            let is_made = is_missing && {
+                // A later write to the image is to be seen by its time.
+                header.files.iter().filter_map(StoreFile::modified).for_each(wait_for_the_clock);
+                make(path, header)?
+            };
+            let found = read(path).and_then(|found| match found {
+                Some(found) => found.taken(path, header, size),
+                None => Ok(None),
+            });
+            if let Some(mut store) = found.map_err(|error| error.at_path(path))? {
+                store.made = is_made.then(|| path.to_owned());
+                return Ok(store);
             }
-            Err(error) => Err(error.at_path(path)),
         }
-    }
-
-    fn open(path: &Path, header: &StoreHeader, size: Option<ByteLen>) -> Result<Self> {
-        let (file, found, length) = read(path)?;
-        found.check(header)?;
-        lock_writer(&file)?;
-        // Once more under the lock: whoever had it may have filled it.
-        let persistent = read_persistent(&file)?;
-        found.check_persistent(&persistent, length)?;
-        check_exceptions(path, &file, found.disk)?;
-        if let Some(size) = size
-            && size != length
-        {
-            grow(&file, length, size)?;
-        }
-        let metadata = file.metadata().map_err(|error| Error::io("cannot look at it", error))?;
-        Ok(Self { file, chunk: found.chunk, id: Some(FileId::of(&metadata)), made: None })
+        let message = "no store stays there: others make and remove it, or it is a symbolic link to what is not there";
+        Err(Error::new(ErrorKind::CannotCreate(message.to_owned())).at_path(path))
     }
 
     /// Keeps a store that was made just now. Dropped before, it goes: it got no use.
@@ -111,11 +101,54 @@ impl Drop for Store {
     }
 }
 
-/// Opens what is at `path` for reading and writing, and reads its header; with the length of
-/// dm-snapshot's part.
-fn read(path: &Path) -> Result<(File, StoreHeader, ByteLen)> {
+/// The file of a store as it is found, not yet locked.
+struct Found {
+    file: File,
+    header: StoreHeader,
+}
+
+impl Found {
+    /// Locks it and checks all of it; none where it is no longer at `path`: whoever made it has
+    /// taken it away again, or it was renamed. Without a name, nobody could keep it.
+    fn taken(
+        self,
+        path: &Path,
+        header: &StoreHeader,
+        size: Option<ByteLen>,
+    ) -> Result<Option<Store>> {
+        let Self { file, header: found } = self;
+        found.check(header)?;
+        let is_locked = lock_writer(&file)? == Locked::Yes;
+        // All that follows under the lock: whoever had it may have filled it.
+        let metadata = file.metadata().map_err(cannot_look)?;
+        let id = Some(FileId::of(&metadata));
+        if FileId::of_path(path) != id {
+            return Ok(None);
+        }
+        let length = ByteLen::new(metadata.len().saturating_sub(STORE_OFFSET));
+        found.check_persistent(&read_persistent(&file)?, length)?;
+        check_exceptions(path, &file, found.disk)?;
+        if let Some(size) = size
+            && size != length
+        {
+            grow(&file, length, size)?;
+        }
+        Ok(Some(Store { file, chunk: found.chunk, id, is_locked, made: None }))
+    }
+}
+
+fn cannot_look(error: io::Error) -> Error {
+    Error::io("cannot look at the store", error)
+}
+
+/// Opens what is at `path` for reading and writing, and reads its header; none where nothing is
+/// there.
+fn read(path: &Path) -> Result<Option<Found>> {
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
-    let metadata = path.metadata().map_err(|error| Error::io("cannot look at the store", error))?;
+    let metadata = match path.metadata() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other.map_err(cannot_look)?,
+    };
     if !metadata.file_type().is_file() {
         let what = match metadata.file_type() {
             kind if kind.is_block_device() => "a block device",
@@ -127,16 +160,17 @@ fn read(path: &Path) -> Result<(File, StoreHeader, ByteLen)> {
         ))));
     }
     let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(path);
-    let file = file.map_err(|error| match error.kind() {
-        io::ErrorKind::ReadOnlyFilesystem => {
+    let file = match file {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
             let message = "the store lies on a file system that is read-only";
-            Error::new(ErrorKind::CannotCreate(message.to_owned())).with_source(error)
+            let error = Error::new(ErrorKind::CannotCreate(message.to_owned())).with_source(error);
+            return Err(error);
         }
-        _ => Error::io("cannot open the store for writing", error),
-    })?;
-    let length = file.metadata().map_err(|error| Error::io("cannot look at the store", error))?;
+        other => other.map_err(|error| Error::io("cannot open the store for writing", error))?,
+    };
     let header = read_header(&file)?;
-    Ok((file, header, ByteLen::new(length.len().saturating_sub(STORE_OFFSET))))
+    Ok(Some(Found { file, header }))
 }
 
 /// The header of an open store.
@@ -167,7 +201,7 @@ pub fn read_persistent(file: &File) -> Result<PersistentHeader> {
 /// As [`ExceptionStore::check`].
 fn check_exceptions(path: &Path, file: &File, disk: Sectors) -> Result<()> {
     let look = || Ok((file.metadata()?.len(), file.try_clone()?));
-    let (length, file) = look().map_err(|error| Error::io("cannot look at the store", error))?;
+    let (length, file) = look().map_err(cannot_look)?;
     let source = Source::from_reader(path, ByteLen::new(length), Box::new(file));
     let disk = disk.to_bytes().ok_or_else(|| Error::invalid("a disk of more than 2^64 bytes"))?;
     ExceptionStore::open(&source, HostOffset::new(STORE_OFFSET), ByteLen::new(disk))?.check()
@@ -209,8 +243,9 @@ fn fill(file: &File, header: &StoreHeader, length: u64) -> Result<()> {
     write().map_err(|error| Error::io("cannot write", error))
 }
 
-/// Makes a store at `path`, where nothing is.
-fn make(path: &Path, header: &StoreHeader) -> Result<()> {
+/// Makes a store at `path`, where nothing is; false where somebody else was faster: then it is
+/// theirs that is there.
+fn make(path: &Path, header: &StoreHeader) -> Result<bool> {
     let length = file_length(header.length)?;
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -239,11 +274,11 @@ fn make(path: &Path, header: &StoreHeader) -> Result<()> {
         written
     };
     match attempt() {
-        // Somebody else was faster: then it is theirs that is looked at.
-        Err(error) if is_there(&error) => Ok(()),
+        Err(error) if is_there(&error) => Ok(false),
         Err(error) => Err(cannot_make(error, path)),
         Ok(()) => File::open(directory)
             .and_then(|directory| directory.sync_all())
+            .map(|()| true)
             .map_err(|error| cannot_make(made(error), path)),
     }
 }

@@ -203,6 +203,59 @@ fn a_store_is_in_use_as_long_as_it_is_open() {
 }
 
 #[test]
+fn a_store_that_somebody_else_was_faster_to_make_is_theirs() {
+    let world = World::new();
+    let path = world.path("store");
+    assert!(make(&path, &world.header()).unwrap());
+    assert!(!make(&path, &world.header()).unwrap());
+}
+
+#[test]
+fn a_store_whose_name_went_before_it_was_locked_is_not_taken() {
+    let world = World::new();
+    let path = world.made();
+    let taken = |change: &dyn Fn()| {
+        let found = read(&path).unwrap().unwrap();
+        change();
+        found.taken(&path, &world.header(), None).unwrap()
+    };
+    assert!(taken(&|| ()).is_some());
+    let aside = world.path("aside");
+    assert!(taken(&|| std::fs::rename(&path, &aside).unwrap()).is_none());
+    std::fs::rename(&aside, &path).unwrap();
+    let replace = || {
+        std::fs::remove_file(&path).unwrap();
+        world.made();
+    };
+    assert!(taken(&replace).is_none());
+    std::fs::remove_file(&path).unwrap();
+    std::os::unix::fs::symlink("nothing", &path).unwrap();
+    let error = world.kept().unwrap_err().to_string();
+    assert!(error.contains("a symbolic link to what is not there"), "{error}");
+}
+
+#[test]
+fn a_store_that_is_held_has_its_name_whoever_makes_and_removes_it_meanwhile() {
+    let world = World::new();
+    let header = world.header();
+    let path = world.path("store");
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                for _ in 0..30 {
+                    match Store::kept(&path, &header, None) {
+                        Ok(store) => assert_eq!(FileId::of_path(&path), store.id),
+                        Err(error) => {
+                            assert!(matches!(error.kind(), ErrorKind::InUse(_)), "{error}");
+                        }
+                    }
+                }
+            });
+        }
+    });
+}
+
+#[test]
 fn a_store_can_be_made_larger_and_not_smaller() {
     let world = World::new();
     let path = world.made();
