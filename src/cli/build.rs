@@ -16,6 +16,7 @@ use imgdm::device::{DeviceNumber, Kernel};
 use imgdm::format::Format;
 use imgdm::lock::Sharing;
 use imgdm::open::{Warning, open_chain};
+use imgdm::overlay::Store;
 use imgdm::plan::{Plan, TableSource};
 use imgdm::read::Ciphers;
 use imgdm::source::Source;
@@ -308,6 +309,9 @@ fn build_all<'k>(
     }
     let scratch = written.as_ref().map(|written| &written.file);
     let store = wanted.overlay.open(chain, plan.size(), content.on_error(), places)?;
+    if let Some(warning) = store.as_ref().and_then(Store::warning) {
+        warnings.say(warning.to_owned());
+    }
     let request = Request {
         store: store.as_ref().map(|store| OverlayStore {
             file: Some(&store.file),

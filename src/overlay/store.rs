@@ -85,6 +85,13 @@ impl Store {
         Err(Error::new(ErrorKind::CannotCreate(message.to_owned())).at_path(path))
     }
 
+    /// What the user should know of it.
+    pub fn warning(&self) -> Option<&'static str> {
+        (!self.is_locked).then_some(
+            "the file system of the store has no locks: nothing keeps other machines and programs from writing to it, which destroys it",
+        )
+    }
+
     /// Keeps a store that was made just now. Dropped before, it goes: it got no use.
     pub fn keep(&mut self) {
         self.made = None;

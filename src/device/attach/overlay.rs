@@ -24,6 +24,7 @@ pub(super) fn build_overlay<K: Kernel>(
     let (file, chunk) = store.ok_or_else(|| {
         Error::new(ErrorKind::Usage("a writable device needs a store".to_owned()))
     })?;
+    check_free(stack.kernel, request)?;
     let direct_io = request.options.direct_io == DirectIo::On;
     let options = LoopOptions { role: LoopRole::Store, direct_io };
     let (cow, _) = stack.bind_loop(file, &options, &request.interrupt)?;
@@ -43,6 +44,24 @@ pub(super) fn build_overlay<K: Kernel>(
     stack.build(device, &request.interrupt, &mut |uuid| {
         kernel.load(uuid, Access::Writable, 1, &mut |each| each(&line))
     })
+}
+
+/// Refuses a store that another device has already, which its lock does where the file system
+/// has locks. Only under the lock under which others build.
+fn check_free<K: Kernel>(kernel: &K, request: &Request<'_>) -> Result<()> {
+    let Some(id) = request.store.and_then(|store| store.id) else { return Ok(()) };
+    for number in kernel.loops()? {
+        let Some(info) = kernel.loop_info(number)? else { continue };
+        if info.role() == Some(LoopRole::Store) && info.file == id {
+            let message = "the store is in use: it is attached already (see 'imgdm list')";
+            let error = Error::new(ErrorKind::InUse(message.to_owned()));
+            return Err(match info.path {
+                Some(path) => error.at_path(&path.path),
+                None => error,
+            });
+        }
+    }
+    Ok(())
 }
 
 fn device_ref(number: DeviceNumber) -> DeviceRef {

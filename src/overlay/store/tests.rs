@@ -256,6 +256,15 @@ fn a_store_that_is_held_has_its_name_whoever_makes_and_removes_it_meanwhile() {
 }
 
 #[test]
+fn where_there_are_no_locks_that_is_said() {
+    let world = World::new();
+    let mut store = world.kept().unwrap();
+    assert_eq!(store.warning(), None);
+    store.is_locked = false;
+    assert!(store.warning().unwrap().contains("no locks"));
+}
+
+#[test]
 fn a_store_can_be_made_larger_and_not_smaller() {
     let world = World::new();
     let path = world.made();

@@ -120,6 +120,19 @@ fn attaching_again_changes_nothing_and_other_stores_are_refused() {
 }
 
 #[test]
+fn a_store_that_a_device_has_is_refused_whether_it_is_locked_or_not() {
+    let (kernel, fixture, store) = (FakeKernel::new(), Fixture::new(), store());
+    attach_over(&fixture, &kernel, &store, |_| {}).unwrap();
+    let name: &'static DmName = Box::leak(Box::new(DmName::new("other").unwrap()));
+    let other = |store| attach_over(&fixture, &kernel, store, |request| request.name = name);
+    let error = other(&store).unwrap_err();
+    assert!(matches!(error.cause.kind(), ErrorKind::InUse(_)), "{error}");
+    assert!(error.leftovers.is_empty(), "{error}");
+    assert_eq!(list(&kernel).unwrap().len(), 1);
+    other(&self::store()).unwrap();
+}
+
+#[test]
 fn what_takes_writes_is_not_taken_for_the_disk_of_the_image() {
     let (kernel, fixture, store) = (FakeKernel::new(), Fixture::new(), store());
     attach_over(&fixture, &kernel, &store, |_| {}).unwrap();
