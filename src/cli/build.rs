@@ -192,7 +192,7 @@ fn build_all<'k>(
     let mut policy = args.open.policy();
     args.fiemap.apply(&mut policy);
     evidence.check(&policy, &args.options(wanted, evidence))?;
-    wanted.overlay.check(policy.sharing)?;
+    wanted.overlay.check(policy.sharing, args.direct_block)?;
     let opened = open_chain(&args.open.image, &policy)?;
     let mut warnings = Warnings { globals, said: Vec::new() };
     for Warning { path, kind } in &opened.warnings {

@@ -45,12 +45,18 @@ impl OverlayArgs {
     }
 
     /// Refuses to keep what is written over an image that may change under it.
-    pub(crate) fn check(&self, sharing: Sharing) -> Result<()> {
-        if self.overlay() == Overlay::Kept && sharing == Sharing::Writers {
-            let message = "--overlay=FILE: with --force-share the image may change, and its store would be refused from then on";
-            return Err(Error::new(ErrorKind::Usage(message.to_owned())));
+    pub(crate) fn check(&self, sharing: Sharing, direct_block: bool) -> Result<()> {
+        if self.overlay() != Overlay::Kept {
+            return Ok(());
         }
-        Ok(())
+        let message = if sharing == Sharing::Writers {
+            "--overlay=FILE: with --force-share the image may change, and its store would be refused from then on"
+        } else if direct_block {
+            "--overlay=FILE: with --direct-block nothing locks the image once this command has ended: others may change it, and what lies over it is lost"
+        } else {
+            return Ok(());
+        };
+        Err(Error::new(ErrorKind::Usage(message.to_owned())))
     }
 
     /// The store as far as it is known before it is opened or made: enough to know it where

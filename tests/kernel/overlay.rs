@@ -620,7 +620,7 @@ fn a_kernel_without_the_target_is_named_with_what_it_lacks() {
 }
 
 #[test]
-fn a_block_device_without_a_loop_between_stays_as_it_is() {
+fn a_block_device_stays_as_it_is_and_keeps_a_store_only_where_it_is_locked() {
     let scratch = Scratch::on_disk();
     let block = block_device();
     let mut wanted = Random(41).bytes(4 << 20);
@@ -629,7 +629,20 @@ fn a_block_device_without_a_loop_between_stays_as_it_is() {
     file.sync_all().unwrap();
     let before = sha256(&block);
     let store = scratch.path("store");
-    let options = args!["--direct-block", "-f", "raw", kept(&store), &block];
+    // Without a loop device nothing holds the locks, so that anybody may change it.
+    let refused = imgdm(args!["attach", "--direct-block", "-f", "raw", kept(&store), &block]);
+    let said = refused.refused(64);
+    assert!(said.contains("--direct-block") && said.contains("--overlay=FILE"), "{said}");
+    assert!(!store.exists());
+    let into = scratch.directory();
+    let direct = args!["--direct-block", "-f", "raw", "--overlay", "--scratch-dir", into, &block];
+    let device = attach(direct);
+    let mut changed = wanted.clone();
+    write_randomly(&device.path, &mut changed, 44, 20);
+    assert_same("direct", &read_direct(&device.path, 0, 4 << 20).unwrap(), &changed);
+    device.detach();
+    assert_eq!(sha256(&block), before);
+    let options = args!["-f", "raw", kept(&store), &block];
     for seed in [42, 43] {
         let device = attach(&options);
         assert_same("before", &read_direct(&device.path, 0, 4 << 20).unwrap(), &wanted);
