@@ -230,18 +230,21 @@ fn file_length(store: ByteLen) -> Result<u64> {
     })
 }
 
+/// Refuses a length past the limit at which the kernel would end the process by SIGXFSZ.
+fn check_limit(length: u64) -> Result<()> {
+    match getrlimit(Resource::RLIMIT_FSIZE) {
+        Ok((limit, _)) if length > limit => Err(Error::new(ErrorKind::CannotCreate(format!(
+            "the store is {length} bytes long with its holes, and this process may write files of at most {limit} (RLIMIT_FSIZE, 'ulimit -f')"
+        )))),
+        _ => Ok(()),
+    }
+}
+
 /// Writes an empty store into an empty file, all of it holes but the headers.
 fn fill(file: &File, header: &StoreHeader, length: u64) -> Result<()> {
     let persistent = PersistentHeader { chunk: header.chunk, valid: true }.to_bytes()?;
     let bytes = header.to_bytes()?;
-    // Past the limit the kernel would end the process by SIGXFSZ.
-    if let Ok((limit, _)) = getrlimit(Resource::RLIMIT_FSIZE)
-        && length > limit
-    {
-        return Err(Error::new(ErrorKind::CannotCreate(format!(
-            "the store is {length} bytes long with its holes, and this process may write files of at most {limit} (RLIMIT_FSIZE, 'ulimit -f')"
-        ))));
-    }
+    check_limit(length)?;
     let write = || {
         file.set_len(length)?;
         file.write_all_at(&bytes, 0)?;
@@ -314,7 +317,8 @@ fn cannot_make(error: Error, path: &Path) -> Error {
     error.with_kind(kind).at_path(path)
 }
 
-/// Makes dm-snapshot's part of a store longer.
+/// Makes dm-snapshot's part of a store longer. The header keeps the first length: where a store
+/// is cut back to that and something lay behind, its exceptions tell.
 fn grow(file: &File, length: ByteLen, size: ByteLen) -> Result<()> {
     if size < length {
         return Err(Error::new(ErrorKind::Usage(format!(
@@ -323,6 +327,7 @@ fn grow(file: &File, length: ByteLen, size: ByteLen) -> Result<()> {
         ))));
     }
     let new = file_length(size)?;
+    check_limit(new)?;
     file.set_len(new).and_then(|()| file.sync_all()).map_err(|error| {
         Error::new(ErrorKind::CannotCreate(format!("the store can't be made {new} bytes long")))
             .with_source(error)

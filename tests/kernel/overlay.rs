@@ -505,6 +505,10 @@ fn a_store_can_be_made_larger() {
     device.detach();
     let said = imgdm(args!["attach"].into_iter().chain(with("1048064"))).refused(64);
     assert!(said.contains("larger, and not smaller") || said.contains("at least"), "{said}");
+    // Blocks are of 512 bytes for one shell and 1024 for another.
+    let line = args!["-c", "ulimit -f 4500; exec \"$@\"", "sh", imgdm_path(), "attach"];
+    let said = run(&mut command("sh", line.into_iter().chain(with("4M")))).refused(73);
+    assert!(said.contains("RLIMIT_FSIZE"), "{said}");
     let device = attach(with("4M"));
     assert_eq!(overlay()["total"], 4 * MIB);
     let file = OpenOptions::new().write(true).open(&device.path).unwrap();
