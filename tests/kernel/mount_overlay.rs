@@ -90,6 +90,29 @@ fn what_is_written_to_a_store_with_a_name_is_there_at_the_next_mount() {
 }
 
 #[test]
+fn what_is_mounted_without_the_option_is_the_image_and_not_what_was_written() {
+    let scratch = Scratch::on_disk();
+    let ext4 = file_system(&scratch, "ext4", "disk.raw");
+    let (first, second) = (place(&scratch, "first"), place(&scratch, "second"));
+    let overlay = format!("--overlay={}", scratch.path("changes").display());
+    mount(args![&overlay, &ext4, &first]);
+    write_late(&first, "new");
+    refused(args![&ext4, &second], 73, &["takes writes: --overlay", "--name"]);
+    mount(args!["--name", "image", &ext4, &second]);
+    assert!(second.join("directory/file").exists() && !second.join("new").exists());
+    umount(&second);
+    umount_all(&first);
+    // Attached alone, it is not mounted either.
+    let device = attach(args![&overlay, &ext4]);
+    refused(args![&ext4, &second], 73, &["takes writes: --overlay", "--name"]);
+    mount(args!["--name", "image", &ext4, &second]);
+    assert!(!second.join("new").exists());
+    umount(&second);
+    wait_for("the image's device to go", || !our_devices().contains(&"image".to_owned()));
+    device.detach();
+}
+
+#[test]
 fn mount_of_the_type_imgdm_and_fstab_have_the_option() {
     let scratch = Scratch::on_disk();
     helper();
