@@ -239,13 +239,14 @@ fn build_all<'k>(
     }
     let interrupt = signal::catch()?;
     let (keys, no_ciphers) = (Keys::default(), Ciphers::new());
+    let overlay = wanted.overlay.wanted(plan.size())?;
     let request = |tables, scratch| Request {
         name: &name,
         layers: &layers,
         snapshot: snapshot.map(|s| (s.id.as_str(), s.name.as_str())),
         tables,
         scratch,
-        store: wanted.overlay.wanted(),
+        store: overlay,
         keys: &keys,
         options: args.options(wanted, evidence),
         above: wanted.above,
@@ -317,6 +318,7 @@ fn build_all<'k>(
             file: Some(&store.file),
             id: store.id,
             chunk: store.chunk,
+            room: overlay.and_then(|overlay| overlay.room),
         }),
         ..request(planned_anew.as_ref().unwrap_or(&plan), scratch)
     };

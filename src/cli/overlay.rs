@@ -61,9 +61,23 @@ impl OverlayArgs {
 
     /// The store as far as it is known before it is opened or made: enough to know it where
     /// the image is attached already.
-    pub(crate) fn wanted(&self) -> Option<OverlayStore<'static>> {
-        let id = self.overlay.as_ref()?.as_deref().and_then(FileId::of_path);
-        Some(OverlayStore { file: None, id, chunk: persistent::DEFAULT_CHUNK })
+    pub(crate) fn wanted(&self, disk: Sectors) -> Result<Option<OverlayStore<'static>>> {
+        let Some(file) = &self.overlay else { return Ok(None) };
+        let id = file.as_deref().and_then(FileId::of_path);
+        let room = self.room(disk)?.1.and_then(|room| Sectors::from_bytes(room.get()));
+        Ok(Some(OverlayStore { file: None, id, chunk: persistent::DEFAULT_CHUNK, room }))
+    }
+
+    /// The room for a change of the whole disk, and the one that is asked for, which is no
+    /// more than can be of use.
+    fn room(&self, disk: Sectors) -> Result<(ByteLen, Option<ByteLen>)> {
+        let chunk = persistent::DEFAULT_CHUNK;
+        let full = persistent::length_for(disk, chunk).ok_or_else(|| {
+            let message = "the disk is too large for a store that takes changes of all of it";
+            Error::new(ErrorKind::NotRepresentable(message.to_owned()))
+        })?;
+        let size = self.overlay_size.map(|size| size_of(size, chunk)).transpose()?;
+        Ok((full, size.map(|size| size.min(full))))
     }
 
     /// Opens or makes the store of a disk of this size, where one is asked for.
@@ -76,15 +90,11 @@ impl OverlayArgs {
     ) -> Result<Option<Store>> {
         let Some(file) = &self.overlay else { return Ok(None) };
         let chunk = persistent::DEFAULT_CHUNK;
-        let full = persistent::length_for(disk, chunk).ok_or_else(|| {
-            let message = "the disk is too large for a store that takes changes of all of it";
-            Error::new(ErrorKind::NotRepresentable(message.to_owned()))
-        })?;
-        let size = self.overlay_size.map(|size| size_of(size, chunk)).transpose()?;
+        let (full, size) = self.room(disk)?;
         let snapshot = chain.layers().first().and_then(|layer| layer.image.snapshot());
         let header = StoreHeader {
             disk,
-            length: size.map_or(full, |size| size.min(full)),
+            length: size.unwrap_or(full),
             chunk,
             on_error,
             snapshot: snapshot.map(|s| StoreSnapshot { id: s.id.clone(), name: s.name.clone() }),
@@ -101,8 +111,7 @@ impl OverlayArgs {
                 "--overlay: this is a file of the image, and no store for what is written";
             return Err(Error::new(ErrorKind::Usage(message.to_owned())).at_path(path));
         }
-        // No more than what can be of use.
-        Store::kept(path, &header, size.map(|_| header.length)).map(Some)
+        Store::kept(path, &header, size).map(Some)
     }
 }
 

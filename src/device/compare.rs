@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 
 use super::attach::{Request, index_of, table_ids};
+use super::list::AttachedLoop;
 use super::live::LiveTarget;
 use super::name::{DeviceRole, DmUuid, LoopRole, UUID_PREFIX};
-use super::{Access, DeviceId, DeviceInfo, DeviceNumber, Kernel, LiveLine, LoopInfo};
+use super::{Access, DeviceId, DeviceInfo, DeviceNumber, Kernel, LiveLine};
 use crate::error::{Error, ErrorKind, Result, printable};
 use crate::plan::{Backing, BackingId, CryptId, Segment, SegmentTarget};
 
@@ -66,13 +67,14 @@ fn same_overlay<K: Kernel>(kernel: &K, request: &Request<'_>, top: &DmUuid) -> R
         && store.is_some_and(|store| store.role() == Some(LoopRole::Store)))
 }
 
-/// The file that the device of this UUID has its store in.
-pub(super) fn store_of<K: Kernel>(kernel: &K, top: &DmUuid) -> Result<Option<LoopInfo>> {
+/// The loop device over the store that the device of this UUID has.
+pub(super) fn store_of<K: Kernel>(kernel: &K, top: &DmUuid) -> Result<Option<AttachedLoop>> {
     let line = kernel.live_table(&top.to_string())?.next();
     let Some(LiveTarget::Snapshot(live)) = line.as_ref().map(LiveTarget::of) else {
         return Ok(None);
     };
-    kernel.loop_info(live.cow)
+    let number = live.cow;
+    Ok(kernel.loop_info(number)?.map(|info| AttachedLoop { number, info }))
 }
 
 struct Comparison<'a, K> {

@@ -511,6 +511,10 @@ fn a_store_can_be_made_larger() {
     assert!(said.contains("RLIMIT_FSIZE"), "{said}");
     let device = attach(with("4M"));
     assert_eq!(overlay()["total"], 4 * MIB);
+    // Where it is attached, nothing would come of another size.
+    assert_eq!(attach(with("4M")), device);
+    let said = imgdm(args!["attach"].into_iter().chain(with("3M"))).refused(73);
+    assert!(said.contains("a store of 4194304 bytes, where 3145728 are asked for"), "{said}");
     let file = OpenOptions::new().write(true).open(&device.path).unwrap();
     file.write_all_at(&[4; 2 << 20], 1 << 20).unwrap();
     wanted[1 << 20..3 << 20].fill(4);

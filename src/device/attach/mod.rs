@@ -93,6 +93,8 @@ pub struct OverlayStore<'a> {
     pub id: Option<FileId>,
     /// Size of its chunks.
     pub chunk: Sectors,
+    /// Its size, where one is asked for.
+    pub room: Option<Sectors>,
 }
 
 /// An attached image.
@@ -429,21 +431,31 @@ fn already_attached<K: Kernel>(
     Ok(Some(there))
 }
 
-/// Refuses what is attached with another kept store than is asked for.
+/// Refuses what is attached with another kept store than is asked for, or one of another size.
 fn check_store<K: Kernel>(kernel: &K, request: &Request<'_>, uuid: &DmUuid) -> Result<()> {
-    let Some(asked) = request.store.filter(|_| request.options.overlay == Overlay::Kept) else {
-        return Ok(());
+    let is_overlay = request.options.access() == Access::Writable;
+    let Some(asked) = request.store.filter(|_| is_overlay) else { return Ok(()) };
+    let refuse = |what: String| {
+        Err(Error::new(ErrorKind::CannotCreate(format!(
+            "'{}' is attached already, with {what}: detach it first, or choose another name with --name",
+            request.name
+        ))))
     };
     let there = store_of(kernel, uuid)?;
-    if there.as_ref().map(|there| there.file) == asked.id {
-        return Ok(());
+    let file = there.as_ref().map(|there| there.info.file);
+    if request.options.overlay == Overlay::Kept && file != asked.id {
+        let path = there.and_then(|there| there.info.path).map(|path| path.path);
+        let path = crate::error::printable(&path.unwrap_or_default().to_string_lossy());
+        return refuse(format!("another store ({path})"));
     }
-    let path = there.and_then(|there| there.path).map(|path| path.path);
-    let path = crate::error::printable(&path.unwrap_or_default().to_string_lossy());
-    Err(Error::new(ErrorKind::CannotCreate(format!(
-        "'{}' is attached already, with another store ({path}): detach it first, or choose another name with --name",
-        request.name
-    ))))
+    if let (Some(room), Some(there)) = (asked.room, there) {
+        let (size, _) = kernel.block_device(there.number)?;
+        if size != room {
+            let [size, room] = [size, room].map(|size| size.to_bytes().unwrap_or(u64::MAX));
+            return refuse(format!("a store of {size} bytes, where {room} are asked for"));
+        }
+    }
+    Ok(())
 }
 
 pub(super) fn index_of(table: TableId) -> usize {

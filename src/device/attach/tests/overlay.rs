@@ -25,7 +25,7 @@ fn attach_over(
     let id = FileId::of_path(store.path());
     fixture.with_request(change, |request| {
         let options = Options { overlay: Overlay::Kept, ..request.options };
-        let store = OverlayStore { file: Some(store.as_file()), id, chunk: CHUNK };
+        let store = OverlayStore { file: Some(store.as_file()), id, chunk: CHUNK, room: None };
         attach(kernel, &Request { options, store: Some(store), ..*request })
     })
 }
@@ -108,7 +108,7 @@ fn attaching_again_changes_nothing_and_other_stores_are_refused() {
         |_| {},
         |request| {
             let options = Options { overlay: Overlay::Kept, ..request.options };
-            let store = OverlayStore { file: None, id: None, chunk: CHUNK };
+            let store = OverlayStore { file: None, id: None, chunk: CHUNK, room: None };
             find_attached(&kernel, &Request { options, store: Some(store), ..*request }).err()
         },
     );
@@ -117,6 +117,30 @@ fn attaching_again_changes_nothing_and_other_stores_are_refused() {
         let error = fixture.attach_with(&kernel, |r| r.options.overlay = overlay).unwrap_err();
         assert!(error.to_string().contains("with other options"), "{error}");
     }
+}
+
+#[test]
+fn another_size_of_the_store_is_not_passed_over_where_it_is_attached() {
+    let (kernel, fixture, store) = (FakeKernel::new(), Fixture::new(), store());
+    attach_over(&fixture, &kernel, &store, |_| {}).unwrap();
+    let id = FileId::of_path(store.path());
+    let again = |room: Option<u64>| {
+        let (file, room) = (Some(store.as_file()), room.map(Sectors::new));
+        let over = OverlayStore { file, id, chunk: CHUNK, room };
+        fixture.with_request(
+            |_| {},
+            |request| {
+                let options = Options { overlay: Overlay::Kept, ..request.options };
+                attach(&kernel, &Request { options, store: Some(over), ..*request })
+            },
+        )
+    };
+    again(None).unwrap();
+    again(Some(4096)).unwrap();
+    let error = again(Some(8192)).unwrap_err();
+    assert!(matches!(error.cause.kind(), ErrorKind::CannotCreate(_)), "{error}");
+    let said = error.to_string();
+    assert!(said.contains("a store of 2097152 bytes, where 4194304 are asked for"), "{said}");
 }
 
 #[test]
