@@ -117,10 +117,16 @@ fn look(directory: BorrowedFd<'_>, path: &Path) -> Option<Step> {
     let wanted = StatxFlags::MNT_ID | StatxFlags::BASIC_STATS;
     let found = rustix::fs::statx(directory, path, AtFlags::EMPTY_PATH, wanted).ok()?;
     let number = |major, minor| DeviceNumber { major, minor };
-    if FileType::from_raw_mode(found.stx_mode.into()) == FileType::BlockDevice {
-        return Some(Step::Device(number(found.stx_rdev_major, found.stx_rdev_minor)));
+    match FileType::from_raw_mode(found.stx_mode.into()) {
+        FileType::BlockDevice => {
+            Some(Step::Device(number(found.stx_rdev_major, found.stx_rdev_minor)))
+        }
+        FileType::RegularFile | FileType::Directory => {
+            Some(Step::Mount(found.stx_mnt_id, number(found.stx_dev_major, found.stx_dev_minor)))
+        }
+        // What goes through a pipe, a socket or a terminal lies nowhere.
+        _ => None,
     }
-    Some(Step::Mount(found.stx_mnt_id, number(found.stx_dev_major, found.stx_dev_minor)))
 }
 
 fn below_mount(mount: &Mount) -> Vec<Step> {
@@ -196,6 +202,9 @@ mod tests {
         assert!(Below::of_path(Path::new("/proc/self/stat")).devices.is_empty());
         assert!(Below::of_path(Path::new("/nowhere")).devices.is_empty());
         assert!(Below::of_file(&File::open("/proc/self/stat").unwrap()).devices.is_empty());
+        let (pipe, _writer) = std::io::pipe().unwrap();
+        let pipe = File::from(std::os::fd::OwnedFd::from(pipe));
+        assert!(look(pipe.as_fd(), Path::new("")).is_none());
         let here = Below::of_path(Path::new(env!("CARGO_MANIFEST_DIR")));
         let device = fs::metadata(env!("CARGO_MANIFEST_DIR")).unwrap().dev();
         let number = DeviceNumber::from_dev(device);
