@@ -61,7 +61,7 @@ impl<'k> Moment<'k> {
         }
         let lock = kernel.lock(interrupt)?;
         let since = Instant::now();
-        let mut suspended = still.suspend(kernel, interrupt)?;
+        let suspended = still.suspend(kernel, interrupt)?;
         drop(lock);
         // It may have been given up just now.
         require_usable(attached, &overlay::state(kernel, &attached.uuid)?)?;
@@ -80,7 +80,6 @@ impl<'k> Moment<'k> {
             }
             None => (loop_source(kernel, overlay)?, 0),
         };
-        suspended.refuse_stops();
         let (start, suspended) = (HostOffset::new(start), Some(suspended));
         Ok(Self { source, start, suspended, since, held_still: Duration::ZERO })
     }

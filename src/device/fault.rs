@@ -2,7 +2,8 @@
 //!
 //! Only with the feature `fault-injection`: `IMGDM_FAULT=STEP:ACTION`, where STEP is a
 //! step's name (`top.create`) or its number from 1, and ACTION what is done once that
-//! step has been taken: `kill` (SIGKILL), `stop` (SIGSTOP), `term` (SIGTERM), `fail`.
+//! step has been taken: `kill` (SIGKILL), `stop` (SIGSTOP), `tty` (all by which a terminal
+//! stops a process), `term` (SIGTERM), `fail`.
 //! `IMGDM_FAULT=list` prints each step's number and name on standard error.
 
 use crate::error::Result;
@@ -40,11 +41,13 @@ pub fn point(step: std::fmt::Arguments<'_>) -> Result<()> {
     if at != name && at != number.to_string() {
         return Ok(());
     }
-    let signal = match action {
-        "kill" => Signal::SIGKILL,
-        "stop" => Signal::SIGSTOP,
-        "term" => Signal::SIGTERM,
+    let signals = match action {
+        "kill" => &[Signal::SIGKILL][..],
+        "stop" => &[Signal::SIGSTOP],
+        "tty" => &[Signal::SIGTSTP, Signal::SIGTTOU, Signal::SIGTTIN],
+        "term" => &[Signal::SIGTERM],
         _ => return Err(Error::new(ErrorKind::Io(format!("fault injected after {name}")))),
     };
-    raise(signal).map_err(|errno| Error::io("cannot raise a signal", errno.into()))
+    let raised = signals.iter().try_for_each(|&signal| raise(signal));
+    raised.map_err(|errno| Error::io("cannot raise a signal", errno.into()))
 }

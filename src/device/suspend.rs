@@ -1,15 +1,16 @@
 //! Devices that are held still for a while, so that what lies on them is of one moment.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
 
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::prctl;
 
 use super::below::Below;
 use super::dm::Dm;
 use super::nodes::{self, DEVICE_MAPPER};
-use super::sys::{Watch, watch};
+use super::sys::{IgnoredStops, Watch, watch};
 use super::{DeviceId, DeviceInfo, DeviceNumber, Interrupt, Kernel, fault};
 use crate::device::linux::LinuxKernel;
 use crate::error::{Error, ErrorKind, Result, printable};
@@ -25,24 +26,13 @@ pub struct Suspended<'k> {
     dm: &'k Dm,
     /// Bottom last.
     devices: Vec<(DeviceNumber, String)>,
-    /// Signals that are blocked.
-    refused: Option<SigSet>,
     /// So that nobody removes them meanwhile.
     _held: Vec<File>,
     _watch: Watch,
+    _steady: Steady,
 }
 
 impl Suspended<'_> {
-    /// From now on Ctrl-Z does not stop this thread and those that it starts: who waits for the
-    /// devices would wait for `fg`. They go on as before once the devices do.
-    pub(super) fn refuse_stops(&mut self) {
-        let mut stop = SigSet::empty();
-        stop.add(Signal::SIGTSTP);
-        if stop.thread_block().is_ok() {
-            self.refused = Some(stop);
-        }
-    }
-
     /// Lets them go on, the lowest first.
     ///
     /// # Errors
@@ -63,9 +53,6 @@ impl Suspended<'_> {
             });
             failed = failed.or(resumed.err());
         }
-        if let Some(stop) = self.refused.take() {
-            let _ = stop.thread_unblock();
-        }
         failed.map_or(Ok(()), Err)
     }
 }
@@ -75,6 +62,30 @@ impl Drop for Suspended<'_> {
         if let Err(error) = self.go_on() {
             log::warn!("{error}");
         }
+    }
+}
+
+/// As long as this lives, no terminal stops this process, and its end is quick: a shell that
+/// waits for the devices can't say `fg`, and a core dump would wait for them, too, where it
+/// goes there.
+#[derive(Debug)]
+struct Steady {
+    dumped: bool,
+    _stops: IgnoredStops,
+}
+
+impl Steady {
+    fn begin() -> io::Result<Self> {
+        let stops = IgnoredStops::begin()?;
+        let dumped = prctl::get_dumpable()?;
+        prctl::set_dumpable(false)?;
+        Ok(Self { dumped, _stops: stops })
+    }
+}
+
+impl Drop for Steady {
+    fn drop(&mut self) {
+        let _ = prctl::set_dumpable(self.dumped);
     }
 }
 
@@ -163,6 +174,9 @@ impl Still {
             let opened = nodes::open_block(device.number, &path);
             held.push(opened.map_err(|e| Error::io("cannot open the device", e).at_path(path))?);
         }
+        // Before the watch, which inherits it.
+        let steady = Steady::begin()
+            .map_err(|error| Error::io("cannot have the terminal's stops ignored", error))?;
         let failed = |error| Error::io("cannot start a process that watches over this one", error);
         // The lowest first, as whoever is alive does it.
         let all = self.devices.iter().rev();
@@ -172,9 +186,9 @@ impl Still {
         let mut suspended = Suspended {
             dm,
             devices: Vec::new(),
-            refused: None,
             _held: held,
             _watch: watch.map_err(failed)?,
+            _steady: steady,
         };
         for device in &self.devices {
             interrupt.check()?;

@@ -14,6 +14,7 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 /// Length of `struct dm_ioctl` (linux/dm-ioctl.h).
 pub(crate) const DM_HEADER_LENGTH: usize = 312;
@@ -152,6 +153,41 @@ impl Drop for Watch {
         let flags = nix::sys::socket::MsgFlags::MSG_NOSIGNAL;
         let _ = nix::sys::socket::send(self.socket.as_raw_fd(), b"x", flags);
         while nix::sys::wait::waitpid(self.pid, None) == Err(Errno::EINTR) {}
+    }
+}
+
+/// The signals by which a terminal stops a process, ignored by all of this one until this is
+/// dropped. Not blocked, which holds for one thread only; nor caught: a write to the terminal
+/// from the background would begin anew for ever.
+#[derive(Debug)]
+pub(crate) struct IgnoredStops {
+    before: Vec<(Signal, SigAction)>,
+}
+
+impl IgnoredStops {
+    /// From now on they are ignored.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub(crate) fn begin() -> io::Result<Self> {
+        let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
+        let mut ignored = Self { before: Vec::new() };
+        for signal in [Signal::SIGTSTP, Signal::SIGTTOU, Signal::SIGTTIN] {
+            // SAFETY: no handler is installed, so none can do what is not safe in one.
+            let before = unsafe { sigaction(signal, &ignore) }?;
+            ignored.before.push((signal, before));
+        }
+        Ok(ignored)
+    }
+}
+
+impl Drop for IgnoredStops {
+    fn drop(&mut self) {
+        for (signal, before) in &self.before {
+            // SAFETY: this was the action of the signal before; whoever installed it answers
+            // for it.
+            let _ = unsafe { sigaction(*signal, before) };
+        }
     }
 }
 
@@ -584,6 +620,24 @@ mod tests {
         assert_eq!(writers(&reader), Writers::Nobody);
         assert_eq!(writers(&reader), Writers::Nobody, "the lease was given back");
         drop(path);
+    }
+
+    /// The signals that this process ignores, as a mask.
+    fn ignored() -> u64 {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+        u64::from_str_radix(line.unwrap().trim(), 16).unwrap()
+    }
+
+    #[test]
+    fn a_terminals_stops_are_ignored_for_a_time() {
+        let stops = [libc::SIGTSTP, libc::SIGTTOU, libc::SIGTTIN];
+        let mask = stops.iter().fold(0, |mask, signal| mask | 1 << (signal - 1));
+        let before = ignored();
+        let held = IgnoredStops::begin().unwrap();
+        assert_eq!(ignored(), before | mask);
+        drop(held);
+        assert_eq!(ignored(), before);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, symlink};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 
 use nix::libc;
@@ -334,7 +335,19 @@ fn killed_stopped_or_failed_while_it_is_suspended_the_device_goes_on() {
             assert_eq!(out.exists(), signal == Signal::SIGCONT);
         }
     }
-    export(args![&device.name, &out]);
+    // A terminal's stops are for later: the shell might wait for the device. Processes of
+    // a group of their own are stopped by them, as this one is.
+    let mut sleeping = command("sleep", ["1000"]);
+    let sleeping = start(sleeping.process_group(0));
+    sleeping.signal(Signal::SIGTSTP);
+    wait_for("sleep to stop", || sleeping.is_stopped());
+    sleeping.signal(Signal::SIGKILL);
+    sleeping.finish();
+    let mut line = faulty("clone:tty");
+    let _ = fs::remove_file(&out);
+    let running = start(line.process_group(0));
+    let ran = running.finish();
+    assert!(ran.status.success(), "{ran}");
     assert_image(&scratch, &out, &wanted);
     assert_same("the device", &device.bytes(), &wanted);
     device.detach();
