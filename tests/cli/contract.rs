@@ -310,6 +310,8 @@ macro_rules! for_every_reader {
 }
 
 for_every_reader! { map plan table show attach explain hash mount convert }
+// It opens no image by name.
+contract! { export: unknown_option help; }
 
 #[test]
 fn what_only_other_bytes_suffer_from_is_no_damage_of_this_one() {

@@ -7,6 +7,7 @@ mod contract;
 mod convert;
 mod evidence;
 mod explain;
+mod export;
 mod golden;
 mod images;
 #[allow(dead_code)]
