@@ -19,6 +19,9 @@ const MAX_STEPS: usize = 4096;
 #[derive(Debug, Default)]
 pub struct Below {
     devices: BTreeSet<DeviceNumber>,
+    /// Some of it lies on a file system that no mount here shows: as the root of a live system,
+    /// an overlay of what was mounted before it.
+    on_unseen: bool,
 }
 
 /// What is yet to be looked at.
@@ -31,8 +34,8 @@ enum Step {
     /// the file system.
     FileSystem(DeviceNumber),
     Path(PathBuf),
-    /// Nobody knows: all that is mounted.
-    Anything,
+    /// A file system that no mount here shows.
+    Unseen,
 }
 
 impl Below {
@@ -64,9 +67,10 @@ impl Below {
         below
     }
 
-    /// Whether this device is among them.
-    pub fn has(&self, number: DeviceNumber) -> bool {
-        self.devices.contains(&number)
+    /// Whether this device is among them, or may be: something lies on a file system that is not
+    /// to be seen, and one that is not to be seen has the device, which is at `path`.
+    pub fn has(&self, number: DeviceNumber, path: &Path) -> bool {
+        self.devices.contains(&number) || self.on_unseen && is_held_by_unseen(number, path)
     }
 
     fn add(&mut self, first: Step) {
@@ -98,14 +102,11 @@ impl Below {
                             None => matches!(mount.driver.as_str(), "btrfs" | "overlay"),
                         };
                         steps.extend(all.iter().filter(is_other).flat_map(below_mount));
+                        steps.extend(known.is_none().then_some(Step::Unseen));
                     }
                     false => {}
                 },
-                Some(Step::Anything) => {
-                    let others = all.iter().filter(|mount| mount.driver != "overlay");
-                    let others = others.filter(|mount| seen.insert(mount.number));
-                    steps.extend(others.flat_map(below_mount));
-                }
+                Some(Step::Unseen) => self.on_unseen = true,
             }
         }
     }
@@ -142,9 +143,18 @@ fn below_mount(mount: &Mount) -> Vec<Step> {
     for layer in &mount.layers {
         // A path of another mount namespace, or from a directory that nobody knows.
         let is_known = layer.is_absolute() && layer.exists();
-        steps.push(if is_known { Step::Path(layer.clone()) } else { Step::Anything });
+        steps.push(if is_known { Step::Path(layer.clone()) } else { Step::Unseen });
     }
     steps
+}
+
+/// Whether what holds a device is neither a mount that is seen here nor another device.
+fn is_held_by_unseen(number: DeviceNumber, path: &Path) -> bool {
+    let is_of = |mount: &Mount| mount.number == number || mount.device() == number;
+    let has_holders = entries(&sysfs(number, "holders")).next().is_some();
+    !has_holders
+        && !mounts("self").unwrap_or_default().iter().any(is_of)
+        && super::nodes::is_held(number, path)
 }
 
 fn sysfs(number: DeviceNumber, attribute: &str) -> PathBuf {

@@ -52,7 +52,7 @@ impl<'k> Moment<'k> {
         let overlay = overlay_of(attached)?;
         require_usable(attached, &overlay.state)?;
         let still = Still::of(kernel, attached.number)?;
-        still.check(outputs)?;
+        still.check(kernel, outputs)?;
         let file = kept_file(overlay)?;
         let copy = file.as_ref().and_then(|(path, _)| unnamed_beside(path));
         if let Some((_, file)) = &file {

@@ -127,24 +127,31 @@ impl Control {
 
 /// Opens a block device for reading, by its usual node or by one made for the moment.
 pub(crate) fn open_block(number: DeviceNumber, path: &Path) -> io::Result<File> {
-    open_block_with(number, path, OpenOptions::new().read(true))
+    open_block_with(number, path, OpenOptions::new().read(true), 0)
+}
+
+/// Whether a file system, swap space or a device holds a block device for itself.
+pub(crate) fn is_held(number: DeviceNumber, path: &Path) -> bool {
+    let opened = open_block_with(number, path, OpenOptions::new().read(true), libc::O_EXCL);
+    opened.is_err_and(|error| error.kind() == io::ErrorKind::ResourceBusy)
 }
 
 /// The same for reading and writing.
 pub(crate) fn open_block_for_writing(number: DeviceNumber, path: &Path) -> io::Result<File> {
-    open_block_with(number, path, OpenOptions::new().read(true).write(true))
+    open_block_with(number, path, OpenOptions::new().read(true).write(true), 0)
 }
 
 fn open_block_with(
     number: DeviceNumber,
     path: &Path,
     options: &mut OpenOptions,
+    flags: i32,
 ) -> io::Result<File> {
     let is_it = |file: &File| {
         file.metadata()
             .is_ok_and(|m| m.file_type().is_block_device() && m.rdev() == number.to_dev())
     };
-    options.custom_flags(libc::O_NONBLOCK);
+    options.custom_flags(libc::O_NONBLOCK | flags);
     let open = |path: &Path| options.open(path);
     match open(path) {
         Ok(file) if is_it(&file) => return Ok(file),

@@ -133,11 +133,11 @@ impl Still {
     ///
     /// # Errors
     /// [`ErrorKind::Usage`] for a file, [`ErrorKind::InUse`] for the others.
-    pub fn check(&self, files: &[(&Path, &File)]) -> Result<()> {
+    pub fn check(&self, kernel: &LinuxKernel, files: &[(&Path, &File)]) -> Result<()> {
         let refuse = |kind: fn(String) -> ErrorKind, what: &str, below: &Below| match self
             .devices
             .iter()
-            .find(|device| below.has(device.number))
+            .find(|device| below.has(device.number, &kernel.block_device_path(device.number)))
         {
             None => Ok(()),
             Some(device) => Err(Error::new(kind(format!(
