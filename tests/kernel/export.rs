@@ -227,13 +227,46 @@ fn a_store_on_xfs_is_cloned_and_the_device_goes_on_at_once() {
     assert_eq!(fs::read_dir(scratch.directory()).unwrap().count(), 3);
 }
 
-/// A program that writes and syncs files in a directory until it is killed.
+/// A file system that is mounted, with a program that writes and syncs files there.
+struct Busy {
+    place: PathBuf,
+    writer: Option<Running>,
+}
+
+impl Busy {
+    fn mount(device: &Path, place: &Path) -> Self {
+        tool("mount", args![device, place]);
+        Self { place: place.to_owned(), writer: Some(writer(place)) }
+    }
+
+    /// The program's end, with all that it started; then the file system is unmounted.
+    fn end(mut self) {
+        self.kill();
+        // What it started is gone a moment later.
+        wait_for("umount", || run(&mut command("umount", [&self.place])).code() == Some(0));
+    }
+
+    fn kill(&mut self) {
+        let Some(writer) = self.writer.take() else { return };
+        let group = nix::unistd::Pid::from_raw(i32::try_from(writer.id()).unwrap());
+        let _ = nix::sys::signal::killpg(group, Signal::SIGKILL);
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.kill();
+        let _ = nix::mount::umount2(&self.place, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+/// A program that writes and syncs files in a directory until its group is killed.
 fn writer(place: &Path) -> Running {
     let script = "n=0; while :; do n=$((n + 1)); echo $n >f$((n % 17)).new; \
         head -c $((n % 90000)) /dev/urandom >>f$((n % 17)).new; \
         mv f$((n % 17)).new f$((n % 17)); [ $((n % 5)) != 0 ] || sync -f .; done";
     let mut line = command("sh", ["-c", script]);
-    start(line.current_dir(place))
+    start(line.current_dir(place).process_group(0))
 }
 
 #[test]
@@ -259,8 +292,7 @@ fn a_file_system_in_use_is_exported_clean_from_the_disk_and_from_a_partition() {
                 on = PathBuf::from(format!("{}1", device.path.display()));
             }
             tool("mkfs.ext4", args!["-q", "-F", "-E", "nodiscard", &on]);
-            tool("mount", args![&on, &place]);
-            let running = writer(&place);
+            let busy = Busy::mount(&on, &place);
             wait_for("the writer to write", || place.join("f16").exists());
             for round in 0..3 {
                 let out = scratch.path(&format!("out{round}.qcow2"));
@@ -283,9 +315,7 @@ fn a_file_system_in_use_is_exported_clean_from_the_disk_and_from_a_partition() {
                 let before = newest();
                 wait_for("the writer to go on", || newest() != before);
             }
-            running.signal(Signal::SIGKILL);
-            running.finish();
-            tool("umount", args![&place]);
+            busy.end();
             device.detach();
             fs::remove_file(&store).unwrap();
         }
