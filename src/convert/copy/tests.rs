@@ -14,11 +14,14 @@ use crate::chain::tests::{chain_over, layers};
 use crate::convert::create::NewImage;
 use crate::convert::input::tests::base_disk;
 use crate::convert::input::{Base, ChainInput};
-use crate::convert::options::RawOptions;
+use crate::convert::options::{FormatOptions, RawOptions};
+use crate::convert::qcow::QcowWriter;
+use crate::convert::qcow2::Qcow2Writer;
 use crate::convert::raw::RawWriter;
 use crate::convert::reflink::Reflink;
 use crate::convert::{Content, InputPlace, InputReader, Piece};
 use crate::error::ErrorKind;
+use crate::format::Format;
 use crate::read::tests::{ciphers, disk, file};
 use crate::source::Source;
 use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset};
@@ -298,6 +301,50 @@ fn zeros_in_data_take_no_space_also_where_it_was_allocated_ahead() {
     let (file, summary) = raw_copy(&input, &CopyOptions { sparse: 0, ..options(&kernel) });
     assert!(content(&file) == bytes);
     assert_eq!(summary.copied, 24 << 20);
+}
+
+/// 40 MiB of noise and 88 MiB of written zeros.
+fn noise_then_zeros() -> OneFile {
+    let (noise, bytes) = OneFile::noise(40, 0);
+    drop(noise);
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let mut whole: Vec<u8> = bytes.into_iter().map(|byte| byte.max(1)).collect();
+    whole.resize(128 << 20, 0);
+    file.as_file().write_all_at(&whole, 0).unwrap();
+    OneFile { source: Source::open(file.path()).unwrap(), skip: 0, bad: None }
+}
+
+#[test]
+fn space_that_was_allocated_ahead_does_not_stay() {
+    let kernel = Kernel::default();
+    let input = noise_then_zeros();
+    let allocated = |file: &File| {
+        file.sync_all().unwrap();
+        file.metadata().unwrap().blocks() * 512
+    };
+    let most = (40 << 20) + 16 * 65536;
+    let (file, data) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+    for (texts, data_file) in [(vec![], None), (vec!["data_file=data"], Some(&data))] {
+        let FormatOptions::Qcow2(format) = FormatOptions::parse(Format::Qcow2, &texts).unwrap()
+        else {
+            unreachable!()
+        };
+        file.set_len(0).unwrap();
+        let new = NewImage { file: &file, data_file, size: input.size(), backing: None };
+        let mut writer = Qcow2Writer::new(&new, &format).unwrap();
+        let summary = copy(&input, &mut writer, &options(&kernel), &goes_on).unwrap();
+        assert_eq!((summary.copied, summary.zeros), (40 << 20, 88 << 20));
+        let bytes = allocated(&file) + allocated(&data);
+        assert!((40 << 20..most).contains(&bytes), "{texts:?}: {bytes}");
+    }
+    file.set_len(0).unwrap();
+    let new = NewImage { file: &file, data_file: None, size: input.size(), backing: None };
+    let mut writer = QcowWriter::new(&new).unwrap();
+    copy(&input, &mut writer, &options(&kernel), &goes_on).unwrap();
+    assert!((40 << 20..most).contains(&allocated(&file)), "qcow: {}", allocated(&file));
+    let (file, _) = raw_copy(&input, &options(&kernel));
+    assert_eq!(file.metadata().unwrap().len(), 128 << 20);
+    assert!((40 << 20..most).contains(&allocated(&file)), "{}", allocated(&file));
 }
 
 #[test]
