@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use clap::ValueEnum;
 use imgdm::chain::Chain;
 use imgdm::convert::copy::{CopyOptions, DEFAULT_SPARSE, Summary, copy};
-use imgdm::convert::create::{NewImage, StoredBacking};
+use imgdm::convert::create::{DataFile, NewImage, StoredBacking};
 use imgdm::convert::input::{Base, ChainInput};
 use imgdm::convert::options::{FormatOptions, Preallocation};
 use imgdm::convert::qcow::QcowWriter;
@@ -502,7 +502,7 @@ impl Job<'_> {
         };
         let new = NewImage {
             file: target.file(),
-            data_file: data.map(Target::file),
+            data_file: data.map(|data| DataFile { file: data.file(), name: data.name() }),
             size,
             backing: self.backing.map(|backing| &backing.stored),
         };
@@ -524,6 +524,7 @@ impl Job<'_> {
                 && !args.compress
                 && !bytes_go_to.is_block_device(),
             threads: threads(args.threads),
+            data_name: bytes_go_to.name(),
         };
         let progress = Meter::start(args.progress, size.get(), "converting", globals);
         let tick = |done: u64| {
@@ -557,9 +558,11 @@ pub(super) fn threads(asked: Option<NonZeroUsize>) -> usize {
     asked.map_or_else(cores, NonZeroUsize::get).min(MOST)
 }
 
-/// An error of reading names the file that was read; any other is of the output.
+/// An error of reading names the file that was read; any other is of the output, of the image
+/// where it does not name the data file.
 pub(super) fn output_failed(error: Error, target: &Target, data: &Target, size: u64) -> Error {
-    if error.path().is_some() || error.is_interruption() {
+    let is_input = |path: &Path| path != data.name() && path != target.name();
+    if error.path().is_some_and(is_input) || error.is_interruption() {
         return error;
     }
     let cause = std::error::Error::source(&error)

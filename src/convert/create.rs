@@ -1,6 +1,7 @@
 //! What an [`ImageWriter`](super::ImageWriter) is made from.
 
 use std::fs::File;
+use std::path::Path;
 
 use crate::format::Format;
 use crate::units::ByteLen;
@@ -14,14 +15,23 @@ pub struct StoredBacking {
     pub format: Option<Format>,
 }
 
+/// An external data file.
+#[derive(Clone, Copy, Debug)]
+pub struct DataFile<'f> {
+    /// An empty regular file, or a block device. Open for reading and writing.
+    pub file: &'f File,
+    /// Its name, which errors name.
+    pub name: &'f Path,
+}
+
 /// An image that is to be written.
 #[derive(Clone, Copy, Debug)]
 pub struct NewImage<'f> {
     /// The image: an empty regular file, or a block device. Open for reading and writing.
     pub file: &'f File,
     /// The external data file, where [`FormatOptions::data_file`](super::options::FormatOptions::data_file)
-    /// names one: as `file`.
-    pub data_file: Option<&'f File>,
+    /// names one.
+    pub data_file: Option<DataFile<'f>>,
     /// Bytes of the disk, whole sectors.
     pub size: ByteLen,
     /// The backing file.

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::Path;
 
 use nix::fcntl::{FallocateFlags, fallocate, posix_fallocate};
 use nix::libc;
@@ -19,6 +20,8 @@ pub(super) struct OutputFile<'f> {
     file: &'f File,
     /// Bytes of a block device.
     capacity: Option<u64>,
+    /// What errors name; else who made it knows.
+    name: Option<&'f Path>,
 }
 
 impl<'f> OutputFile<'f> {
@@ -31,13 +34,25 @@ impl<'f> OutputFile<'f> {
         } else {
             None
         };
-        Ok(Self { file, capacity })
+        Ok(Self { file, capacity, name: None })
+    }
+
+    /// With a name for its errors.
+    pub(super) fn named(self, name: &'f Path) -> Self {
+        Self { name: Some(name), ..self }
+    }
+
+    fn failed(self, error: Error) -> Error {
+        match self.name {
+            Some(name) => error.at_path(name),
+            None => error,
+        }
     }
 
     /// As a block device of that many bytes.
     #[cfg(test)]
     pub(super) fn of_device(file: &'f File, capacity: u64) -> Self {
-        Self { file, capacity: Some(capacity) }
+        Self { file, capacity: Some(capacity), name: None }
     }
 
     pub(super) fn file(self) -> &'f File {
@@ -52,21 +67,25 @@ impl<'f> OutputFile<'f> {
     /// Whether the first `end` bytes can be there.
     pub(super) fn require_room(self, end: u64) -> Result<()> {
         match self.capacity {
-            Some(capacity) if end > capacity => Err(Error::new(ErrorKind::CannotCreate(format!(
-                "the block device holds {capacity} bytes, and the image takes more: it is no \
+            Some(capacity) if end > capacity => {
+                Err(self.failed(Error::new(ErrorKind::CannotCreate(format!(
+                    "the block device holds {capacity} bytes, and the image takes more: it is no \
                      smaller than {end}"
-            )))),
-            _ if i64::try_from(end).is_err() => Err(Error::new(ErrorKind::CannotCreate(format!(
-                "the image takes {end} bytes, more than a file can have"
-            )))),
+                )))))
+            }
+            _ if i64::try_from(end).is_err() => {
+                Err(self.failed(Error::new(ErrorKind::CannotCreate(format!(
+                    "the image takes {end} bytes, more than a file can have"
+                )))))
+            }
             _ => Ok(()),
         }
     }
 
     pub(super) fn write(self, offset: u64, bytes: &[u8], what: &str) -> Result<()> {
-        self.file
-            .write_all_at(bytes, offset)
-            .map_err(|error| Error::io(format!("cannot write {what}"), error).at_offset(offset))
+        self.file.write_all_at(bytes, offset).map_err(|error| {
+            self.failed(Error::io(format!("cannot write {what}"), error).at_offset(offset))
+        })
     }
 
     /// Makes zeros of what was never written.
@@ -100,7 +119,7 @@ impl<'f> OutputFile<'f> {
 
     /// Has the file system keep space.
     pub(super) fn reserve(self, offset: u64, length: u64) -> Result<()> {
-        let fail = |error| Error::io("cannot allocate space", error).at_offset(offset);
+        let fail = |error| self.failed(Error::io("cannot allocate space", error).at_offset(offset));
         let too_far = || fail(io::Error::from_raw_os_error(libc::EFBIG));
         let at = libc::off_t::try_from(offset).map_err(|_| too_far())?;
         let length = libc::off_t::try_from(length).map_err(|_| too_far())?;
@@ -112,7 +131,8 @@ impl<'f> OutputFile<'f> {
         if self.is_block_device() {
             return Ok(());
         }
-        let fail = |error| Error::io(format!("cannot make it {length} bytes long"), error);
+        let fail =
+            |error| self.failed(Error::io(format!("cannot make it {length} bytes long"), error));
         self.file.set_len(length).map_err(fail)
     }
 
@@ -122,6 +142,7 @@ impl<'f> OutputFile<'f> {
         if !self.is_block_device() {
             return Ok(());
         }
-        self.file.sync_data().map_err(|error| Error::io("cannot write the data out", error))
+        let fail = |error| self.failed(Error::io("cannot write the data out", error));
+        self.file.sync_data().map_err(fail)
     }
 }

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use imgdm::convert::compress::Compressor;
-use imgdm::convert::create::{NewImage, StoredBacking};
+use imgdm::convert::create::{DataFile, NewImage, StoredBacking};
 use imgdm::convert::options::FormatOptions;
 use imgdm::convert::qcow::QcowWriter;
 use imgdm::convert::qcow2::Qcow2Writer;
@@ -126,7 +126,7 @@ impl Disk {
         });
         let new = NewImage {
             file: &file,
-            data_file: data_file.as_ref(),
+            data_file: data_file.as_ref().map(|file| DataFile { file, name: Path::new("data") }),
             size: ByteLen::new(self.size),
             backing: backing.as_ref(),
         };

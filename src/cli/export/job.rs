@@ -148,6 +148,7 @@ impl Job<'_> {
                 && !args.compress
                 && !bytes.is_block_device(),
             threads: threads(args.threads),
+            data_name: bytes.name(),
         };
         let meter = Meter::start(args.progress, size.get(), "exporting", globals);
         let tick = |done: u64| {

@@ -14,6 +14,7 @@ mod tests;
 mod worker;
 
 use std::fs::File;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -53,6 +54,8 @@ pub struct CopyOptions<'o> {
     pub allocate_ahead: bool,
     /// Threads that copy.
     pub threads: usize,
+    /// The name of the file that the bytes are written to, for errors.
+    pub data_name: &'o Path,
 }
 
 /// What became of the disk, in bytes of it.

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard};
 
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -27,6 +28,7 @@ pub(super) struct Output<'o> {
     writing: Option<Mutex<()>>,
     calls: &'o dyn HostCalls,
     write_back: bool,
+    name: &'o Path,
 }
 
 impl<'o> Output<'o> {
@@ -41,6 +43,7 @@ impl<'o> Output<'o> {
             writing: (!is_device).then(Mutex::default),
             calls: options.calls,
             write_back: options.write_back,
+            name: options.data_name,
         })
     }
 
@@ -55,10 +58,17 @@ impl<'o> Output<'o> {
 
     pub(super) fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         let writing = self.lock();
-        self.file.write_all_at(bytes, offset).map_err(|error| write_failed(error, offset))?;
+        self.file.write_all_at(bytes, offset).map_err(|error| self.write_failed(error, offset))?;
         drop(writing);
         self.has_written(offset, bytes.len() as u64);
         Ok(())
+    }
+
+    /// The error of writing at that offset.
+    pub(super) fn write_failed(&self, error: io::Error, offset: u64) -> Error {
+        let message = "cannot write the data".to_owned();
+        let error = Error::new(ErrorKind::CannotCreate(message)).with_source(error);
+        error.at_offset(offset).at_path(self.name)
     }
 
     /// Has what was written some time ago written out.
@@ -69,12 +79,6 @@ impl<'o> Output<'o> {
             self.calls.start_write_back(&self.file, start, last * WRITE_BACK - start);
         }
     }
-}
-
-/// The error of writing to the output at that offset.
-pub(super) fn write_failed(error: io::Error, offset: u64) -> Error {
-    let message = "cannot write the data".to_owned();
-    Error::new(ErrorKind::CannotCreate(message)).with_source(error).at_offset(offset)
 }
 
 /// Most bytes that are allocated ahead.

@@ -5,13 +5,14 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 
 use proptest::prelude::*;
 
 use super::detect::Detector;
 use super::*;
 use crate::chain::tests::{chain_over, layers};
-use crate::convert::create::NewImage;
+use crate::convert::create::{DataFile, NewImage};
 use crate::convert::input::tests::base_disk;
 use crate::convert::input::{Base, ChainInput};
 use crate::convert::options::{FormatOptions, RawOptions};
@@ -175,6 +176,7 @@ fn options(calls: &Kernel) -> CopyOptions<'_> {
         write_back: true,
         allocate_ahead: true,
         threads: 3,
+        data_name: Path::new("the output"),
     }
 }
 
@@ -324,7 +326,8 @@ fn space_that_was_allocated_ahead_does_not_stay() {
     };
     let most = (40 << 20) + 16 * 65536;
     let (file, data) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
-    for (texts, data_file) in [(vec![], None), (vec!["data_file=data"], Some(&data))] {
+    let named = DataFile { file: &data, name: Path::new("data") };
+    for (texts, data_file) in [(vec![], None), (vec!["data_file=data"], Some(named))] {
         let FormatOptions::Qcow2(format) = FormatOptions::parse(Format::Qcow2, &texts).unwrap()
         else {
             unreachable!()
@@ -561,6 +564,7 @@ fn a_full_file_is_told_of_with_its_cause() {
     let error = copy(&input, &mut writer, &options(&kernel), &goes_on).unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::CannotCreate(_)), "{error}");
     assert!(error.without_path().contains("No space left"), "{}", error.without_path());
+    assert_eq!(error.path(), Some(Path::new("the output")));
 }
 
 fn runs(sparse: usize, granularity: usize, bytes: &[u8]) -> Vec<(usize, bool)> {

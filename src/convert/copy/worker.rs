@@ -8,7 +8,7 @@ use super::super::{InputPlace, InputReader, Placed};
 use super::batch::{Batch, Unit, Work};
 use super::buffer::Buffer;
 use super::detect::Detector;
-use super::output::{Room, write_failed};
+use super::output::Room;
 use super::{Shared, Turn, file_of, lock};
 use crate::error::{Error, Result};
 use crate::units::{ByteLen, GuestOffset, GuestRange};
@@ -394,7 +394,7 @@ impl<'w, 's> Worker<'w, 's> {
             Offload::CopyRange => reflink::copy_range(from, whole, to, &tick)?,
         };
         drop(writing);
-        let done = match done.map_err(|error| write_failed(error, offset))? {
+        let done = match done.map_err(|error| shared.output.write_failed(error, offset))? {
             Offloaded::All => whole,
             Offloaded::Some(_, error)
                 if shared.options.offloads.must_clone()

@@ -59,7 +59,7 @@ impl<'f> Qcow2Writer<'f> {
         require_possible_size(new.size, options)?;
         let image = OutputFile::new(new.file)?;
         let external = match (&options.data_file, new.data_file) {
-            (Some(_), Some(file)) => Some(OutputFile::new(file)?),
+            (Some(_), Some(data)) => Some(OutputFile::new(data.file)?.named(data.name)),
             (None, None) => None,
             _ => {
                 let message = "a data file is wanted exactly where the options name one";
