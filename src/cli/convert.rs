@@ -60,7 +60,7 @@ pub(crate) struct Args {
     out: PathBuf,
 
     /// Format of OUT (raw, qcow2, qcow)
-    #[arg(short = 'O', long, value_name = "FMT", default_value = "raw")]
+    #[arg(short = 'O', long, value_name = "FMT", default_value = "raw", value_parser = parse_output_format)]
     output_format: Format,
 
     /// Make OUT a copy-on-write image of BASE, which OUT names as it is given here: seen from
@@ -146,6 +146,11 @@ fn parse_sparse(text: &str) -> Result<u64, String> {
         return Err("not a multiple of 512 up to 16M, or 0".to_owned());
     }
     Ok(bytes)
+}
+
+/// A format that is written: more of them are read.
+fn parse_output_format(text: &str) -> Result<Format, String> {
+    text.parse().map_err(|_| "not a format that imgdm writes (raw, qcow2, qcow)".to_owned())
 }
 
 static HELP: OnceLock<String> = OnceLock::new();

@@ -192,3 +192,12 @@ fn a_signal_leaves_nothing_and_ends_it() {
     assert_eq!(child.wait().unwrap().signal(), Some(15));
     assert_eq!(names(directory.path()), before);
 }
+
+#[test]
+fn a_format_that_is_not_written_is_answered_by_those_that_are() {
+    let directory = chain();
+    let output = imgdm(directory.path(), &["convert", "-O", "vmdk", "top.qcow2", "out"]);
+    assert_eq!(output.status.code(), Some(64), "{output:?}");
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("'vmdk'") && said.contains("writes (raw, qcow2, qcow)"), "{said}");
+}
