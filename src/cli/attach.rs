@@ -16,10 +16,10 @@ use super::output::show_path;
 use super::overlay::OverlayArgs;
 use super::{Globals, signal};
 
-/// Attach an image as the read-only block device /dev/mapper/NAME
+/// Attach an image as the block device /dev/mapper/NAME: read-only, or over an overlay
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  imgdm attach disk.qcow2                     prints /dev/mapper/disk\n  imgdm attach -l before-update disk.qcow2    its snapshot, as disk@before-update\n  imgdm attach --name golden /srv/base.raw\n  imgdm attach --partitions disk.qcow2        also prints /dev/mapper/disk1, ...\n  imgdm attach --lv guest/root disk.qcow2     also prints /dev/mapper/disk-root\n  imgdm attach --evidence --hash disk.qcow2   keeps a record in ./disk.evidence.json\n\nNothing runs on: the kernel alone serves the device until 'imgdm detach NAME'.\nWhile it is attached, QEMU may read the image but not write to it."
+    after_help = "Examples:\n  imgdm attach disk.qcow2                     prints /dev/mapper/disk\n  imgdm attach -l before-update disk.qcow2    its snapshot, as disk@before-update\n  imgdm attach --name golden /srv/base.raw\n  imgdm attach --partitions disk.qcow2        also prints /dev/mapper/disk1, ...\n  imgdm attach --lv guest/root disk.qcow2     also prints /dev/mapper/disk-root\n  imgdm attach --overlay disk.qcow2           takes writes, until it is detached\n  imgdm attach --overlay=changes disk.qcow2   the same, and changes are kept\n  imgdm attach --evidence --hash disk.qcow2   keeps a record in ./disk.evidence.json\n\nNothing runs on: the kernel alone serves the device until 'imgdm detach NAME'.\nThe image is never written. While it is attached, QEMU may read it but not write to it."
 )]
 pub(crate) struct Args {
     #[command(flatten)]

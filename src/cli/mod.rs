@@ -67,8 +67,8 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use exit::exit_code;
 
-/// Attach qcow2, qcow, cow and raw disk images as read-only block devices that the
-/// kernel serves alone: no daemon, nothing left behind.
+/// Attach qcow2, qcow, cow and raw disk images as block devices that the kernel serves alone,
+/// read-only or over an overlay: no daemon, nothing left behind.
 #[derive(Debug, Parser)]
 #[command(
     name = "imgdm",

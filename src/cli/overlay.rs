@@ -29,7 +29,8 @@ pub(crate) struct OverlayArgs {
     overlay: Option<Option<PathBuf>>,
 
     /// Bytes that the changes may take, bookkeeping included; without it the store has room
-    /// for a change of the whole disk. An existing store can be made larger
+    /// for a change of the whole disk. An existing store can be made larger, while it is not
+    /// attached
     #[arg(long, value_name = "N", requires = "overlay", value_parser = parse_size)]
     overlay_size: Option<u64>,
 }
