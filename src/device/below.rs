@@ -56,6 +56,13 @@ impl Below {
         below
     }
 
+    /// All that this process's program and libraries lie on.
+    pub fn of_program() -> Self {
+        let mut below = Self::of_path(Path::new("/proc/self/exe"));
+        entries(Path::new("/proc/self/map_files")).for_each(|file| below.add(Step::Path(file)));
+        below
+    }
+
     /// All that memory is swapped to.
     pub fn of_swap() -> Self {
         let mut below = Self::default();

@@ -153,8 +153,7 @@ impl Still {
             let what = "what is printed goes to a file that";
             refuse(ErrorKind::Usage, what, &Below::of_path(Path::new(stream)))?;
         }
-        let program = Below::of_path(Path::new("/proc/self/exe"));
-        refuse(ErrorKind::InUse, "this program itself", &program)?;
+        refuse(ErrorKind::InUse, "this program itself", &Below::of_program())?;
         refuse(ErrorKind::InUse, "swap space", &Below::of_swap())
     }
 
