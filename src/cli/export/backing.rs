@@ -1,5 +1,6 @@
 //! What the new image names as its backing file.
 
+use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -8,11 +9,12 @@ use imgdm::convert::create::StoredBacking;
 use imgdm::device::linux::LinuxKernel;
 use imgdm::device::list::Attached;
 use imgdm::device::verify::Verifier;
-use imgdm::device::{PathState, attach::Options};
+use imgdm::device::{DeviceNumber, PathState, attach::Options};
 use imgdm::error::printable;
 use imgdm::format::Format;
 use imgdm::open::{LocalName, OpenPolicy, open_chain, resolve_beside};
 use imgdm::scratch::OnError;
+use imgdm::source::FileId;
 use imgdm::units::ByteLen;
 use imgdm::{Error, ErrorKind, Result};
 
@@ -46,6 +48,7 @@ impl Facts {
         on_error: OnError,
     ) -> Result<Self> {
         let format = chain.and_then(|chain| Some(chain.layers().first()?.image.format()));
+        let path = path.map(lasting_name);
         let is_encrypted = chain.is_some_and(|chain| !encrypted_layers(chain).is_empty());
         Ok(Self { path, format, snapshot, is_encrypted, size, on_error })
     }
@@ -78,6 +81,17 @@ impl Facts {
         let on_error = Options::from_bits(attached.uuid.options)?.on_error;
         Self::new(path, chain, attached.snapshot.clone(), size, on_error)
     }
+}
+
+/// The name of a device of device-mapper instead of a number (`/dev/dm-3`), which may be another
+/// device's after the next boot; all other paths as they are.
+fn lasting_name(path: PathBuf) -> PathBuf {
+    let id = FileId::of_path(&path);
+    let Some(FileId { device, inode: 0 }) = id else { return path };
+    let number = DeviceNumber::from_dev(device);
+    let Ok(name) = std::fs::read(format!("/sys/dev/block/{number}/dm/name")) else { return path };
+    let name = Path::new("/dev/mapper").join(OsStr::from_bytes(name.trim_ascii_end()));
+    if FileId::of_path(&name) == id { name } else { path }
 }
 
 /// The backing file as the new image is to name it.
