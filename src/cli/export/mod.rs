@@ -105,11 +105,11 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     let kernel = LinuxKernel::new();
     match source::find(&kernel, &args.source)? {
         Named::Attached(attached) => {
-            let given = [(args.image.is_some(), "--image"), (unlocker.is_given_keys(), "a key")];
+            let given = [(args.image.is_some(), "--image"), (unlocker.is_given_keys(), "key")];
             if let Some((_, what)) = given.iter().find(|(is_given, _)| *is_given) {
                 let name = printable(&attached.name);
                 let message = format!("'{name}' is attached, and needs no {what}: leave it out");
-                return Err(Error::new(ErrorKind::Usage(message.replace("no a ", "no "))).into());
+                return Err(Error::new(ErrorKind::Usage(message)).into());
             }
             export_attached(args, &options, &kernel, &attached, globals)
         }

@@ -132,13 +132,7 @@ impl Kept {
         let OpenedChain { chain, warnings } =
             open_chain(&image, &policy(&header)?).map_err(missing)?;
         print_warnings(&warnings, globals);
-        header.check(&now(&header, &chain)?).map_err(|error| {
-            let kind = match (error.kind(), image == said.path) {
-                (ErrorKind::InvalidImage(what), _) => ErrorKind::InvalidImage(what.clone()),
-                (other, _) => other.clone(),
-            };
-            here(error.with_kind(kind))
-        })?;
+        header.check(&now(&header, &chain)?).map_err(here)?;
         let stamps = (source.stamp()?, Stamps::of(&chain)?);
         Ok(Self { source, chain, header, image, stamps })
     }
