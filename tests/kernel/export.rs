@@ -78,22 +78,21 @@ fn changed_units(before: &[u8], after: &[u8], unit: u64) -> BTreeSet<u64> {
     units(&changed.collect::<Vec<_>>(), unit).into_iter().filter(|at| *at < end).collect()
 }
 
-/// Whether any device is suspended.
+/// The devices that are suspended.
 fn suspended() -> Vec<String> {
     let printed = tool("dmsetup", ["info", "-c", "--noheadings", "-o", "name,suspended"]);
     let lines = printed.lines().filter(|line| line.trim_end().ends_with("Suspended"));
     lines.map(str::to_owned).collect()
 }
 
-/// The device takes reads and writes.
+/// The device takes reads and writes; the first chunk is a changed one then.
 #[track_caller]
 fn assert_alive(device: &Device) {
     assert_eq!(suspended(), Vec::<String>::new());
-    let at = fs::metadata(&device.path).map(|_| 0).unwrap();
     let file = File::options().read(true).write(true).open(&device.path).unwrap();
     let mut sector = [0; 512];
-    file.read_exact_at(&mut sector, at).unwrap();
-    file.write_all_at(&sector, at).unwrap();
+    file.read_exact_at(&mut sector, 0).unwrap();
+    file.write_all_at(&sector, 0).unwrap();
     file.sync_all().unwrap();
 }
 
@@ -139,7 +138,7 @@ fn what_was_written_is_what_qemu_reads_and_no_other_cluster_is_allocated() {
             assert_eq!(said["backing_format"], "qcow2");
             assert_eq!(said["virtual_size"], wanted.len() as u64);
             assert!(said["suspended_milliseconds"].is_u64(), "{said}");
-            assert_alive(&device);
+            assert_eq!(suspended(), Vec::<String>::new());
         }
         assert_same("the device", &device.bytes(), &wanted);
         device.detach();
@@ -227,19 +226,26 @@ fn a_store_on_xfs_is_cloned_and_the_device_goes_on_at_once() {
     assert_eq!(fs::read_dir(scratch.directory()).unwrap().count(), 3);
 }
 
-/// A file system that is mounted, with a program that writes and syncs files there.
-struct Busy {
+/// A file system of the device's that is mounted; perhaps with a program that writes to it.
+struct OnDevice {
     place: PathBuf,
     writer: Option<Running>,
 }
 
-impl Busy {
+impl OnDevice {
+    #[track_caller]
     fn mount(device: &Path, place: &Path) -> Self {
         tool("mount", args![device, place]);
-        Self { place: place.to_owned(), writer: Some(writer(place)) }
+        Self { place: place.to_owned(), writer: None }
     }
 
-    /// The program's end, with all that it started; then the file system is unmounted.
+    fn start_writer(&mut self) {
+        self.writer = Some(writer(&self.place));
+        wait_for("the writer to write", || self.place.join("f16").exists());
+    }
+
+    /// The writer's end, with all that it started; then the file system is unmounted.
+    #[track_caller]
     fn end(mut self) {
         self.kill();
         // What it started is gone a moment later.
@@ -253,9 +259,10 @@ impl Busy {
     }
 }
 
-impl Drop for Busy {
+impl Drop for OnDevice {
     fn drop(&mut self) {
         self.kill();
+        // Nothing to be done where it has ended: then nothing is mounted there.
         let _ = nix::mount::umount2(&self.place, nix::mount::MntFlags::MNT_DETACH);
     }
 }
@@ -292,8 +299,8 @@ fn a_file_system_in_use_is_exported_clean_from_the_disk_and_from_a_partition() {
                 on = PathBuf::from(format!("{}1", device.path.display()));
             }
             tool("mkfs.ext4", args!["-q", "-F", "-E", "nodiscard", &on]);
-            let busy = Busy::mount(&on, &place);
-            wait_for("the writer to write", || place.join("f16").exists());
+            let mut busy = OnDevice::mount(&on, &place);
+            busy.start_writer();
             for round in 0..3 {
                 let out = scratch.path(&format!("out{round}.qcow2"));
                 export(args![&device.name, "--force", &out]);
@@ -350,7 +357,7 @@ fn killed_stopped_or_failed_while_it_is_suspended_the_device_goes_on() {
         assert_eq!(ran.signal(), Some(libc::SIGTERM), "{step}: {ran}");
         assert_alive(&device);
         // Stopped it stays so, until it goes on or is killed.
-        for signal in [Signal::SIGCONT, Signal::SIGKILL] {
+        for signal in [Signal::SIGCONT, Signal::SIGINT, Signal::SIGKILL] {
             let _ = fs::remove_file(&out);
             let stopped = start(&mut faulty(&format!("{step}:stop")));
             wait_for("export to stop", || stopped.is_stopped());
@@ -358,8 +365,14 @@ fn killed_stopped_or_failed_while_it_is_suspended_the_device_goes_on() {
             // A second one does not meddle.
             refused(args![&device.name, scratch.path("second")], 75, &["suspended by somebody"]);
             stopped.signal(signal);
+            if signal == Signal::SIGINT {
+                stopped.signal(Signal::SIGCONT);
+            }
             let ran = stopped.finish();
-            assert_eq!(ran.status.success(), signal == Signal::SIGCONT, "{ran}");
+            match signal {
+                Signal::SIGCONT => assert!(ran.status.success(), "{ran}"),
+                _ => assert_eq!(ran.signal(), Some(signal as i32), "{ran}"),
+            }
             wait_for("the device to go on", || suspended().is_empty());
             assert_alive(&device);
             assert_eq!(out.exists(), signal == Signal::SIGCONT);
@@ -410,12 +423,12 @@ fn a_full_disk_leaves_no_output_and_the_device_alive() {
 #[test]
 fn an_output_on_the_device_itself_is_refused_before_anything_waits() {
     let scratch = Scratch::on_disk();
-    let image = scratch.create("qcow2", &[], "disk.qcow2", "48M");
+    let image = scratch.create("qcow2", &[], "disk.qcow2", "128M");
     let device = attach(args!["--overlay", "--scratch-dir", scratch.directory(), &image]);
     let place = scratch.path("mnt");
     fs::create_dir(&place).unwrap();
     tool("mkfs.ext4", args!["-q", "-F", &device.path]);
-    tool("mount", args![&device.path, &place]);
+    let mounted = OnDevice::mount(&device.path, &place);
     refused(args![&device.name, place.join("out")], 64, &["out", "lies on the device 'disk'"]);
     symlink(place.join("there"), scratch.path("link")).unwrap();
     refused(args![&device.name, scratch.path("link")], 64, &["lies on the device"]);
@@ -441,6 +454,7 @@ fn an_output_on_the_device_itself_is_refused_before_anything_waits() {
     let mut line = export_command(args![&device.name, scratch.path("out")]);
     line.stderr(File::create(place.join("log")).unwrap());
     assert_eq!(line.status().unwrap().code(), Some(64));
+    drop(line);
     // By the program that lies on it.
     tool("cp", args![imgdm_path(), place.join("imgdm")]);
     let program = place.join("imgdm");
@@ -448,7 +462,7 @@ fn an_output_on_the_device_itself_is_refused_before_anything_waits() {
     assert!(said.code() == Some(75) && said.stderr.contains("program"), "{said}");
     assert!(!scratch.path("out").exists());
     assert_alive(&device);
-    tool("umount", args![&place]);
+    mounted.end();
     device.detach();
 }
 
@@ -585,4 +599,28 @@ fn an_image_without_a_name_or_of_a_format_that_qemu_does_not_read_is_explained()
     assert_image(&scratch, &out, &wanted);
     device.detach();
     assert_nothing_left();
+}
+
+#[test]
+fn an_image_on_a_device_of_device_mapper_is_named_by_the_name_that_it_keeps() {
+    let scratch = Scratch::on_disk();
+    let image = raw(&scratch);
+    let out = scratch.path("out.qcow2");
+    let node = tool("losetup", args!["--show", "-f", &image]);
+    let table = format!("0 8192 linear {} 0", node.trim());
+    tool("dmsetup", ["create", "--noudevsync", "volume", "--table", &table]);
+    let store = scratch.path("store");
+    let volume = Path::new("/dev/mapper/volume");
+    let device = attach(args![kept(&store), "--name=disk", "-f", "raw", volume]);
+    let mut wanted = fs::read(&image).unwrap();
+    write_randomly(&device.path, &mut wanted, 101, 5);
+    let said = export(args![&device.name, &out]);
+    assert_eq!(said["backing_file"]["path"], "/dev/mapper/volume");
+    assert_image(&scratch, &out, &wanted);
+    device.detach();
+    let said = export(args![&store, "--force", &out]);
+    assert_eq!(said["backing_file"]["path"], "/dev/mapper/volume");
+    assert_image(&scratch, &out, &wanted);
+    tool("dmsetup", ["remove", "--noudevsync", "volume"]);
+    tool("losetup", ["-d", node.trim()]);
 }
