@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use imgdm::convert::Input;
 use imgdm::convert::copy::{CopyOptions, DEFAULT_SPARSE, Summary, copy};
-use imgdm::convert::create::{NewImage, StoredBacking};
+use imgdm::convert::create::{DataFile, NewImage, StoredBacking};
 use imgdm::convert::options::{FormatOptions, Preallocation};
 use imgdm::convert::qcow2::Qcow2Writer;
 use imgdm::convert::reflink::{Offloads, Reflink};
@@ -132,7 +132,10 @@ impl Job<'_> {
         };
         let new = NewImage {
             file: outputs.image.file(),
-            data_file: outputs.data.as_ref().map(Target::file),
+            data_file: outputs
+                .data
+                .as_ref()
+                .map(|data| DataFile { file: data.file(), name: data.name() }),
             size,
             backing: Some(self.backing),
         };
