@@ -467,6 +467,32 @@ fn an_output_on_the_device_itself_is_refused_before_anything_waits() {
 }
 
 #[test]
+fn an_output_on_a_mount_that_hides_the_device_is_refused() {
+    let scratch = Scratch::on_disk();
+    let image = scratch.create("qcow2", &[], "disk.qcow2", "48M");
+    let device = attach(args!["--overlay", "--scratch-dir", scratch.directory(), &image]);
+    let (place, union) = (scratch.path("mnt"), scratch.path("union"));
+    tool("mkfs.ext4", args!["-q", "-F", &device.path]);
+    fs::create_dir(&place).unwrap();
+    fs::create_dir(&union).unwrap();
+    tool("mount", args![&device.path, &place]);
+    for directory in ["lower", "upper", "work"] {
+        fs::create_dir(place.join(directory)).unwrap();
+    }
+    let at = place.display();
+    let options = format!("lowerdir={at}/lower,upperdir={at}/upper,workdir={at}/work");
+    tool("mount", args!["-t", "overlay", "-o", options, "none", &union]);
+    // As the root of a live system: what it is made of is mounted, and nowhere to be seen.
+    tool("umount", args!["-l", &place]);
+    refused(args![&device.name, union.join("out")], 64, &["lies on the device 'disk'"]);
+    assert_eq!(suspended(), Vec::<String>::new());
+    tool("umount", args![&union]);
+    // Held by nobody any more.
+    export(args![&device.name, scratch.path("out")]);
+    device.detach();
+}
+
+#[test]
 fn what_has_no_changes_to_export_is_explained() {
     let scratch = Scratch::on_disk();
     let image = raw(&scratch);
