@@ -55,11 +55,10 @@ impl Target {
     /// is there is replaced in the end where it is `force`d, and a block device is written to.
     ///
     /// # Errors
-    /// `CannotCreate`: something is there and may not be replaced, or can't be; there is no
+    /// `PermissionDenied`; `CannotCreate`: something is there and may not be replaced, or can't be; there is no
     /// such directory. `InUse`: a virtual machine has it open, or the block device is mounted.
     pub fn create(name: &Path, force: bool) -> Result<Self> {
-        let failed =
-            |error: io::Error| cannot_create("the file can't be made", error).at_path(name);
+        let failed = |error: io::Error| cannot_open("the file can't be made", error).at_path(name);
         let existing = match fs::metadata(name) {
             Ok(metadata) => Some(metadata),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
@@ -89,7 +88,7 @@ impl Target {
                     .to_owned(),
             ))
             .at_path(name),
-            _ => cannot_create("the block device can't be written", error).at_path(name),
+            _ => cannot_open("the block device can't be written", error).at_path(name),
         })?;
         lock_device(&file).map_err(|error| error.at_path(name))?;
         Ok(Self::new(name, file, Kind::BlockDevice, true))
@@ -220,6 +219,15 @@ impl Drop for Target {
 
 fn cannot_create(message: &str, error: io::Error) -> Error {
     Error::new(ErrorKind::CannotCreate(message.to_owned())).with_source(error)
+}
+
+/// As [`cannot_create`], but what is not permitted has a status of its own.
+fn cannot_open(message: &str, error: io::Error) -> Error {
+    if error.kind() == io::ErrorKind::PermissionDenied {
+        let kind = ErrorKind::PermissionDenied(message.to_owned());
+        return Error::new(kind).with_source(error);
+    }
+    cannot_create(message, error)
 }
 
 fn exists() -> Error {
