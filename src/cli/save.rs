@@ -8,15 +8,13 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use imgdm::chain::Chain;
+use imgdm::convert::target::end_of_links;
 use imgdm::device::Interrupt;
 use imgdm::source::FileId;
 use imgdm::{Error, ErrorKind, Result};
-use nix::libc;
 
 /// Names that are tried for the file beside.
 const ATTEMPTS: u32 = 100;
-/// Symbolic links that are followed, as many as by the kernel (MAXSYMLINKS).
-const LINKS: u32 = 40;
 
 /// Refuses a path that leads to a file of the chain: it would be written over.
 ///
@@ -111,7 +109,9 @@ fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     match fs::hard_link(from, to) {
         Ok(()) => fs::remove_file(from),
         // A file system without links (vfat): the name is taken first, so it is ours.
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::EOPNOTSUPP)) => {
+        Err(error)
+            if matches!(error.raw_os_error(), Some(nix::libc::EPERM | nix::libc::EOPNOTSUPP)) =>
+        {
             OpenOptions::new().write(true).create_new(true).open(to)?;
             fs::rename(from, to).inspect_err(|_| drop(fs::remove_file(to)))
         }
@@ -169,20 +169,6 @@ fn write_through(path: &Path, content: &[u8]) -> io::Result<Option<PathBuf>> {
 fn same_file(descriptor: BorrowedFd<'_>, metadata: &fs::Metadata) -> Option<File> {
     let file = File::from(descriptor.try_clone_to_owned().ok()?);
     (FileId::of(&file.metadata().ok()?) == FileId::of(metadata)).then_some(file)
-}
-
-/// What a path leads to that leads to no file yet.
-fn end_of_links(path: &Path) -> io::Result<PathBuf> {
-    let mut path = path.to_owned();
-    for _ in 0..LINKS {
-        match fs::read_link(&path) {
-            // From where the link is; an absolute one replaces all.
-            Ok(to) => path = path.parent().unwrap_or(Path::new("")).join(to),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(path),
-            Err(error) => return Err(error),
-        }
-    }
-    Err(io::Error::from_raw_os_error(libc::ELOOP))
 }
 
 /// Puts `content` at `target`, unless there was a signal: then nothing is changed.

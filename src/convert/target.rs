@@ -306,7 +306,10 @@ fn umask() -> u32 {
 }
 
 /// What a path leads to that leads to no file yet.
-fn end_of_links(path: &Path) -> io::Result<PathBuf> {
+///
+/// # Errors
+/// A link can't be read, or they lead in circles.
+pub fn end_of_links(path: &Path) -> io::Result<PathBuf> {
     let mut path = path.to_owned();
     for _ in 0..LINKS {
         match fs::read_link(&path) {
