@@ -97,8 +97,6 @@ pub(super) struct Room {
     end: u64,
     /// How much the next time, at most.
     ahead: u64,
-    /// The bytes of the disk lie at their own offsets.
-    in_place: bool,
 }
 
 impl Room {
@@ -109,33 +107,24 @@ impl Room {
         };
         let file = (options.allocate_ahead && is_ext4(file)).then(|| file.try_clone()).transpose();
         let file = file.map_err(|error| Error::io("cannot copy the descriptor", error))?;
-        Ok(Self { file, start: 0, end: 0, ahead: LEAST_AHEAD, in_place: false })
+        Ok(Self { file, start: 0, end: 0, ahead: LEAST_AHEAD })
     }
 
-    /// Allocates a range that is going to be written; true where that was done.
-    pub(super) fn allocate(&mut self, range: GuestRange) -> bool {
-        let Some(file) = &self.file else { return false };
-        self.in_place = true;
-        let (offset, length) = (range.start.get(), range.length().get());
-        let done = in_file(offset, length).is_some_and(|(at, length)| {
-            fallocate(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, at, length).is_ok()
-        });
-        if done {
-            (self.start, self.end) = (offset, offset.saturating_add(length));
-        } else {
-            // Whether that matters, the write will tell.
-            self.file = None;
-        }
-        done
+    /// Before bytes are written to their own offsets. Nothing is allocated ahead there: what
+    /// turns out to be zeros would have to be given back, and where the file system is mounted
+    /// with `discard`, each punched hole waits for the disk.
+    pub(super) fn make_for(&mut self, range: GuestRange) {
+        self.allocate(range.start.get(), range.length().get());
     }
 
     /// Before bytes are written to their place, behind which likely come as many more, up to
     /// `run_end`.
     pub(super) fn make(&mut self, place: &Placed, run_end: GuestOffset) {
-        let Some(file) = &self.file else { return };
         let (offset, length) = (place.offset.get(), place.range.length().get());
+        if offset == place.range.start.get() {
+            return self.make_for(place.range);
+        }
         let likely = run_end.since(place.range.start).get();
-        self.in_place = offset == place.range.start.get();
         if offset >= self.start && offset.saturating_add(length) <= self.end {
             return;
         }
@@ -144,29 +133,18 @@ impl Room {
             return;
         }
         self.ahead = self.ahead.saturating_mul(2).min(MOST_AHEAD);
-        match in_file(offset, wanted) {
-            Some((at, length))
-                if fallocate(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, at, length).is_ok() =>
-            {
-                (self.start, self.end) = (offset, offset.saturating_add(wanted));
-            }
-            _ => self.file = None,
-        }
+        self.allocate(offset, wanted);
     }
 
-    /// Gives back the space of zeros, where the bytes of the disk lie at their own offsets.
-    pub(super) fn give_back(&mut self, zeros: GuestRange) {
-        let Some(file) = self.file.as_ref().filter(|_| self.in_place) else { return };
-        let (start, end) = (zeros.start.get().max(self.start), zeros.end.get().min(self.end));
-        if start >= end {
-            return;
-        }
-        // There are likely more of them.
-        self.ahead = LEAST_AHEAD;
-        let flags = FallocateFlags::FALLOC_FL_KEEP_SIZE | FallocateFlags::FALLOC_FL_PUNCH_HOLE;
-        if let Some((at, length)) = in_file(start, end - start)
-            && fallocate(file, flags, at, length).is_err()
-        {
+    fn allocate(&mut self, offset: u64, length: u64) {
+        let Some(file) = &self.file else { return };
+        let done = in_file(offset, length).is_some_and(|(at, length)| {
+            fallocate(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, at, length).is_ok()
+        });
+        if done {
+            (self.start, self.end) = (offset, offset.saturating_add(length));
+        } else {
+            // Whether that matters, the write will tell.
             self.file = None;
         }
     }

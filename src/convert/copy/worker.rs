@@ -164,7 +164,6 @@ impl<'w, 's> Worker<'w, 's> {
             Work::WriteZeros | Work::Copy(_) | Work::Granule => {}
         }
         let mut rest = *unit;
-        let mut has_room = false;
         while !rest.range.is_empty() {
             let next = (rest.range.start.get() / shared.layout.chunk).saturating_add(1);
             let end = GuestOffset::new(next.saturating_mul(shared.layout.chunk));
@@ -175,22 +174,18 @@ impl<'w, 's> Worker<'w, 's> {
             self.buffer.reserve(length);
             self.read_unit(&chunk, 0, length)?;
             self.judge(&chunk, 0, length)?;
-            if !has_room && let [Step::Data { .. }] = self.steps[..] {
-                // All data so far: the rest is likely so too.
-                let writing = shared.output.lock();
-                has_room = self.room.allocate(rest.range);
-                drop(writing);
-            }
             for step in &self.steps {
                 match *step {
                     Step::Data { range, at, .. } => {
                         add(&shared.counts.copied, range);
                         let bytes = &self.buffer[at..at + bytes_of(range)];
+                        let writing = shared.output.lock();
+                        self.room.make_for(range);
+                        drop(writing);
                         shared.output.write(range.start.get(), bytes)?;
                     }
                     Step::Zeros(range) => {
                         add(&shared.counts.zeros, range);
-                        self.room.give_back(range);
                     }
                     Step::Stream { .. } | Step::Offload { .. } => {}
                 }
@@ -302,7 +297,6 @@ impl<'w, 's> Worker<'w, 's> {
             match *step {
                 Step::Zeros(range) => {
                     add(&counts.zeros, range);
-                    room.give_back(range);
                     if self.shared.layout.tells_zeros {
                         writer.zeros(range)?;
                     }
