@@ -91,6 +91,39 @@ impl FromStr for CryptKey {
     }
 }
 
+/// What becomes of dm-snapshot's persistent store when it is full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenFull {
+    /// `P`: it is given up with all that is in it, reads and writes fail.
+    GiveUp,
+    /// `PO`: writes fail from then on, reads go on, and what is in it stays (Linux 4.3).
+    FailWrites,
+}
+
+impl fmt::Display for WhenFull {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::GiveUp => "P",
+            Self::FailWrites => "PO",
+        })
+    }
+}
+
+impl FromStr for WhenFull {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "P" => Ok(Self::GiveUp),
+            "PO" => Ok(Self::FailWrites),
+            _ => Err(Error::new(ErrorKind::Unsupported(format!(
+                "'{}' is no persistent store of dm-snapshot",
+                text.escape_debug()
+            )))),
+        }
+    }
+}
+
 /// A device-mapper target with its parameters
 /// (kernel: Documentation/admin-guide/device-mapper/).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -125,12 +158,15 @@ pub enum Target {
         /// The device with the ciphertext.
         device: DeviceRef,
     },
-    /// `snapshot ORIGIN COW P CHUNK`: what was written lies in a persistent exception store.
+    /// `snapshot ORIGIN COW PO CHUNK`, or `P`: what was written lies in a persistent exception
+    /// store.
     Snapshot {
         /// The device that is never written.
         origin: DeviceRef,
         /// The device of the exception store.
         cow: DeviceRef,
+        /// What becomes of a store that is full.
+        when_full: WhenFull,
         /// Size of a chunk.
         chunk: Sectors,
     },
@@ -161,7 +197,9 @@ impl Target {
             }
             Self::Zero | Self::Error => String::new(),
             Self::Crypt { cipher, key, device } => format!("{cipher} {key} 0 {device} 0"),
-            Self::Snapshot { origin, cow, chunk } => format!("{origin} {cow} P {chunk}"),
+            Self::Snapshot { origin, cow, when_full, chunk } => {
+                format!("{origin} {cow} {when_full} {chunk}")
+            }
         }
     }
 
@@ -279,13 +317,13 @@ fn crypt_target<'w>(words: &mut impl Iterator<Item = &'w str>) -> Option<Target>
     (iv == "0" && offset == "0").then_some(Target::Crypt { cipher, key, device })
 }
 
-/// `ORIGIN COW P CHUNK`.
+/// `ORIGIN COW PO CHUNK`, or `P`.
 fn snapshot_target<'w>(words: &mut impl Iterator<Item = &'w str>) -> Option<Target> {
     let origin = DeviceRef::new(words.next()?).ok()?;
     let cow = DeviceRef::new(words.next()?).ok()?;
-    let persistent = words.next()? == "P";
+    let when_full = words.next()?.parse().ok()?;
     let chunk = Sectors::new(words.next()?.parse().ok()?);
-    persistent.then_some(Target::Snapshot { origin, cow, chunk })
+    Some(Target::Snapshot { origin, cow, when_full, chunk })
 }
 
 /// A whole table: lines without gap from sector 0.
@@ -353,10 +391,11 @@ mod tests {
     fn a_table_reads_back_what_it_prints() {
         let text = "0 8 linear 7:0 2048\n8 16 zero\n24 8 linear /dev/loop1 0\n\
             32 8 error\n40 8 crypt aes-xts-plain64 :64:logon:imgdm:x 0 7:1 0\n\
-            48 16 striped 2 8 253:0 0 253:0 2048\n64 8 snapshot 253:1 7:2 P 32\n";
+            48 16 striped 2 8 253:0 0 253:0 2048\n64 8 snapshot 253:1 7:2 P 32\n\
+            72 8 snapshot 253:1 7:2 PO 32\n";
         let table: Table = text.parse().unwrap();
         assert_eq!(table.to_string(), text);
-        assert_eq!(table.size(), Sectors::new(72));
+        assert_eq!(table.size(), Sectors::new(80));
     }
 
     #[test]
@@ -388,6 +427,7 @@ mod tests {
             "0 8 striped 2 8 7:0 0 7:1 0",
             "0 8 striped 1 8 7:0 0 7:0 0",
             "0 8 snapshot 7:0 7:1 N 32",
+            "0 8 snapshot 7:0 7:1 PX 32",
             "0 8 snapshot 7:0 7:1 P",
             "0 8 snapshot 7:0 7:1 P 32 1 discard_zeroes_cow",
             "0 8 striped 99999999999999999999 8 7:0 0",

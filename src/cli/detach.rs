@@ -68,7 +68,7 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
             return Err(Error::new(ErrorKind::Usage(message)).into());
         }
         detach(&kernel, attached, args.deferred, &interrupt)?;
-        if let Some(lost) = lost_store(attached) {
+        if let Some(lost) = ended_store(attached) {
             globals.warn(lost);
         }
         Ok(())
@@ -113,15 +113,19 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     }
 }
 
-/// What is to be said of a kept store that the kernel gave up.
-fn lost_store(attached: &Attached) -> Option<String> {
+/// What is to be said of a kept store that is full, or that the kernel gave up.
+fn ended_store(attached: &Attached) -> Option<String> {
     let overlay = attached.overlay.as_ref().filter(|overlay| overlay.is_kept)?;
     let path = overlay.path.as_ref().map(|path| show_path(&path.path)).unwrap_or_default();
-    (overlay.state == OverlayState::Invalid).then(|| {
-        format!(
-            "{path}: the kernel has given this store up (it was full, or could not be written): what was written is lost, and the file is of no more use; the image is unhurt"
-        )
-    })
+    match overlay.state {
+        OverlayState::Full => Some(format!(
+            "{path}: this store is full, and writes have failed since; what is in it is kept, and 'imgdm attach --overlay=FILE --overlay-size=N' makes it larger"
+        )),
+        OverlayState::Invalid => Some(format!(
+            "{path}: the kernel has given this store up, which could not be written: what was written is lost, and the file is of no more use; the image is unhurt"
+        )),
+        OverlayState::Usable { .. } | OverlayState::Other(_) => None,
+    }
 }
 
 /// Waits until what is on its way is gone. A file that no device has the name of is meant as

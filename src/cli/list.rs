@@ -53,7 +53,8 @@ struct JsonOverlay {
     kept: bool,
     /// The file of a kept store.
     store: Option<JsonLoopPath>,
-    /// `usable`, or `invalid` once the kernel gave it up, or `unknown`.
+    /// `usable`, `full` once a write has found no room, `invalid` once the kernel gave it up,
+    /// or `unknown`.
     state: &'static str,
     /// Bytes of the store in use; null where it is not usable, as the next two.
     used: Option<u64>,
@@ -113,6 +114,7 @@ fn json_overlay(overlay: &AttachedOverlay) -> JsonOverlay {
         OverlayState::Usable { used, total, metadata } => {
             ("usable", Some([used, total, metadata].map(bytes)))
         }
+        OverlayState::Full => ("full", None),
         OverlayState::Invalid => ("invalid", None),
         OverlayState::Other(_) => ("unknown", None),
     };
@@ -133,6 +135,7 @@ fn show_overlay(overlay: &AttachedOverlay) -> String {
             let (used, total) = (bytes(*used), bytes(*total));
             format!("{used} of {total} bytes of its store used")
         }
+        OverlayState::Full => "its store is full, so writes fail".to_owned(),
         OverlayState::Invalid => {
             "its store was given up by the kernel, what was written is lost: detach it".to_owned()
         }

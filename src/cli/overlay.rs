@@ -23,8 +23,9 @@ pub(crate) struct OverlayArgs {
     /// Make the device writable: what is written goes to a store, and the image never changes.
     /// Without FILE the store is a scratch file that goes with the device; with FILE it is kept,
     /// made where it is missing, and used again by the next attach of the same image.
-    /// A store that is full, or whose file system is, is given up by the kernel: then every read
-    /// and write of the device fails, what was changed is lost, and the image is unhurt
+    /// Once the store is full, writes fail and what was changed stays. One whose file system is
+    /// full is given up by the kernel: then every read and write of the device fails, what was
+    /// changed is lost, and the image is unhurt
     #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
     overlay: Option<Option<PathBuf>>,
 

@@ -122,9 +122,10 @@ pub fn overlay_of(attached: &Attached) -> Result<&AttachedOverlay> {
 
 fn require_usable(attached: &Attached, state: &OverlayState) -> Result<()> {
     match state {
-        OverlayState::Usable { .. } => Ok(()),
+        // What did not fail to be written is in a full one.
+        OverlayState::Usable { .. } | OverlayState::Full => Ok(()),
         OverlayState::Invalid => Err(Error::invalid(format!(
-            "the store of '{}' overflowed: the kernel has given it up, and what was changed is lost. The image is unhurt",
+            "the kernel has given up the store of '{}', which could not be written: what was changed is lost. The image is unhurt",
             printable(&attached.name)
         ))),
         OverlayState::Other(words) => Err(Error::new(ErrorKind::Unsupported(format!(

@@ -86,7 +86,8 @@ impl LiveTarget {
             ("linear", [device, offset]) => parse_number(device)
                 .zip(offset.parse().ok())
                 .map(|(device, offset)| Self::Linear { device, offset }),
-            ("snapshot", [origin, cow, "P", _chunk]) => parse_number(origin)
+            // One that an earlier imgdm attached has `P`.
+            ("snapshot", [origin, cow, "P" | "PO", _chunk]) => parse_number(origin)
                 .zip(parse_number(cow))
                 .map(|(origin, cow)| Self::Snapshot(LiveSnapshot { origin, cow })),
             // Options change what is read: a crypt target with any is not ours.

@@ -107,7 +107,7 @@ fn below(line: &LiveLine, inside: u64) -> Option<(DeviceNumber, u64)> {
         // CIPHER KEY IV_OFFSET DEVICE OFFSET [options]
         ("crypt", [_, _, _, device, offset, ..]) => (device, offset),
         // Where nothing was written: where something was, it is in the store.
-        ("snapshot", [origin, _cow, "P", _chunk]) => {
+        ("snapshot", [origin, _cow, "P" | "PO", _chunk]) => {
             return Some((parse_number(origin)?, line.start.checked_add(inside)?));
         }
         _ => return None,
@@ -150,8 +150,10 @@ mod tests {
         assert_eq!(below(&line("linear", "7:3 100"), 5), Some((number, 105)));
         let crypt = line("crypt", "aes-xts-plain64 :64:logon:x 0 7:3 0");
         assert_eq!(below(&crypt, 5), Some((number, 5)));
-        let snapshot = line("snapshot", "7:3 7:4 P 32");
-        assert_eq!(below(&snapshot, 5), Some((number, 13)));
+        for store in ["P", "PO"] {
+            let snapshot = line("snapshot", &format!("7:3 7:4 {store} 32"));
+            assert_eq!(below(&snapshot, 5), Some((number, 13)));
+        }
         assert_eq!(below(&line("zero", ""), 5), None);
         assert_eq!(below(&line("linear", "7:3 18446744073709551615"), 1), None);
         assert_eq!(below(&line("striped", "2 8 7:3 0 7:4 0"), 5), None);

@@ -37,7 +37,9 @@ pub enum OverlayState {
         /// What of the use is bookkeeping.
         metadata: Sectors,
     },
-    /// It was given up: every read and write fails.
+    /// It is full: writes fail, reads go on, and what is in it stays.
+    Full,
+    /// It was given up, for it could not be written: every read and write fails.
     Invalid,
     /// Something that this imgdm does not know, in the kernel's words.
     Other(String),
@@ -56,7 +58,8 @@ impl OverlayState {
             Some(Self::Usable { used, total, metadata })
         };
         match text {
-            "Invalid" | "Overflow" => Self::Invalid,
+            "Invalid" => Self::Invalid,
+            "Overflow" => Self::Full,
             _ => usable().unwrap_or_else(other),
         }
     }
@@ -118,7 +121,7 @@ mod tests {
         };
         assert_eq!(OverlayState::parse("96/2048 64"), usable);
         assert_eq!(OverlayState::parse("Invalid"), OverlayState::Invalid);
-        assert_eq!(OverlayState::parse("Overflow"), OverlayState::Invalid);
+        assert_eq!(OverlayState::parse("Overflow"), OverlayState::Full);
         for text in ["", "Merge failed", "1/2", "a/b c"] {
             assert_eq!(OverlayState::parse(text), OverlayState::Other(text.to_owned()));
         }

@@ -527,16 +527,18 @@ fn what_has_no_changes_to_export_is_explained() {
 }
 
 #[test]
-fn a_store_that_overflowed_is_refused_by_name() {
+fn a_store_that_was_given_up_is_refused_by_name() {
     let scratch = Scratch::on_disk();
     let image = raw(&scratch);
-    let (store, out) = (scratch.path("store"), scratch.path("out"));
-    let device = attach(args![kept(&store), "--overlay-size=1M", "-f", "raw", &image]);
-    let _ = fs::write(&device.path, Random(9).bytes(3 << 20));
+    let small = Tmpfs::over(scratch.path("small"), MIB);
+    let (store, out) = (small.place.join("store"), scratch.path("out"));
+    let device = attach(args![kept(&store), "-f", "raw", &image]);
     let file = File::options().write(true).open(&device.path).unwrap();
-    assert!(file.write_all_at(&[1; 4096], 3 << 20).and_then(|()| file.sync_all()).is_err());
+    let written = file.write_all_at(&Random(9).bytes(3 << 20), 0).and_then(|()| file.sync_all());
+    assert!(written.is_err());
     drop(file);
-    refused(args![&device.name, &out], 65, &["overflowed", "'disk'", "lost", "unhurt"]);
+    wait_for("the store to be given up", || listed()[0]["overlay"]["state"] == "invalid");
+    refused(args![&device.name, &out], 65, &["given up the store of 'disk'", "lost", "unhurt"]);
     assert_eq!(suspended(), Vec::<String>::new());
     imgdm(args!["detach", &device.name]).ok();
     refused(args![&store, &out], 65, &["store", "given the store up", "unhurt"]);

@@ -401,30 +401,81 @@ fn a_store_in_use_is_refused_whoever_uses_it() {
 }
 
 #[test]
-fn a_store_that_is_full_is_given_up_and_the_image_is_unhurt() {
+fn a_store_that_is_full_fails_writes_keeps_what_is_in_it_and_goes_on_once_it_is_larger() {
     let scratch = Scratch::on_disk();
     let image = raw(&scratch);
+    let mut wanted = fs::read(&image).unwrap();
+    wanted[..512 << 10].fill(7);
     let before = untouched(std::slice::from_ref(&image));
     let store = scratch.path("store");
     for options in [vec!["--overlay".to_owned()], vec![kept(&store)]] {
         let is_kept = options[0] != "--overlay";
         let device = attach(args![&options[0], "--overlay-size=1M", "-f", "raw", &image]);
         let file = OpenOptions::new().write(true).open(&device.path).unwrap();
-        let written = file.write_all_at(&[7; 2 << 20], 0).and_then(|()| file.sync_all());
+        file.write_all_at(&[7; 512 << 10], 0).and_then(|()| file.sync_all()).unwrap();
+        let written = file.write_all_at(&[8; 2 << 20], 1 << 20).and_then(|()| file.sync_all());
         assert!(written.is_err());
         drop(file);
-        assert!(read_direct(&device.path, 3 << 20, 4096).is_err(), "also what was not written");
         let said = overlay();
-        assert_eq!((&said["state"], &said["used"]), (&"invalid".into(), &Value::Null), "{said}");
-        assert!(imgdm(["list"]).ok().contains("given up by the kernel"));
+        assert_eq!((&said["state"], &said["used"]), (&"full".into(), &Value::Null), "{said}");
+        assert!(imgdm(["list"]).ok().contains("its store is full"));
+        assert_same("what was written", &device.bytes()[..1 << 20], &wanted[..1 << 20]);
+        assert_same("what was not", &device.bytes()[3 << 20..], &wanted[3 << 20..]);
+        let file = OpenOptions::new().write(true).open(&device.path).unwrap();
+        let written = file.write_all_at(&[9; 4096], 0).and_then(|()| file.sync_all());
+        assert!(written.is_err(), "also where there is a place for it");
+        drop(file);
+        // All that was written without an error goes into an overlay of the image.
+        let out = scratch.path("out.qcow2");
+        imgdm(args!["export", "--force", &device.name, &out]).ok();
+        let exported = qemu_content(&scratch, &out, &[]);
+        assert_same("exported", &exported[..1 << 20], &wanted[..1 << 20]);
+        assert_eq!(imgdm(["verify", &device.name]).code(), Some(0));
         let ran = imgdm(["detach", &device.name]);
         assert_eq!(ran.code(), Some(0), "{ran}");
-        assert_eq!(ran.stderr.contains("has given this store up"), is_kept, "{ran}");
+        assert_eq!(ran.stderr.contains("this store is full"), is_kept, "{ran}");
         assert_nothing_left();
     }
+    let device = attach(args![kept(&store), "--overlay-size=4M", "-f", "raw", &image]);
+    assert_same("kept", &device.bytes()[..1 << 20], &wanted[..1 << 20]);
+    let file = OpenOptions::new().write(true).open(&device.path).unwrap();
+    file.write_all_at(&[8; 2 << 20], 1 << 20).and_then(|()| file.sync_all()).unwrap();
+    drop(file);
+    wanted[1 << 20..3 << 20].fill(8);
+    assert_same("with more room", &device.bytes(), &wanted);
+    device.detach();
+    assert!(untouched(&[image]) == before);
+}
+
+#[test]
+fn a_store_that_an_earlier_imgdm_attached_is_known_and_given_up_when_it_is_full() {
+    let scratch = Scratch::on_disk();
+    let image = raw(&scratch);
+    let store = scratch.path("store");
+    let device = attach(args![kept(&store), "--overlay-size=1M", "-f", "raw", &image]);
+    let table = tool("dmsetup", ["table", &device.name]);
+    assert!(table.contains(" PO "), "{table}");
+    sh(&format!(
+        "dmsetup suspend --noudevsync {0}; dmsetup load {0} --table '{1}'; \
+         dmsetup resume --noudevsync {0}",
+        device.name,
+        table.trim().replace(" PO ", " P ")
+    ));
+    assert_eq!(attach(args![kept(&store), "-f", "raw", &image]), device);
+    assert_eq!(imgdm(["verify", &device.name]).code(), Some(0));
+    assert_eq!(overlay()["state"], "usable");
+    let file = OpenOptions::new().write(true).open(&device.path).unwrap();
+    let written = file.write_all_at(&[7; 2 << 20], 0).and_then(|()| file.sync_all());
+    assert!(written.is_err());
+    drop(file);
+    assert_eq!(overlay()["state"], "invalid");
+    assert!(imgdm(["list"]).ok().contains("given up by the kernel"));
+    let ran = imgdm(["detach", &device.name]);
+    assert_eq!(ran.code(), Some(0), "{ran}");
+    assert!(ran.stderr.contains("has given this store up"), "{ran}");
+    assert_nothing_left();
     let said = imgdm(args!["attach", kept(&store), "-f", "raw", &image]).refused(65);
     assert!(said.contains("has given the store up"), "{said}");
-    assert!(untouched(&[image]) == before);
 }
 
 #[test]
@@ -569,7 +620,7 @@ fn explain_leads_through_it_into_the_image() {
     let device = attach(args!["--overlay", &image]);
     let ran = imgdm(["explain", &device.name, "610k"]);
     assert_eq!(ran.code(), Some(0), "{ran}");
-    assert!(ran.stdout.contains(" snapshot ") && ran.stdout.contains(" P "), "{ran}");
+    assert!(ran.stdout.contains(" snapshot ") && ran.stdout.contains(" PO "), "{ran}");
     assert!(ran.stderr.contains("takes writes"), "{ran}");
     assert!(ran.stdout.contains("its chunk was not written"), "{ran}");
     let ran = imgdm(["verify", &device.name]);

@@ -107,9 +107,8 @@ impl<'k> Live<'k> {
     /// Whether the chunk of that byte was written, where the device takes writes.
     fn written(&self, offset: GuestOffset) -> Result<Option<Step>> {
         let Some(overlay) = &self.attached.overlay else { return Ok(None) };
-        let (Some(store), OverlayState::Usable { .. }) = (overlay.store, &overlay.state) else {
-            return Ok(None);
-        };
+        let is_readable = matches!(overlay.state, OverlayState::Usable { .. } | OverlayState::Full);
+        let Some(store) = overlay.store.filter(|_| is_readable) else { return Ok(None) };
         let disk = ByteLen::new(self.attached.size.to_bytes().unwrap_or(u64::MAX));
         // The page cache has nothing of the store from before.
         drop(self.kernel.reader(store)?);

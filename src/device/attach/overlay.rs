@@ -6,7 +6,7 @@ use crate::device::options::DirectIo;
 use crate::device::stacked::{NewDevice, Stack};
 use crate::device::{Access, DeviceNumber, Kernel, LoopHandle, LoopOptions};
 use crate::error::{Error, ErrorKind, Result};
-use crate::table::{DeviceRef, TableLine, Target};
+use crate::table::{DeviceRef, TableLine, Target, WhenFull};
 use crate::units::Sectors;
 
 /// Builds the device that takes writes on the stack, over the disk of these numbers and the
@@ -38,7 +38,12 @@ pub(super) fn build_overlay<K: Kernel>(
     let line = TableLine {
         start: Sectors::new(0),
         length: request.tables.size(),
-        target: Target::Snapshot { origin: device_ref(disk), cow: device_ref(cow), chunk },
+        target: Target::Snapshot {
+            origin: device_ref(disk),
+            cow: device_ref(cow),
+            when_full: WhenFull::FailWrites,
+            chunk,
+        },
     };
     let device = NewDevice { name, uuid: top.clone(), rules };
     stack.build(device, &request.interrupt, &mut |uuid| {

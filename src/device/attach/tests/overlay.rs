@@ -56,7 +56,7 @@ fn the_disk_lies_inside_and_only_the_top_takes_writes() {
     kernel.with(|state| {
         let table: Vec<_> =
             state.devices[&2].live.iter().flatten().map(ToString::to_string).collect();
-        assert_eq!(table, ["0 64 snapshot 253:1 7:4 P 32"]);
+        assert_eq!(table, ["0 64 snapshot 253:1 7:4 PO 32"]);
         let writable = |device: &crate::device::fake::FakeDevice| device.writable;
         assert_eq!(state.devices.values().map(writable).collect::<Vec<_>>(), [false, false, true]);
         for each in state.loops.values() {
@@ -204,6 +204,20 @@ fn a_device_that_is_not_over_the_disk_and_a_store_is_not_the_same_attachment() {
 }
 
 #[test]
+fn a_store_that_an_earlier_imgdm_attached_is_the_same_attachment() {
+    let (kernel, fixture, store) = (FakeKernel::new(), Fixture::new(), store());
+    let first = attach_over(&fixture, &kernel, &store, |_| {}).unwrap();
+    kernel.change(|state| {
+        let line = "0 64 snapshot 253:1 7:4 P 32".parse().unwrap();
+        state.devices.get_mut(&2).unwrap().live = Some(vec![line]);
+    });
+    let again = attach_over(&fixture, &kernel, &store, |_| {}).unwrap();
+    assert!(again.already_attached);
+    assert_eq!(again.uuid, first.uuid);
+    assert!(find(&kernel, "disk".as_ref(), None).unwrap().overlay.is_some());
+}
+
+#[test]
 fn partitions_of_a_writable_device_take_writes() {
     let mut start = [0; 512];
     start[446 + 4] = 0x83;
@@ -239,6 +253,7 @@ fn what_is_listed_says_where_writes_go_and_detaching_syncs_the_store() {
     };
     let attached = say("Invalid");
     assert_eq!(attached.overlay.unwrap().state, OverlayState::Invalid);
+    assert_eq!(say("Overflow").overlay.unwrap().state, OverlayState::Full);
     let attached = say("96/4096 64");
     let overlay = attached.overlay.clone().unwrap();
     let (used, total, metadata) = (Sectors::new(96), Sectors::new(4096), Sectors::new(64));
