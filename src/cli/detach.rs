@@ -67,11 +67,11 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
             let message = format!("'{name}' was attached without --evidence, and has no record");
             return Err(Error::new(ErrorKind::Usage(message)).into());
         }
-        detach(&kernel, attached, args.deferred, &interrupt)?;
-        if let Some(lost) = ended_store(attached) {
-            globals.warn(lost);
+        let detached = detach(&kernel, attached, args.deferred, &interrupt);
+        if let Some(ended) = ended_store(attached).filter(|_| !is_in_use(&detached)) {
+            globals.warn(ended);
         }
-        Ok(())
+        Ok(detached?)
     };
     let Some(target) = &args.target else {
         let mut busy = 0;
@@ -111,6 +111,11 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
             Err(error.into())
         }
     }
+}
+
+/// Whether it is still there, and goes on being used.
+fn is_in_use(detached: &imgdm::Result<()>) -> bool {
+    detached.as_ref().is_err_and(|error| matches!(error.kind(), ErrorKind::InUse(_)))
 }
 
 /// What is to be said of a kept store that is full, or that the kernel gave up.

@@ -141,10 +141,10 @@ pub fn find_by_default_name<K: Kernel>(
 /// # Errors
 /// It is busy, with the names of its holders.
 pub fn check_free<K: Kernel>(kernel: &K, target: &Attached) -> Result<()> {
-    if kernel.wait(BUSY_PATIENCE, &mut || is_free(kernel, target)) {
-        return Ok(());
+    match becomes_free(kernel, target, BUSY_PATIENCE)? {
+        true => Ok(()),
+        false => Err(busy(kernel, target)),
     }
-    Err(busy(kernel, target))
 }
 
 /// Detaches; returns when device, inner devices and loop devices are gone. With
@@ -167,9 +167,8 @@ pub fn detach<K: Kernel>(
         return Ok(()); // Somebody was faster.
     };
     let target = attached(kernel, device, target.uuid.clone(), &kernel.devices()?)?;
-    if !kernel.wait(if deferred { Duration::ZERO } else { BUSY_PATIENCE }, &mut || {
-        is_free(kernel, &target)
-    }) {
+    let patience = if deferred { Duration::ZERO } else { BUSY_PATIENCE };
+    if !becomes_free(kernel, &target, patience)? {
         if !deferred {
             return Err(busy(kernel, &target));
         }
@@ -190,11 +189,13 @@ pub fn detach<K: Kernel>(
     for each in &target.loops {
         loops.push((each, kernel.open_loop(each.number).ok()));
     }
-    for uuid in top_first(&target).map(|above| &above.uuid).chain([&uuid]) {
-        if !kernel.remove(uuid)? && kernel.device(DeviceId::Uuid(uuid))?.is_some() {
-            drop(loops);
-            return Err(busy(kernel, &target));
+    let mut gone = Vec::new();
+    if let Err(error) = remove_all(kernel, &target, &uuid, &mut gone) {
+        drop(loops);
+        for (name, number) in gone {
+            kernel.unpublish(name, number);
         }
+        return Err(error);
     }
     let (mut left, mut unsynced) = (Vec::new(), None);
     let devices = std::iter::once((target.number, uuid.as_str(), target.name.as_str()))
@@ -248,6 +249,24 @@ pub fn detach<K: Kernel>(
     ))))
 }
 
+/// Removes what stands on the disk, and the disk. The name and number of each that went are in
+/// `gone`, also where the next one did not.
+fn remove_all<'t, K: Kernel>(
+    kernel: &K,
+    target: &'t Attached,
+    uuid: &str,
+    gone: &mut Vec<(&'t str, DeviceNumber)>,
+) -> Result<()> {
+    let above = top_first(target).map(|above| (&*above.uuid, &*above.name, above.number));
+    for (uuid, name, number) in above.chain([(uuid, &*target.name, target.number)]) {
+        if !kernel.remove(uuid)? && kernel.device(DeviceId::Uuid(uuid))?.is_some() {
+            return Err(busy(kernel, target));
+        }
+        gone.push((name, number));
+    }
+    Ok(())
+}
+
 fn cannot_sync(store: &AttachedLoop, error: io::Error) -> Error {
     let message = "it was detached, but what was written can't be synced to the disk of the store";
     let error = Error::new(ErrorKind::Io(message.to_owned())).with_source(error);
@@ -298,23 +317,32 @@ fn top_first(target: &Attached) -> impl Iterator<Item = &DeviceInfo> {
     target.above.iter().rev().map(|above| &above.info)
 }
 
+/// Whether it is free, within that time.
+fn becomes_free<K: Kernel>(kernel: &K, target: &Attached, patience: Duration) -> Result<bool> {
+    let mut looked = Ok(false);
+    kernel.wait(patience, &mut || {
+        looked = is_free(kernel, target);
+        *looked.as_ref().unwrap_or(&true)
+    });
+    looked
+}
+
 /// True where nobody has the device open but what stands on it, nor that.
-fn is_free<K: Kernel>(kernel: &K, target: &Attached) -> bool {
+fn is_free<K: Kernel>(kernel: &K, target: &Attached) -> Result<bool> {
     let mut own: BTreeMap<DeviceNumber, u32> = BTreeMap::new();
     for above in &target.above {
-        let below = kernel.dependencies(DeviceId::Number(above.info.number));
-        for number in below.unwrap_or_default() {
+        for number in kernel.dependencies(DeviceId::Number(above.info.number))? {
             *own.entry(number).or_default() += 1;
         }
     }
-    let is_free = |number| {
-        let open = match kernel.device(DeviceId::Number(number)) {
-            Ok(Some(device)) => device.open_count,
-            _ => 0,
-        };
-        open <= own.get(&number).copied().unwrap_or(0)
-    };
-    is_free(target.number) && target.above.iter().all(|above| is_free(above.info.number))
+    let all = target.above.iter().map(|above| above.info.number).chain([target.number]);
+    for number in all {
+        let open = kernel.device(DeviceId::Number(number))?.map_or(0, |device| device.open_count);
+        if open > own.get(&number).copied().unwrap_or(0) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 fn busy<K: Kernel>(kernel: &K, target: &Attached) -> Error {

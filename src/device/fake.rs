@@ -2,9 +2,9 @@
 //! any step, and removes devices and clears loops by the real one's rules.
 
 mod reader;
+mod state;
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -16,6 +16,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use self::reader::FakeReader;
+use self::state::references;
+pub use self::state::{FakeDevice, FakeLoop, State};
 use super::name::{DmName, DmUuid};
 use super::{
     Access, DeviceId, DeviceInfo, DeviceNumber, DeviceReader, Guard, Interrupt, Kernel, Lines,
@@ -24,120 +26,11 @@ use super::{
 use crate::crypt::VolumeKey;
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::FileId;
-use crate::table::{CryptKey, TableLine};
+use crate::table::CryptKey;
 use crate::units::{ByteLen, SECTOR_SIZE, Sectors};
 
 const DM_MAJOR: u32 = 253;
 const LOOP_MAJOR: u32 = 7;
-
-/// A device of the fake kernel.
-#[derive(Debug, Default, Clone)]
-pub struct FakeDevice {
-    /// Its name.
-    pub name: String,
-    /// Its UUID.
-    pub uuid: String,
-    /// Its live table.
-    pub live: Option<Vec<TableLine>>,
-    /// Its inactive table.
-    pub inactive: Option<Vec<TableLine>>,
-    /// It goes at its last close.
-    pub deferred: bool,
-    /// How many descriptors are open on it.
-    pub descriptors: u32,
-    /// Its live table was loaded without the flag that it takes no writes.
-    pub writable: bool,
-    /// Its inactive table was.
-    pub writable_next: bool,
-    /// What its live table's targets say of their state.
-    pub status: Vec<LiveLine>,
-}
-
-/// A loop device of the fake kernel.
-#[derive(Debug, Clone)]
-pub struct FakeLoop {
-    /// The file that it holds open.
-    pub file: Arc<File>,
-    /// What it is bound to.
-    pub info: LoopInfo,
-    /// Its size.
-    pub size: Sectors,
-    /// How many descriptors are open on it.
-    pub descriptors: u32,
-}
-
-/// What there is.
-#[derive(Debug, Default)]
-pub struct State {
-    /// All devices by their minor number.
-    pub devices: BTreeMap<u32, FakeDevice>,
-    /// All bound loop devices by their minor number.
-    pub loops: BTreeMap<u32, FakeLoop>,
-    /// What was asked that changes something, in order.
-    pub calls: Vec<String>,
-    /// The name under which a device is published.
-    pub published: Vec<String>,
-    locked: bool,
-    fail_at: Option<usize>,
-    panic_at: Option<usize>,
-    raise_at: Option<(usize, Arc<AtomicUsize>)>,
-    generation: u64,
-}
-
-/// The devices that a line lies on.
-fn references(line: &TableLine) -> impl Iterator<Item = DeviceNumber> {
-    line.target.devices().filter_map(|device| super::live::parse_number(device.as_str()))
-}
-
-fn reference(line: &TableLine) -> Option<DeviceNumber> {
-    references(line).next()
-}
-
-impl State {
-    fn users(&self, number: DeviceNumber) -> u32 {
-        let tables = self.devices.values().flat_map(|d| [&d.live, &d.inactive]).flatten();
-        let users = tables.filter(|t| t.iter().flat_map(references).any(|each| each == number));
-        u32::try_from(users.count()).unwrap_or(u32::MAX)
-    }
-
-    fn open_count(&self, minor: u32) -> u32 {
-        let own = self.devices.get(&minor).map_or(0, |device| device.descriptors);
-        own + self.users(DeviceNumber { major: DM_MAJOR, minor })
-    }
-
-    /// Removes what goes by itself, until nothing more does.
-    fn settle(&mut self) {
-        loop {
-            let device = self
-                .devices
-                .iter()
-                .find(|(minor, device)| device.deferred && self.open_count(**minor) == 0);
-            if let Some(minor) = device.map(|(&minor, _)| minor) {
-                self.devices.remove(&minor);
-                continue;
-            }
-            let free = self.loops.iter().find(|(minor, each)| {
-                let number = DeviceNumber { major: LOOP_MAJOR, minor: **minor };
-                each.info.autoclear && each.descriptors == 0 && self.users(number) == 0
-            });
-            let Some(minor) = free.map(|(&minor, _)| minor) else { return };
-            self.loops.remove(&minor);
-        }
-    }
-
-    fn find(&self, id: DeviceId<'_>) -> Option<u32> {
-        self.devices
-            .iter()
-            .find(|(minor, device)| match id {
-                DeviceId::Name(name) => device.name == name,
-                DeviceId::Uuid(uuid) => device.uuid == uuid,
-                DeviceId::Number(number) => {
-                    number == DeviceNumber { major: DM_MAJOR, minor: **minor }
-                }
-            })
-            .map(|(&minor, _)| minor)
-    }
-}
 
 /// The fake kernel.
 #[derive(Debug, Default, Clone)]
@@ -216,6 +109,22 @@ impl FakeKernel {
         self.0.borrow_mut().fail_at = Some(call);
     }
 
+    /// Has the call of this number and all after it fail.
+    pub fn fail_from(&self, call: usize) {
+        self.0.borrow_mut().fail_from = Some(call);
+    }
+
+    /// Has the query of this number, from 0, fail.
+    pub fn fail_query_at(&self, query: usize) {
+        self.0.borrow_mut().fail_query_at = Some(query);
+    }
+
+    /// Has nothing fail any more.
+    pub fn mend(&self) {
+        let mut state = self.0.borrow_mut();
+        (state.fail_at, state.fail_from, state.fail_query_at) = (None, None, None);
+    }
+
     /// Has the call of this number panic: everything is then closed with nothing of the
     /// roll-back run, as when a process is killed.
     pub fn panic_at(&self, call: usize) {
@@ -254,8 +163,20 @@ impl FakeKernel {
             drop(state);
             std::panic::resume_unwind(Box::new("killed"));
         }
-        if state.fail_at == Some(number) {
+        if state.fail_at == Some(number) || state.fail_from.is_some_and(|from| from <= number) {
             return Err(Error::new(ErrorKind::Io(format!("fault injected into call {number}"))));
+        }
+        Ok(())
+    }
+
+    /// Notes a call that changes nothing, and fails where that was asked for.
+    fn query(&self, what: &'static str) -> Result<()> {
+        let mut state = self.0.borrow_mut();
+        let number = state.queries.len();
+        state.queries.push(what);
+        if state.fail_query_at == Some(number) {
+            let message = format!("fault injected into query {number} ({what})");
+            return Err(Error::new(ErrorKind::Io(message)));
         }
         Ok(())
     }
@@ -308,10 +229,12 @@ impl Kernel for FakeKernel {
     }
 
     fn guard(&self, _lock: &FakeLock, _uuids: &[String]) -> Result<Box<dyn Guard>> {
+        self.query("guard")?;
         Ok(Box::new(NoGuard))
     }
 
     fn devices(&self) -> Result<Vec<DeviceInfo>> {
+        self.query("devices")?;
         let minors: Vec<u32> = self.0.borrow().devices.keys().copied().collect();
         let mut devices = Vec::new();
         for minor in minors {
@@ -322,6 +245,7 @@ impl Kernel for FakeKernel {
     }
 
     fn device(&self, id: DeviceId<'_>) -> Result<Option<DeviceInfo>> {
+        self.query("device")?;
         let state = self.0.borrow();
         Ok(state.find(id).map(|minor| {
             let device = &state.devices[&minor];
@@ -338,6 +262,7 @@ impl Kernel for FakeKernel {
     }
 
     fn dependencies(&self, id: DeviceId<'_>) -> Result<Vec<DeviceNumber>> {
+        self.query("dependencies")?;
         let state = self.0.borrow();
         let device = state.find(id).and_then(|minor| state.devices.get(&minor));
         let live = device.and_then(|device| device.live.as_ref());
@@ -348,6 +273,7 @@ impl Kernel for FakeKernel {
     }
 
     fn dependents(&self, number: DeviceNumber) -> Result<Vec<DeviceNumber>> {
+        self.query("dependents")?;
         let state = self.0.borrow();
         let above = state.devices.iter().filter(|(_, device)| {
             device.live.iter().flatten().flat_map(references).any(|each| each == number)
@@ -356,6 +282,7 @@ impl Kernel for FakeKernel {
     }
 
     fn live_table(&self, uuid: &str) -> Result<Box<dyn Iterator<Item = LiveLine>>> {
+        self.query("live table")?;
         let state = self.0.borrow();
         let minor = state.find(DeviceId::Uuid(uuid)).ok_or_else(|| refused("no such device"))?;
         let live = state.devices[&minor].live.clone().unwrap_or_default();
@@ -368,6 +295,7 @@ impl Kernel for FakeKernel {
     }
 
     fn live_status(&self, uuid: &str) -> Result<Vec<LiveLine>> {
+        self.query("live status")?;
         let state = self.0.borrow();
         let minor = state.find(DeviceId::Uuid(uuid)).ok_or_else(|| refused("no such device"))?;
         Ok(state.devices[&minor].status.clone())
@@ -525,6 +453,7 @@ impl Kernel for FakeKernel {
     }
 
     fn loop_info(&self, number: DeviceNumber) -> Result<Option<LoopInfo>> {
+        self.query("loop info")?;
         if number.major != LOOP_MAJOR {
             return Ok(None);
         }
@@ -532,11 +461,13 @@ impl Kernel for FakeKernel {
     }
 
     fn loops(&self) -> Result<Vec<DeviceNumber>> {
+        self.query("loops")?;
         let minors = self.0.borrow().loops.keys().copied().collect::<Vec<_>>();
         Ok(minors.into_iter().map(|minor| DeviceNumber { major: LOOP_MAJOR, minor }).collect())
     }
 
     fn open_loop(&self, number: DeviceNumber) -> Result<FakeHandle> {
+        self.query("open loop")?;
         let mut state = self.0.borrow_mut();
         let Some(each) = state.loops.get_mut(&number.minor) else {
             return Err(refused("no such loop device"));
@@ -553,6 +484,7 @@ impl Kernel for FakeKernel {
     }
 
     fn block_device(&self, number: DeviceNumber) -> Result<(Sectors, u32)> {
+        self.query("block device")?;
         let state = self.0.borrow();
         let device = state.devices.get(&number.minor).filter(|_| number.major == DM_MAJOR);
         let size = match (device, state.loops.get(&number.minor)) {
@@ -567,6 +499,7 @@ impl Kernel for FakeKernel {
     }
 
     fn reader(&self, number: DeviceNumber) -> Result<Arc<dyn DeviceReader>> {
+        self.query("reader")?;
         let state = self.0.borrow();
         let tables = state.devices.iter().filter_map(|(&minor, device)| {
             Some((DeviceNumber { major: DM_MAJOR, minor }, device.live.clone()?))

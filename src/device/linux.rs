@@ -1,6 +1,6 @@
 //! The running kernel.
 
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
@@ -35,6 +35,9 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(120);
 pub struct LinuxKernel {
     dm: OnceCell<Dm>,
     loop_control: OnceCell<File>,
+    /// udev has had its time and did not do its part: it gets no more, however many devices
+    /// there are.
+    udev_is_late: Cell<bool>,
 }
 
 /// Memory in multiples of this suits every device for reads past the page cache.
@@ -115,6 +118,14 @@ impl LinuxKernel {
         }
         let dm = Dm::new(DEVICE_MAPPER.open()?);
         Ok(self.dm.get_or_init(|| dm))
+    }
+
+    /// Waits for udev to do its part; [`PATIENCE`] is for all devices together.
+    fn wait_for_udev(&self, done: &mut dyn FnMut() -> bool) -> bool {
+        let patience = if self.udev_is_late.get() { Duration::ZERO } else { PATIENCE };
+        let is_done = self.wait(patience, done);
+        self.udev_is_late.set(!is_done);
+        is_done
     }
 
     fn loop_control(&self) -> Result<&File> {
@@ -440,7 +451,7 @@ impl Kernel for LinuxKernel {
             && udev::has_device_mapper_rules()
         {
             let mut stopped = Ok(());
-            let done = self.wait(PATIENCE, &mut || {
+            let done = self.wait_for_udev(&mut || {
                 stopped = interrupt.check();
                 stopped.is_err()
                     || udev::Record::of(number).is_some_and(|record| record.is_done(since))
@@ -472,7 +483,7 @@ impl Kernel for LinuxKernel {
             if !gone {
                 return;
             }
-            self.wait(PATIENCE, &mut || {
+            self.wait_for_udev(&mut || {
                 path.symlink_metadata().is_err() && udev::Record::of(number).is_none()
             });
         }

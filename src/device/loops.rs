@@ -120,7 +120,14 @@ pub(crate) fn set_up(control: &File, file: &File, options: &LoopOptions) -> Resu
 
     let failed = |error| Error::io("cannot set up a loop device", error);
     for _ in 0..ATTEMPTS {
-        let number = number_of(sys::loop_get_free(control.as_fd()).map_err(failed)?);
+        let free = sys::loop_get_free(control.as_fd()).map_err(|error| {
+            if error.raw_os_error() != Some(libc::ENOSPC) {
+                return failed(error);
+            }
+            let message = "no loop device is free, and the kernel makes no more: 'losetup -a' lists those in use";
+            Error::new(ErrorKind::CannotCreate(message.to_owned())).with_source(error)
+        });
+        let number = number_of(free?);
         // The kernel makes a loop read-only that was set up through a descriptor for reading.
         let opened = match options.is_writable() {
             true => open_block_for_writing(number, &loop_node(number)),

@@ -6,6 +6,8 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::io;
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 
 use super::{DeviceNumber, LOOP_SIZE_LIMIT};
@@ -19,9 +21,19 @@ const RULE_DIRECTORIES: [&str; 5] = [
     "/lib/udev/rules.d",
 ];
 
+/// Where udev takes orders.
+const CONTROL: &str = "/run/udev/control";
+
 /// True where udev runs.
 pub fn is_running() -> bool {
-    Path::new("/run/udev/control").exists()
+    Path::new(CONTROL).exists() && !is_abandoned(Path::new(CONTROL))
+}
+
+/// True for a socket that nobody listens at any more: it outlives a udev that was killed.
+/// Where somebody does, no connection comes about, for theirs is of another type.
+fn is_abandoned(socket: &Path) -> bool {
+    let connected = UnixDatagram::unbound().and_then(|ours| ours.connect(socket));
+    connected.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
 /// The file of that name which counts: the one in the strongest directory, where an empty
@@ -102,6 +114,18 @@ impl Record {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_socket_that_outlived_its_owner_is_abandoned() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("control");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        assert!(!is_abandoned(&path));
+        drop(listener);
+        assert!(path.exists() && is_abandoned(&path));
+        std::fs::remove_file(&path).unwrap();
+        assert!(!is_abandoned(&path));
+    }
 
     #[test]
     fn records_of_an_earlier_device_do_not_count() {

@@ -90,6 +90,12 @@ pub fn fill(
         Ok(())
     })?;
     filler.run(&pending)?;
+    if filler.done > 0 {
+        // Once this process has gone nobody hears of a write that failed, and what was never
+        // written reads as zeros: so it is on the disk before anything lies on it.
+        let synced = file.sync_data();
+        synced.map_err(|error| cannot_write(error, length, &options.directory))?;
+    }
     Ok(Filled { zero_runs: filler.zeros.finish(), failed: filler.failed })
 }
 

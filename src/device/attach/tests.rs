@@ -13,6 +13,7 @@ use crate::table::{TableLine, Target};
 use crate::units::Sectors;
 
 mod above;
+mod faults;
 mod overlay;
 mod volumes;
 

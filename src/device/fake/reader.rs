@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use super::reference;
+use super::state::reference;
 use crate::device::{DeviceNumber, DeviceReader};
 use crate::table::{TableLine, Target};
 use crate::units::SECTOR_SIZE;
