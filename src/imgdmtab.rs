@@ -96,6 +96,7 @@ pub const ATTACH_OPTIONS: &[(&str, Takes)] = &[
     ("allow-changed-backing", Takes::Nothing),
     ("allow-corrupt", Takes::Nothing),
     ("data-file", Takes::Path),
+    ("allow-path", Takes::Paths),
     ("direct-io", Takes::Value),
     ("direct-block", Takes::Nothing),
     ("zero", Takes::Value),

@@ -204,7 +204,12 @@ fn reopen(handle: &File, path: &Path) -> io::Result<File> {
         other => other,
     };
     match open(Path::new(&format!("/proc/self/fd/{}", handle.as_raw_fd()))) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => open(path),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let file = open(path)?;
+            let is_same = FileId::of(&file.metadata()?) == FileId::of(&handle.metadata()?);
+            // Another file has come there since, and nobody said that it may be opened.
+            if is_same { Ok(file) } else { Err(Errno::ESTALE.into()) }
+        }
         other => other,
     }
 }
@@ -242,10 +247,15 @@ impl Source {
         // Looked at before it is opened for real: opening alone does something with some
         // devices (a watchdog starts, a tape rewinds), and an image may name any of them.
         let handle = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path);
-        let handle = handle.map_err(fail)?;
+        Self::of_handle(&handle.map_err(fail)?, path)
+    }
+
+    /// The same of the file that `handle` (O_PATH) is of, which goes by that path.
+    pub(crate) fn of_handle(handle: &File, path: &Path) -> Result<Self> {
+        let fail = |error| Error::io("cannot open the file", error).at_path(path);
         refuse_what_is_no_image(&handle.metadata().map_err(fail)?)
             .map_err(|error| error.at_path(path))?;
-        let file = reopen(&handle, path).map_err(fail)?;
+        let file = reopen(handle, path).map_err(fail)?;
         let metadata = file.metadata().map_err(fail)?;
         refuse_what_is_no_image(&metadata).map_err(|error| error.at_path(path))?;
         let mut source = Self {

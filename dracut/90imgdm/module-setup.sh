@@ -45,5 +45,7 @@ install() {
         mkdir -p "$initdir/etc/imgdm"
         "$lib/imgdm-initrd-list" >"$initdir/etc/imgdm/initrd"
     fi
+    # What images may name.
+    [[ ! -e $dracutsysrootdir/etc/imgdm.conf ]] || inst_simple /etc/imgdm.conf
     dracut_need_initqueue
 }

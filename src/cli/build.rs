@@ -191,6 +191,7 @@ fn build_all<'k>(
     let key_sources = KeySources::new(&args.keys)?;
     let mut policy = args.open.policy();
     args.fiemap.apply(&mut policy);
+    evidence.narrow(&mut policy);
     evidence.check(&policy, &args.options(wanted, evidence))?;
     wanted.overlay.check(policy.sharing, args.direct_block)?;
     let opened = open_chain(&args.open.image, &policy)?;

@@ -324,16 +324,24 @@ impl Args {
     /// Opens the image; where its own backing file is gone, over the base, which takes its
     /// place.
     fn open_input(&self, globals: Globals) -> anyhow::Result<Chain> {
-        let gone = match self.open.open_to_read(globals) {
+        let base = match &self.base {
+            None => None,
+            Some(base) => {
+                let name = LocalName::parse(base.as_os_str().as_bytes())?;
+                Some((base, resolve_beside(&self.out, &name.path)))
+            }
+        };
+        let mut policy = self.open.policy();
+        policy.reach.allowed.extend(base.iter().map(|(_, path)| path.clone()));
+        let gone = match self.open.open_to_read_as(policy, globals) {
             Err(error) if matches!(error.kind(), ErrorKind::NotFound(_)) => error,
             other => return Ok(other?),
         };
-        let (Some(base), Some(format)) = (&self.base, self.base_format) else {
+        let (Some((base, path)), Some(format)) = (base, self.base_format) else {
             return Err(gone.into());
         };
-        let name = LocalName::parse(base.as_os_str().as_bytes())?;
-        let path = resolve_beside(&self.out, &name.path);
-        let chain = self.open.open_to_read_over(Some((path, format)), globals)?;
+        let policy = OpenPolicy { backing: Some((path, format)), ..self.open.policy() };
+        let chain = self.open.open_to_read_as(policy, globals)?;
         globals.warn(format_args!("{gone}; {} takes its place", show_path(base)));
         Ok(chain)
     }

@@ -2,7 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io::{IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use imgdm::chain::Chain;
@@ -103,7 +103,8 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
 fn open(args: &Args, globals: Globals) -> anyhow::Result<Disks> {
     let open_one = |snapshot: Option<&SnapshotSelector>| {
         // As for a map: nothing is given to a guest or a kernel here.
-        let policy = OpenPolicy { probe_backing: true, ..args.open.policy_for(snapshot) };
+        let mut policy = OpenPolicy { probe_backing: true, ..args.open.policy_for(snapshot) };
+        policy.reach.allowed.extend(args.base.as_ref().map(PathBuf::from));
         open_chain(&args.open.image, &policy)
     };
     let warn = |mut warnings: Vec<Warning>| {

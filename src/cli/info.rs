@@ -3,10 +3,10 @@
 mod human;
 mod json;
 
-use imgdm::info::{chain_info, image_info};
+use imgdm::info::{InfoOptions, chain_info, image_info};
 
 use super::Globals;
-use super::open::ImageArgs;
+use super::open::{ImageArgs, ReachArgs};
 use super::output::{OutputFormat, print_json};
 
 /// Show what an image is: format, sizes, snapshots, bitmaps, encryption, locks
@@ -22,13 +22,17 @@ pub(crate) struct Args {
     #[arg(long)]
     backing_chain: bool,
 
+    #[command(flatten)]
+    reach: ReachArgs,
+
     /// How to print
     #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
     output: OutputFormat,
 }
 
 pub(crate) fn run(args: &Args, _globals: Globals) -> anyhow::Result<()> {
-    let (image, options) = (&args.image.image, args.image.options());
+    let image = &args.image.image;
+    let options = InfoOptions { reach: args.reach.reach(), ..args.image.options() };
     let infos = if args.backing_chain {
         chain_info(image, &options)?
     } else {

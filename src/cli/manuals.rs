@@ -104,7 +104,7 @@ fn see_also(title: &str, others: &[String]) -> Roff {
     let mut pages = vec![("imgdm".to_owned(), SECTION)];
     pages.extend(others.iter().map(|name| (name.clone(), SECTION)));
     pages.extend([("imgdm".to_owned(), "7"), ("imgdmtab".to_owned(), "5")]);
-    pages.extend([("mount.imgdm".to_owned(), "8")]);
+    pages.extend([("imgdm.conf".to_owned(), "5"), ("mount.imgdm".to_owned(), "8")]);
     pages.retain(|(name, section)| name != title || *section != SECTION);
     let mut line = Vec::new();
     for (index, (name, section)) in pages.iter().enumerate() {

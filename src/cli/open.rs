@@ -9,7 +9,7 @@ use imgdm::format::Format;
 use imgdm::format::qcow2::SnapshotSelector;
 use imgdm::info::InfoOptions;
 use imgdm::lock::Sharing;
-use imgdm::open::{OpenPolicy, OpenedChain, Warning, WarningKind, open_chain};
+use imgdm::open::{OpenPolicy, OpenedChain, PolicyFile, Reach, Warning, WarningKind, open_chain};
 use imgdm::plan::ZeroMode;
 
 use super::Globals;
@@ -49,6 +49,29 @@ pub(crate) struct OpenArgs<S: clap::Args = OneSnapshot> {
     /// The external data file, in place of the one that the image names
     #[arg(long, value_name = "PATH")]
     data_file: Option<PathBuf>,
+
+    #[command(flatten)]
+    reach: ReachArgs,
+}
+
+/// Where the files may lie that an image names.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub(crate) struct ReachArgs {
+    /// Let the image name backing and data files in this directory and below it, too, or this
+    /// one file or block device; can be given several times. Without it, only regular files in
+    /// the image's own directory and below
+    #[arg(long, value_name = "DIR")]
+    allow_path: Vec<PathBuf>,
+}
+
+impl ReachArgs {
+    /// What these arguments, or else /etc/imgdm.conf, allow.
+    pub(crate) fn reach(&self) -> Reach {
+        Reach {
+            allowed: self.allow_path.clone(),
+            policy_file: Some(PolicyFile::DEFAULT_PATH.into()),
+        }
+    }
 }
 
 /// The active layer, or one snapshot in its stead.
@@ -79,17 +102,13 @@ impl OpenArgs {
 
     /// Opens an image whose bytes are read here and go no further, and prints the warnings.
     pub(crate) fn open_to_read(&self, globals: Globals) -> Result<Chain> {
-        self.open_to_read_over(None, globals)
+        self.open_to_read_as(self.policy(), globals)
     }
 
-    /// The same, over this file in place of the image's own backing file where there is one.
-    pub(crate) fn open_to_read_over(
-        &self,
-        backing: Option<(PathBuf, Format)>,
-        globals: Globals,
-    ) -> Result<Chain> {
+    /// The same by a policy made of these arguments.
+    pub(crate) fn open_to_read_as(&self, policy: OpenPolicy, globals: Globals) -> Result<Chain> {
         // As for a map: nothing is given to a guest or a kernel, so a warning is enough.
-        let policy = OpenPolicy { probe_backing: true, backing, ..self.policy() };
+        let policy = OpenPolicy { probe_backing: true, ..policy };
         let OpenedChain { chain, mut warnings } = open_chain(&self.image, &policy)?;
         if self.probe_backing {
             warnings.retain(|warning| !is_undeclared(warning));
@@ -106,6 +125,7 @@ impl<S: clap::Args> OpenArgs<S> {
             format: self.format,
             snapshot: snapshot.cloned(),
             sharing: sharing(self.force_share),
+            reach: self.reach.reach(),
             probe_backing: self.probe_backing,
             allow_changed_backing: self.allow_changed_backing,
             allow_corrupt: self.allow_corrupt,
@@ -132,9 +152,14 @@ pub(crate) struct ImageArgs {
 }
 
 impl ImageArgs {
-    /// The options that these arguments ask for.
+    /// The options that these arguments ask for; nothing outside the image's directory is
+    /// looked at.
     pub(crate) fn options(&self) -> InfoOptions {
-        InfoOptions { format: self.format, sharing: sharing(self.force_share) }
+        InfoOptions {
+            format: self.format,
+            sharing: sharing(self.force_share),
+            reach: Reach::default(),
+        }
     }
 }
 

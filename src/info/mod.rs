@@ -19,8 +19,8 @@ use crate::format::raw::RawImage;
 use crate::format::{BackingIdentity, BackingReference, Format, ImageFormat, qcow};
 use crate::lock::{self, Locked, OthersLock, Sharing};
 use crate::open::{
-    MAX_LAYERS, WarningKind, full_backing_name, image_argument, in_backing_file, open_once,
-    probe_format, resolve_backing, resolve_data_file, too_many_layers,
+    Confinement, MAX_LAYERS, Reach, WarningKind, full_backing_name, image_argument,
+    in_backing_file, probe_format, resolve_backing, resolve_data_file, see_once, too_many_layers,
 };
 use crate::source::{FileId, Source};
 use crate::units::{ByteLen, SECTOR_SIZE};
@@ -28,12 +28,14 @@ use crate::units::{ByteLen, SECTOR_SIZE};
 pub use qcow2::{EncryptionFacts, Qcow2Facts};
 
 /// How an image is looked at.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct InfoOptions {
     /// The image's format; probed where none is given.
     pub format: Option<Format>,
     /// With whom its files may be shared.
     pub sharing: Sharing,
+    /// Where the files may lie that the images name.
+    pub reach: Reach,
 }
 
 /// What is known of one image, without its backing file.
@@ -142,8 +144,10 @@ impl fmt::Display for InfoNotice {
 /// The image can't be opened, is in use, or its header is not valid.
 pub fn image_info(image: &Path, options: &InfoOptions) -> Result<ImageInfo> {
     let (path, format) = image_argument(image, options.format)?;
-    let source = open_once(&path, &mut HashSet::new())?;
-    Layer { source, format, expected: None, is_backing: false }.look(options.sharing)
+    let mut confinement = Confinement::new(&options.reach);
+    let source = open_image(&path, &mut confinement)?;
+    let layer = Layer { source, format, expected: None, is_backing: false };
+    layer.look(options.sharing, &mut confinement)
 }
 
 /// What is known of an image and of all below it, the image first. The format of a backing
@@ -155,9 +159,11 @@ pub fn image_info(image: &Path, options: &InfoOptions) -> Result<ImageInfo> {
 pub fn chain_info(image: &Path, options: &InfoOptions) -> Result<Vec<ImageInfo>> {
     let mut seen: HashSet<FileId> = HashSet::new();
     let (path, format) = image_argument(image, options.format)?;
-    let source = open_once(&path, &mut seen)?;
+    let mut confinement = Confinement::new(&options.reach);
+    let source = open_image(&path, &mut confinement)?;
+    see_once(&source, &mut seen)?;
     let layer = Layer { source, format, expected: None, is_backing: false };
-    let mut infos = vec![layer.look(options.sharing)?];
+    let mut infos = vec![layer.look(options.sharing, &mut confinement)?];
     while let Some(last) = infos.last()
         && let Some(backing) = &last.backing
     {
@@ -167,10 +173,10 @@ pub fn chain_info(image: &Path, options: &InfoOptions) -> Result<Vec<ImageInfo>>
         if infos.len() == MAX_LAYERS {
             return Err(too_many_layers(&path));
         }
-        let source =
-            open_once(&path, &mut seen).map_err(|error| in_backing_file(error, overlay))?;
+        let source = confinement.open(&path).map_err(|error| in_backing_file(error, overlay))?;
+        see_once(&source, &mut seen)?;
         let layer = Layer { source, format, expected: backing.recorded, is_backing: true };
-        infos.push(layer.look(options.sharing)?);
+        infos.push(layer.look(options.sharing, &mut confinement)?);
     }
     Ok(infos)
 }
@@ -181,7 +187,7 @@ pub fn chain_info(image: &Path, options: &InfoOptions) -> Result<Vec<ImageInfo>>
 /// Those of [`image_info`]; the snapshot table is damaged.
 pub fn snapshots(image: &Path, options: &InfoOptions) -> Result<(Format, Vec<Snapshot>)> {
     let (path, format) = image_argument(image, options.format)?;
-    let mut source = open_once(&path, &mut HashSet::new())?;
+    let mut source = Source::open(&path)?;
     lock_and_refresh(&mut source, options.sharing)?;
     let format = format.map_or_else(|| probe_format(&source), Ok)?;
     let snapshots = match format {
@@ -190,6 +196,13 @@ pub fn snapshots(image: &Path, options: &InfoOptions) -> Result<(Format, Vec<Sna
         _ => facts(format, &Arc::new(source))?.snapshots,
     };
     Ok((format, snapshots))
+}
+
+/// Opens an image that the user named.
+fn open_image(path: &Path, confinement: &mut Confinement<'_>) -> Result<Source> {
+    let source = Source::open(path)?;
+    confinement.add_image(path);
+    Ok(source)
 }
 
 /// Locks the file; what was seen before may be old.
@@ -253,7 +266,7 @@ impl FormatFacts {
 }
 
 impl Layer {
-    fn look(mut self, sharing: Sharing) -> Result<ImageInfo> {
+    fn look(mut self, sharing: Sharing, confinement: &mut Confinement<'_>) -> Result<ImageInfo> {
         let mut notices = Vec::new();
         let mut notice = |kind| notices.push(InfoNotice::Warning(kind));
         if lock_and_refresh(&mut self.source, sharing)? == Locked::NotSupported {
@@ -276,7 +289,7 @@ impl Layer {
         let source = &file.source;
         let facts = facts(format, source)?;
         notices.extend(facts.notices);
-        let data_file = match facts.data_file.map(|name| data_file(source, name)) {
+        let data_file = match facts.data_file.map(|name| data_file(source, name, confinement)) {
             None => None,
             Some(Ok(file)) => Some(file),
             Some(Err(error)) => {
@@ -340,11 +353,15 @@ fn cow(source: &Arc<Source>) -> Result<FormatFacts> {
 }
 
 /// Opens the external data file to see what it is. It is not locked: nothing of it is read.
-fn data_file(image: &Source, stored: Option<PathBuf>) -> Result<FileFacts> {
+fn data_file(
+    image: &Source,
+    stored: Option<PathBuf>,
+    confinement: &mut Confinement<'_>,
+) -> Result<FileFacts> {
     let stored = stored.ok_or_else(|| {
         Error::invalid("the image has an external data file but does not name it")
             .at_path(image.path())
     })?;
     let path = resolve_data_file(image.path(), &stored)?;
-    Ok(FileFacts::of(Source::open(&path)?))
+    Ok(FileFacts::of(confinement.open(&path)?))
 }

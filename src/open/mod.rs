@@ -5,6 +5,8 @@
 //! refused, and no file is taken twice.
 
 mod name;
+mod policy_file;
+mod reach;
 
 use std::collections::{BTreeMap, HashSet};
 use std::ffi::OsStr;
@@ -26,6 +28,9 @@ use crate::units::HostOffset;
 
 pub(crate) use name::full_backing_name;
 pub use name::{LocalName, resolve_beside};
+pub use policy_file::PolicyFile;
+pub(crate) use reach::Confinement;
+pub use reach::Reach;
 
 /// Layers of a chain at most.
 pub const MAX_LAYERS: usize = 1024;
@@ -39,6 +44,8 @@ pub struct OpenPolicy {
     pub snapshot: Option<SnapshotSelector>,
     /// With whom the files may be shared.
     pub sharing: Sharing,
+    /// Where the files may lie that the images name. Those named here lie where they do.
+    pub reach: Reach,
     /// A file in use is a warning and not an error (`plan` lists it).
     pub report_in_use: bool,
     /// Probes the format of a backing file whose overlay declares none. A probed raw
@@ -53,6 +60,8 @@ pub struct OpenPolicy {
     pub past_damage: bool,
     /// The external data file, in place of the one that the active layer names.
     pub data_file: Option<PathBuf>,
+    /// A file whose word it is which image to open, and not the user's.
+    pub named_in: Option<NamedIn>,
     /// What is to be opened in place of a layer's file, by depth: 0 the active layer. It
     /// goes by the file's own path all the same. For files in use of which the path is gone.
     pub in_place_of: BTreeMap<(u32, FileRole), PathBuf>,
@@ -62,6 +71,16 @@ pub struct OpenPolicy {
     /// Takes unwritten extents as zero, in files that are locked and that nobody has
     /// open for writing.
     pub unwritten: Option<Arc<dyn UnwrittenProbe>>,
+}
+
+/// A file that names an image and its data file, as the store of a writable device does: they
+/// have to lie in its directory or below, or where [`OpenPolicy::reach`] allows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedIn {
+    /// The file.
+    pub file: PathBuf,
+    /// The image itself was named by the user, and only the data file by this file.
+    pub only_data_file: bool,
 }
 
 /// What the user should know of an opened chain.
@@ -152,13 +171,16 @@ pub struct OpenedChain {
 ///
 /// # Errors
 /// A file that can't be opened, is in use, or is no valid image; a backing file whose
-/// format nobody declared; a name that leads to no local file; a cycle, or more than
-/// [`MAX_LAYERS`] layers. A message about a backing file names it and its overlay.
+/// format nobody declared; a name that leads to no local file, or to one that
+/// [`OpenPolicy::reach`] does not allow; a cycle, or more than [`MAX_LAYERS`] layers. A message about a backing file names it and its overlay.
 pub fn open_chain(image: &Path, policy: &OpenPolicy) -> Result<OpenedChain> {
-    let mut opener =
-        Opener { policy, seen: HashSet::new(), warnings: Vec::new(), layers: Vec::new() };
+    let mut opener = Opener::new(policy);
     let (path, format) = image_argument(image, policy.format)?;
-    let mut next = Some(Reference { path, format, expected: None, is_backing: false });
+    let named_by = match &policy.named_in {
+        None | Some(NamedIn { only_data_file: true, .. }) => NamedBy::User,
+        Some(_) => NamedBy::Image,
+    };
+    let mut next = Some(Reference { path, format, expected: None, is_backing: false, named_by });
     while let Some(reference) = next {
         if opener.layers.len() == MAX_LAYERS {
             return Err(too_many_layers(&reference.path));
@@ -191,10 +213,9 @@ pub struct OpenedFile {
 /// # Errors
 /// The file can't be opened, is in use, or looks like a format that imgdm does not read.
 pub fn open_file(image: &Path, policy: &OpenPolicy) -> Result<OpenedFile> {
-    let mut opener =
-        Opener { policy, seen: HashSet::new(), warnings: Vec::new(), layers: Vec::new() };
+    let mut opener = Opener::new(policy);
     let (path, format) = image_argument(image, policy.format)?;
-    let source = opener.open_file(&path, FileRole::Image)?;
+    let source = opener.open_file(&path, FileRole::Image, NamedBy::User)?;
     let format = format.map_or_else(|| probe_format(&source), Ok)?;
     Ok(OpenedFile { source, format, warnings: opener.warnings })
 }
@@ -245,21 +266,20 @@ pub(crate) fn resolve_data_file(image: &Path, stored: &Path) -> Result<PathBuf> 
     Ok(beside(image, &name.path))
 }
 
-/// Opens a file that is not one of `seen`, and adds it there.
+/// Refuses a file that is one of `seen`, and adds it there.
 ///
 /// # Errors
-/// It can't be opened; the chain has come to it before.
-pub(crate) fn open_once(path: &Path, seen: &mut HashSet<FileId>) -> Result<Source> {
-    let source = Source::open(path)?;
+/// The chain has come to it before.
+pub(crate) fn see_once(source: &Source, seen: &mut HashSet<FileId>) -> Result<()> {
     if let Some(id) = source.id()
         && !seen.insert(id)
     {
         return Err(Error::invalid(
             "the backing chain runs in a circle: it comes to this file a second time",
         )
-        .at_path(path));
+        .at_path(source.path()));
     }
-    Ok(source)
+    Ok(())
 }
 
 /// The format that a file's first bytes announce.
@@ -288,19 +308,19 @@ pub(crate) fn too_many_layers(path: &Path) -> Error {
 
 /// Adds to an error about a backing file which overlay asked for it.
 pub(crate) fn in_backing_file(error: Error, overlay: &Path) -> Error {
-    let kind = error.kind().clone();
-    let wrapped = match &kind {
-        ErrorKind::NotFound(what) | ErrorKind::PermissionDenied(what) => {
-            let what =
-                format!("{what} (the backing file of {})", printable(&overlay.to_string_lossy()));
-            match kind {
-                ErrorKind::NotFound(_) => ErrorKind::NotFound(what),
-                _ => ErrorKind::PermissionDenied(what),
-            }
-        }
+    named_in(error, "the backing file", overlay)
+}
+
+/// Adds to an error about a file which image names it, and as what.
+fn named_in(error: Error, what_it_is: &str, image: &Path) -> Error {
+    let add =
+        |what: &str| format!("{what} ({what_it_is} of {})", printable(&image.to_string_lossy()));
+    let kind = match error.kind() {
+        ErrorKind::NotFound(what) => ErrorKind::NotFound(add(what)),
+        ErrorKind::PermissionDenied(what) => ErrorKind::PermissionDenied(add(what)),
         _ => return error,
     };
-    error.with_kind(wrapped)
+    error.with_kind(kind)
 }
 
 /// The next file to open.
@@ -310,23 +330,46 @@ struct Reference {
     /// What the overlay recorded of it (cow).
     expected: Option<crate::format::BackingIdentity>,
     is_backing: bool,
+    named_by: NamedBy,
+}
+
+/// Whose word it is that a file is to be opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum NamedBy {
+    User,
+    /// A stranger's: see [`Reach`].
+    Image,
 }
 
 struct Opener<'p> {
     policy: &'p OpenPolicy,
+    confinement: Confinement<'p>,
     seen: HashSet<FileId>,
     warnings: Vec<Warning>,
     layers: Vec<Layer>,
 }
 
-impl Opener<'_> {
+impl<'p> Opener<'p> {
+    fn new(policy: &'p OpenPolicy) -> Self {
+        let mut confinement = Confinement::new(&policy.reach);
+        if let Some(NamedIn { file, .. }) = &policy.named_in {
+            confinement.add_image(file);
+        }
+        Self { policy, confinement, seen: HashSet::new(), warnings: Vec::new(), layers: Vec::new() }
+    }
+
     /// Opens and locks a file, which must not be part of the chain yet.
-    fn open_file(&mut self, path: &Path, role: FileRole) -> Result<Source> {
+    fn open_file(&mut self, path: &Path, role: FileRole, named_by: NamedBy) -> Result<Source> {
         let depth = u32::try_from(self.layers.len()).unwrap_or(u32::MAX);
-        let mut source = match self.policy.in_place_of.get(&(depth, role)) {
-            None => open_once(path, &mut self.seen)?,
-            Some(other) => open_once(other, &mut self.seen)?.named(path),
+        let mut source = match (self.policy.in_place_of.get(&(depth, role)), named_by) {
+            (Some(other), _) => Source::open(other)?.named(path),
+            (None, NamedBy::User) => Source::open(path)?,
+            (None, NamedBy::Image) => self.confinement.open(path)?,
         };
+        see_once(&source, &mut self.seen)?;
+        if named_by == NamedBy::User && role == FileRole::Image {
+            self.confinement.add_image(path);
+        }
         let locked = match lock::lock(&source, self.policy.sharing) {
             Err(error) if self.policy.report_in_use => match error.kind() {
                 ErrorKind::InUse(how) => {
@@ -359,7 +402,8 @@ impl Opener<'_> {
     }
 
     fn open_layer(&mut self, reference: &Reference) -> Result<Layer> {
-        let source = Arc::new(self.open_file(&reference.path, FileRole::Image)?);
+        let source =
+            Arc::new(self.open_file(&reference.path, FileRole::Image, reference.named_by)?);
         self.check_expected(reference, &source)?;
         let format = match reference.format {
             Some(format) => format,
@@ -442,7 +486,7 @@ impl Opener<'_> {
         is_active: bool,
     ) -> Result<Option<Arc<Source>>> {
         let given = self.policy.data_file.clone().filter(|_| is_active);
-        let path = match (image.data_file(), given) {
+        let (path, named_by) = match (image.data_file(), given) {
             (None, None) => return Ok(None),
             (None, Some(_)) => {
                 return Err(Error::new(ErrorKind::Usage(
@@ -450,8 +494,11 @@ impl Opener<'_> {
                 ))
                 .at_path(source.path()));
             }
-            (Some(_), Some(given)) => given,
-            (Some(Some(stored)), None) => resolve_data_file(source.path(), &stored)?,
+            (Some(_), Some(given)) if self.policy.named_in.is_none() => (given, NamedBy::User),
+            (Some(_), Some(given)) => (given, NamedBy::Image),
+            (Some(Some(stored)), None) => {
+                (resolve_data_file(source.path(), &stored)?, NamedBy::Image)
+            }
             (Some(None), None) => {
                 return Err(Error::invalid(
                     "the image has an external data file but does not name it; give it with --data-file",
@@ -459,15 +506,10 @@ impl Opener<'_> {
                 .at_path(source.path()));
             }
         };
-        let file = self.open_file(&path, FileRole::DataFile).map_err(|error| {
-            match error.kind().clone() {
-                ErrorKind::NotFound(what) => error.with_kind(ErrorKind::NotFound(format!(
-                    "{what} (the external data file of {})",
-                    printable(&source.path().to_string_lossy())
-                ))),
-                _ => error,
-            }
-        })?;
+        let whose = "the external data file";
+        let file = self
+            .open_file(&path, FileRole::DataFile, named_by)
+            .map_err(|error| named_in(error, whose, source.path()))?;
         Ok(Some(Arc::new(file)))
     }
 
@@ -475,10 +517,13 @@ impl Opener<'_> {
         let Some(backing) = layer.backing() else { return Ok(None) };
         if let (Some((path, format)), true) = (&self.policy.backing, self.layers.is_empty()) {
             let (path, format) = (path.clone(), Some(*format));
-            return Ok(Some(Reference { path, format, expected: None, is_backing: true }));
+            let named_by = NamedBy::User;
+            let reference = Reference { path, format, expected: None, is_backing: true, named_by };
+            return Ok(Some(reference));
         }
         let (path, format) = resolve_backing(layer.source.path(), backing)?;
-        Ok(Some(Reference { path, format, expected: backing.expected, is_backing: true }))
+        let (expected, named_by) = (backing.expected, NamedBy::Image);
+        Ok(Some(Reference { path, format, expected, is_backing: true, named_by }))
     }
 }
 

@@ -15,6 +15,7 @@ mod images;
 mod lvm;
 mod partitions;
 mod pipes;
+mod reach;
 #[path = "../common/shell.rs"]
 mod shell;
 mod show;

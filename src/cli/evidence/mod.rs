@@ -85,6 +85,14 @@ impl EvidenceArgs {
         self.evidence.is_some()
     }
 
+    /// Has the files lie in the directory of the image, or where this very command line
+    /// allows: what the machine allows for its own images says nothing of a stranger's.
+    pub(crate) fn narrow(&self, policy: &mut OpenPolicy) {
+        if self.is_given() {
+            policy.reach.policy_file = None;
+        }
+    }
+
     /// Refuses what does not go with evidence, before any file is opened.
     ///
     /// # Errors

@@ -152,6 +152,7 @@ fn given(args: &Args, name: &Path, facts: &Facts, globals: Globals) -> Result<St
         format: Some(format),
         probe_backing: true,
         report_in_use: true,
+        reach: args.reach.reach(),
         ..OpenPolicy::default()
     };
     match open_chain(&path, &policy) {

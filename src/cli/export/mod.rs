@@ -20,6 +20,7 @@ use imgdm::{Error, ErrorKind, Result};
 
 use super::Globals;
 use super::convert::{OptionsParser, catch_signals, threads};
+use super::open::ReachArgs;
 use super::output::OutputFormat;
 use super::unlock::{UnlockArgs, Unlocker};
 use backing::Facts;
@@ -55,6 +56,9 @@ pub(crate) struct Args {
     /// The image of a STORE that is not attached, where it is not where the store says
     #[arg(long, value_name = "IMAGE")]
     image: Option<PathBuf>,
+
+    #[command(flatten)]
+    reach: ReachArgs,
 
     /// Name of the backing file, as OUT is to have it: seen from the directory of OUT. Without
     /// it, the absolute path of the image
@@ -114,7 +118,7 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
             export_attached(args, &options, &kernel, &attached, globals)
         }
         Named::Store(path) => {
-            let kept = Kept::open(&path, args.image.as_deref(), globals)?;
+            let kept = Kept::open(&path, args.image.as_deref(), args.reach.reach(), globals)?;
             export_kept(args, &options, &kept, unlocker, globals)
         }
     }

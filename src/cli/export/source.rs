@@ -9,7 +9,7 @@ use imgdm::device::list::{Attached, list};
 use imgdm::format::Format;
 use imgdm::format::qcow2::SnapshotSelector;
 use imgdm::lock::{self, Locked, Sharing};
-use imgdm::open::{OpenPolicy, OpenedChain, is_path, open_chain};
+use imgdm::open::{NamedIn, OpenPolicy, OpenedChain, Reach, is_path, open_chain};
 use imgdm::overlay::store::{read_header, read_persistent};
 use imgdm::overlay::{STORE_OFFSET, StoreFile, StoreHeader, StoreSnapshot};
 use imgdm::source::{FileId, FileStamp, Source};
@@ -92,7 +92,12 @@ impl Kept {
     ///
     /// # Errors
     /// It is in use or damaged; it is the store of another image, or of one that has changed.
-    pub(super) fn open(path: &Path, image: Option<&Path>, globals: Globals) -> Result<Self> {
+    pub(super) fn open(
+        path: &Path,
+        image: Option<&Path>,
+        reach: Reach,
+        globals: Globals,
+    ) -> Result<Self> {
         let mut source = Source::open(path)?;
         let in_use = |error: Error| {
             match error.kind() {
@@ -119,6 +124,8 @@ impl Kept {
         header.check_persistent(&persistent, ByteLen::new(length)).map_err(here)?;
 
         let said = header.files.first().ok_or_else(|| here(Error::invalid("it names no image")))?;
+        let named_in = NamedIn { file: path.to_owned(), only_data_file: image.is_some() };
+        let policy = OpenPolicy { reach, named_in: Some(named_in), ..policy(&header)? };
         let image = image.unwrap_or(&said.path).to_owned();
         let missing = |error: Error| match error.kind() {
             ErrorKind::NotFound(_) if error.path() == Some(&image) => {
@@ -127,10 +134,13 @@ impl Kept {
                         .to_owned(),
                 ))
             }
+            ErrorKind::PermissionDenied(what) if error.path() == Some(&image) => {
+                let what = format!("{what} (the image of the store; --image names it, too)");
+                error.with_kind(ErrorKind::PermissionDenied(what))
+            }
             _ => error,
         };
-        let OpenedChain { chain, warnings } =
-            open_chain(&image, &policy(&header)?).map_err(missing)?;
+        let OpenedChain { chain, warnings } = open_chain(&image, &policy).map_err(missing)?;
         print_warnings(&warnings, globals);
         header.check(&now(&header, &chain)?).map_err(here)?;
         let stamps = (source.stamp()?, Stamps::of(&chain)?);

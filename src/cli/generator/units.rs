@@ -258,7 +258,7 @@ SystemCallArchitectures=native
 
 /// What else has to be mounted: keys, data files, stores, backing files.
 pub(crate) fn other_paths(entry: &Entry) -> Vec<PathBuf> {
-    let options = ["key-file", "data-file", "overlay"].into_iter();
+    let options = ["key-file", "data-file", "allow-path", "overlay"].into_iter();
     let mut paths: Vec<_> =
         options.flat_map(|option| entry.values(option)).map(PathBuf::from).collect();
     paths.extend(entry.boot.requires_mounts_for.iter().cloned());

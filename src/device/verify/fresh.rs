@@ -16,7 +16,7 @@ use crate::error::{Error, ErrorKind, Result, printable};
 use crate::format::Format;
 use crate::format::qcow2::{SnapshotSelector, read_snapshots};
 use crate::lock::{self, Claim, OthersLock, Permission};
-use crate::open::{LocalName, OpenPolicy, OpenedChain, Warning, WarningKind, open_chain};
+use crate::open::{LocalName, OpenPolicy, OpenedChain, Reach, Warning, WarningKind, open_chain};
 use crate::source::{FileId, Source};
 use crate::status::FileRole;
 use crate::units::SECTOR_SIZE;
@@ -197,11 +197,25 @@ impl<K: Kernel> Opener<'_, K> {
             allow_changed_backing: true,
             allow_corrupt: true,
             past_damage: true,
+            reach: Reach { allowed: self.places(), policy_file: None },
             data_file: attempt.data_file.clone(),
             in_place_of: attempt.in_place_of.clone(),
             unwritten: (!self.options.no_fiemap).then(|| Arc::new(Fiemap) as _),
             ..OpenPolicy::default()
         })
+    }
+
+    /// Where the attached files lie, as far as the kernel knows.
+    fn places(&self) -> Vec<PathBuf> {
+        let paths = self.held.iter().filter_map(|held| Some(&held.path.as_ref()?.path));
+        // The directory of a block device's node has those of the host's own disks, too.
+        let place = |path: &PathBuf| match path.parent() {
+            Some(directory) if !directory.starts_with("/dev") => directory.to_owned(),
+            _ => path.clone(),
+        };
+        let block_devices = self.attached.block_devices.iter();
+        let nodes = block_devices.map(|&number| self.kernel.block_device_path(number));
+        paths.map(place).chain(nodes).collect()
     }
 
     fn try_open(&self, attempt: &Attempt<'_>) -> Result<OpenedChain> {
