@@ -84,7 +84,8 @@ fn entries(offsets: impl Iterator<Item = u64>, flags: u64) -> Vec<u8> {
     offsets.flat_map(|offset| (offset | flags).to_be_bytes()).collect()
 }
 
-fn header(clusters: u64, l1_entries: u32, l1_offset: u64, refcounts_offset: u64) -> Vec<u8> {
+/// The header of an image with every table in clusters of its own and no backing file.
+pub(crate) fn header(clusters: u64, l1_entries: u32, l1_offset: u64, refcounts_offset: u64) -> Vec<u8> {
     let mut header = Vec::new();
     let be32 = |value: u32| value.to_be_bytes().to_vec();
     let be64 = |value: u64| value.to_be_bytes().to_vec();
@@ -141,7 +142,7 @@ fn in_group(cluster: u64, group: u64) -> u64 {
 
 /// A permutation of the numbers of `bits` bits: each step can be undone. A list to
 /// shuffle would count as memory of the programs that are started.
-fn shuffled(number: u64, bits: u32) -> u64 {
+pub(crate) fn shuffled(number: u64, bits: u32) -> u64 {
     const SEED: u64 = 0x9e37_79b9_7f4a_7c15;
     let mask = (1 << bits) - 1;
     let mut mixed = number;

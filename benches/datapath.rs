@@ -1,0 +1,381 @@
+//! How fast imgdm's devices are read, beside the loop device of a raw copy, which is the
+//! limit, and qemu-nbd of the same images.
+//!
+//! ```text
+//! cargo bench --bench datapath                         prints the tables
+//! cargo bench --bench datapath -- --check              and fails where a goal is missed
+//! cargo bench --bench datapath -- --lines='4 KiB' --images=fragmented --rounds=9 --no-nbd
+//! ```
+//!
+//! It makes images of 256 MiB (1.6 GiB on an ext4 disk of a User-Mode Linux guest,
+//! `tests/guest/run`), attaches all of them there, compares each with its raw copy, and then
+//! has fio read them: each line of the tables with every device in turn, several times
+//! over; what counts is the median, for ratios of those within one turn. Before each read
+//! the guest's page cache is emptied; the disk's file is in the host's, so that no real disk
+//! is in the way. It takes ten minutes, and wants the machine for itself.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, bail};
+
+#[path = "common/fio.rs"]
+mod fio;
+#[path = "common/guest.rs"]
+mod guest;
+#[path = "common/image.rs"]
+#[allow(dead_code)] // Other benches use the rest.
+mod image;
+#[path = "common/layers.rs"]
+mod layers;
+#[path = "common/process.rs"]
+mod process;
+
+use fio::{Job, Line, median};
+use process::run;
+
+const IMGDM: &str = env!("CARGO_BIN_EXE_imgdm");
+const CLUSTER_BITS: u32 = 12;
+const CLUSTERS: u64 = 1 << CLUSTER_BITS;
+const BYTES: u64 = CLUSTERS * image::CLUSTER;
+const DEEP: u64 = 1000;
+const ROUNDS: usize = 5;
+/// qemu-nbd is so far behind that fewer tell.
+const NBD_ROUNDS: usize = 2;
+const LIMIT_GOAL: f64 = 0.9;
+const NBD_GOAL: f64 = 3.0;
+
+/// One of the images.
+struct Image {
+    name: &'static str,
+    what: &'static str,
+    /// Its raw copy.
+    raw: &'static str,
+}
+
+const IMAGES: [Image; 5] = [
+    Image { name: "sequential", what: "qcow2, clusters in the disk's order", raw: "full.raw" },
+    Image { name: "fragmented", what: "qcow2, 4096 clusters shuffled", raw: "full.raw" },
+    Image { name: "half-zero", what: "qcow2, every other cluster zero", raw: "half.raw" },
+    Image {
+        name: "five-deep",
+        what: "a chain of 5 layers, each cluster in any of them",
+        raw: "full.raw",
+    },
+    Image {
+        name: "thousand-deep",
+        what: "a chain of 1000 layers, each cluster in any of them",
+        raw: "full.raw",
+    },
+];
+
+/// How qemu-nbd reads the images.
+struct NbdMode {
+    what: &'static str,
+    args: [&'static str; 2],
+}
+
+const NBD_MODES: [NbdMode; 3] = [
+    NbdMode { what: "none, native", args: ["--cache=none", "--aio=native"] },
+    NbdMode { what: "none, io_uring", args: ["--cache=none", "--aio=io_uring"] },
+    NbdMode { what: "writeback", args: ["--cache=writeback", "--aio=threads"] },
+];
+
+fn main() -> anyhow::Result<ExitCode> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let options = Options::parse(&args)?;
+    if options.in_guest {
+        let good = in_the_guest(&options)?;
+        let failed = options.check && !good;
+        return Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS });
+    }
+    let dir = tempfile::tempdir().context("cannot make a directory under TMPDIR")?;
+    let (files, disk) = (dir.path().join("files"), dir.path().join("disk"));
+    std::fs::create_dir(&files)?;
+    make_images(&files, &options)?;
+    guest::make_disk(&files, &disk, 3 << 10)?;
+    guest::run_in_guest(&disk, "2G", &args)
+}
+
+struct Options {
+    in_guest: bool,
+    check: bool,
+    nbd: bool,
+    /// How the names of the lines start that are wanted.
+    lines: String,
+    images: Vec<&'static Image>,
+    rounds: usize,
+}
+
+impl Options {
+    fn parse(args: &[String]) -> anyhow::Result<Self> {
+        let mut options = Self {
+            in_guest: false,
+            check: false,
+            nbd: true,
+            lines: String::new(),
+            images: IMAGES.iter().collect(),
+            rounds: ROUNDS,
+        };
+        for arg in args {
+            match arg.split_once('=').unwrap_or((arg, "")) {
+                // cargo bench's own.
+                ("--bench", _) => {}
+                ("guest", _) => options.in_guest = true,
+                ("--check", _) => options.check = true,
+                ("--no-nbd", _) => options.nbd = false,
+                ("--lines", lines) => options.lines = lines.to_owned(),
+                ("--rounds", rounds) => options.rounds = rounds.parse()?,
+                ("--images", names) => {
+                    options.images.retain(|image| names.split(',').any(|name| name == image.name));
+                }
+                _ => bail!("unknown argument {arg}"),
+            }
+        }
+        Ok(options)
+    }
+
+    fn wants(&self, name: &str) -> bool {
+        self.images.iter().any(|image| image.name == name)
+    }
+}
+
+/// The images and their raw copies.
+fn make_images(files: &Path, options: &Options) -> anyhow::Result<()> {
+    let path = |name: &str| files.join(format!("{name}.qcow2"));
+    layers::write_raw(&files.join("full.raw"), CLUSTERS, |_| false)?;
+    if options.wants("sequential") {
+        let hosts: Vec<_> = (0..CLUSTERS).map(Some).collect();
+        layers::write_layer(&path("sequential"), &hosts, None)?;
+    }
+    if options.wants("fragmented") {
+        let hosts: Vec<_> =
+            (0..CLUSTERS).map(|cluster| Some(image::shuffled(cluster, CLUSTER_BITS))).collect();
+        layers::write_layer(&path("fragmented"), &hosts, None)?;
+    }
+    if options.wants("half-zero") {
+        let is_zero = |cluster: u64| cluster % 2 == 1;
+        let hosts: Vec<_> =
+            (0..CLUSTERS).map(|cluster| (!is_zero(cluster)).then_some(cluster / 2)).collect();
+        layers::write_layer(&path("half-zero"), &hosts, None)?;
+        layers::write_raw(&files.join("half.raw"), CLUSTERS, is_zero)?;
+    }
+    for (name, depth) in [("five-deep", 5), ("thousand-deep", DEEP)] {
+        if options.wants(name) {
+            make_chain(files, name, depth)?;
+        }
+    }
+    Ok(())
+}
+
+/// A chain each of whose clusters lies in any one of the layers.
+fn make_chain(files: &Path, name: &str, depth: u64) -> anyhow::Result<()> {
+    let layer_name = |layer: u64| match layer + 1 {
+        top if top == depth => format!("{name}.qcow2"),
+        below => format!("{name}-{below}.qcow2"),
+    };
+    for layer in 0..depth {
+        let mut next = 0..;
+        let host = |cluster| {
+            let holder = image::shuffled(cluster, CLUSTER_BITS) % depth;
+            (holder == layer).then(|| next.next()).flatten()
+        };
+        let hosts: Vec<_> = (0..CLUSTERS).map(host).collect();
+        let below = layer.checked_sub(1).map(layer_name);
+        layers::write_layer(&files.join(layer_name(layer)), &hosts, below.as_deref())?;
+    }
+    Ok(())
+}
+
+/// Every line of the tables.
+fn lines() -> impl Iterator<Item = Line> {
+    let patterns = [(true, 4), (false, 4), (false, 64), (false, 1024)];
+    let caches = [true, false];
+    let depths = [1, 16];
+    caches.into_iter().flat_map(move |direct| {
+        patterns.into_iter().flat_map(move |(random, block_kib)| {
+            depths.map(|depth| Line { random, block_kib, depth, direct })
+        })
+    })
+}
+
+/// What reads an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum By {
+    /// The loop device of its raw copy.
+    Loop,
+    Imgdm,
+    /// By index of the mode.
+    Nbd(usize),
+}
+
+struct Contestant {
+    by: By,
+    /// Of `Options::images`; of a raw copy, all that it is one of.
+    images: Vec<usize>,
+    device: PathBuf,
+}
+
+/// All that happens in the guest; says whether the goals are reached.
+fn in_the_guest(options: &Options) -> anyhow::Result<bool> {
+    let place = guest::mount_disk()?;
+    let contestants = set_up(place, options)?;
+    let all: Vec<_> = lines().filter(|l| l.to_string().starts_with(&options.lines)).collect();
+    let mut results = Vec::new();
+    for (index, &line) in all.iter().enumerate() {
+        eprintln!("{} of {}: {line}", index + 1, all.len());
+        results.push((line, measure(line, &contestants, options)?));
+    }
+    let good = report(options, &contestants, &results);
+    take_down(&contestants)?;
+    guest::unmount_disk()?;
+    Ok(good)
+}
+
+/// Attaches everything, and compares it.
+fn set_up(place: &Path, options: &Options) -> anyhow::Result<Vec<Contestant>> {
+    let mut contestants: Vec<Contestant> = Vec::new();
+    let mut raws: Vec<&str> = options.images.iter().map(|image| image.raw).collect();
+    raws.sort_unstable();
+    raws.dedup();
+    for raw in raws {
+        let of = |(index, image): (usize, &&Image)| (image.raw == raw).then_some(index);
+        let images = options.images.iter().enumerate().filter_map(of).collect();
+        let device = bind_loop(&place.join(raw))?;
+        contestants.push(Contestant { by: By::Loop, images, device });
+    }
+    for (index, image) in options.images.iter().enumerate() {
+        run(Command::new(IMGDM).arg("attach").arg(qcow2(place, image)))?;
+        let device = Path::new("/dev/mapper").join(image.name);
+        let raw = contestants.iter().find(|each| each.images.contains(&index));
+        let raw = raw.context("an image without a raw copy")?;
+        run(Command::new("cmp").args([&raw.device, &device]))?;
+        contestants.push(Contestant { by: By::Imgdm, images: vec![index], device });
+    }
+    if !options.nbd {
+        return Ok(contestants);
+    }
+    run(Command::new("modprobe").arg("nbd"))?;
+    // qemu-nbd's own lock.
+    std::fs::create_dir_all("/run/lock")?;
+    let mut next = 0;
+    for (index, image) in options.images.iter().enumerate() {
+        for (mode, NbdMode { what, args }) in NBD_MODES.iter().enumerate() {
+            let device = PathBuf::from(format!("/dev/nbd{next}"));
+            let mut command = Command::new("qemu-nbd");
+            command.args(["-r", "-f", "qcow2", "-c"]).arg(&device).args(args);
+            if let Err(error) = run(command.arg(qcow2(place, image))) {
+                println!("qemu-nbd ({what}) of the {} image does not start: {error}", image.name);
+                continue;
+            }
+            next += 1;
+            contestants.push(Contestant { by: By::Nbd(mode), images: vec![index], device });
+        }
+    }
+    Ok(contestants)
+}
+
+fn qcow2(place: &Path, image: &Image) -> PathBuf {
+    place.join(format!("{}.qcow2", image.name))
+}
+
+fn bind_loop(file: &Path) -> anyhow::Result<PathBuf> {
+    let output = Command::new("losetup").args(["-r", "-f", "--show"]).arg(file).output()?;
+    anyhow::ensure!(output.status.success(), "losetup: {}", output.status);
+    Ok(PathBuf::from(String::from_utf8(output.stdout)?.trim()))
+}
+
+fn take_down(contestants: &[Contestant]) -> anyhow::Result<()> {
+    for Contestant { by, device, .. } in contestants {
+        match by {
+            By::Loop => run(Command::new("losetup").arg("-d").arg(device))?,
+            By::Imgdm => run(Command::new(IMGDM).arg("detach").arg(device))?,
+            By::Nbd(_) => run(Command::new("qemu-nbd").arg("-d").arg(device))?,
+        };
+    }
+    Ok(())
+}
+
+/// What each contestant gave in each round, in MiB a second.
+fn measure(
+    line: Line,
+    contestants: &[Contestant],
+    options: &Options,
+) -> anyhow::Result<Vec<Vec<f64>>> {
+    let rounds_of = |by| match by {
+        By::Nbd(_) => options.rounds.min(NBD_ROUNDS),
+        _ => options.rounds,
+    };
+    let turns: Vec<_> = (0..options.rounds)
+        .flat_map(|round| (0..contestants.len()).map(move |each| (round, each)))
+        .filter(|&(round, each)| round < rounds_of(contestants[each].by))
+        .map(|(_, each)| each)
+        .collect();
+    let job = |&each: &usize| Job { device: &contestants[each].device, drop_caches: true };
+    let jobs: Vec<_> = turns.iter().map(job).collect();
+    let mut results = vec![Vec::new(); contestants.len()];
+    for (&each, result) in turns.iter().zip(fio::read(line, BYTES, &jobs)?) {
+        results[each].push(result);
+    }
+    Ok(results)
+}
+
+/// Prints a table for each image, and what is below a goal.
+fn report(
+    options: &Options,
+    contestants: &[Contestant],
+    results: &[(Line, Vec<Vec<f64>>)],
+) -> bool {
+    let mut missed = Vec::new();
+    for (index, image) in options.images.iter().enumerate() {
+        println!("\n### {}: {}\n", image.name, image.what);
+        let mut modes: Vec<usize> = Vec::new();
+        for each in contestants.iter().filter(|each| each.images.contains(&index)) {
+            if let By::Nbd(mode) = each.by {
+                modes.push(mode);
+            }
+        }
+        let mut head = "| read | loop, MiB/s | imgdm / loop |".to_owned();
+        for &mode in &modes {
+            head += &format!(" nbd ({}) / loop |", NBD_MODES[mode].what);
+        }
+        head += if modes.is_empty() { "" } else { " imgdm / best nbd |" };
+        println!("{head}\n|---|{}", "---:|".repeat(head.matches('|').count() - 2));
+        for (line, results) in results {
+            let of = |by| {
+                let found = contestants.iter().position(|c| c.by == by && c.images.contains(&index));
+                found.map(|each| results[each].as_slice()).unwrap_or_default()
+            };
+            let limit = of(By::Loop);
+            // Both of one round: what else ran meanwhile slowed both.
+            let ratio = |by| {
+                let ratios: Vec<_> = of(by).iter().zip(limit).map(|(a, b)| a / b).collect();
+                median(&ratios)
+            };
+            let imgdm = ratio(By::Imgdm);
+            print!("| {line} | {:.0} | {imgdm:.2} |", median(limit));
+            if imgdm < LIMIT_GOAL {
+                missed.push(format!("{}, {line}: {imgdm:.2} of the limit", image.name));
+            }
+            let mut best: f64 = 0.0;
+            for &mode in &modes {
+                let nbd = ratio(By::Nbd(mode));
+                print!(" {nbd:.2} |");
+                best = best.max(nbd);
+            }
+            if best > 0.0 {
+                let times = imgdm / best;
+                print!(" {times:.1} |");
+                if line.random && times < NBD_GOAL {
+                    missed.push(format!("{}, {line}: {times:.1} times qemu-nbd", image.name));
+                }
+            }
+            println!();
+        }
+    }
+    println!();
+    for missed in &missed {
+        println!("below the goal ({LIMIT_GOAL} of the limit, {NBD_GOAL} times qemu-nbd at 4 KiB random): {missed}");
+    }
+    missed.is_empty()
+}
