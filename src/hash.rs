@@ -18,6 +18,7 @@ use crate::format::raw::RawImage;
 use crate::read::{Ciphers, Content, Swept};
 use crate::source::Source;
 use crate::units::{ByteLen, GuestOffset, GuestRange};
+use crate::worker;
 
 /// Units of work, of 1 to 4 MiB each, that are read and wait for a hash.
 const WAITING: usize = 8;
@@ -139,7 +140,10 @@ fn hash_range(
             let tick = |bytes| tick(count, bytes);
             let thread = std::thread::Builder::new()
                 .name(algorithm.name().to_owned())
-                .spawn_scoped(scope, move || hash(hasher, &receiver, &tick))
+                .spawn_scoped(scope, move || {
+                    worker::started();
+                    hash(hasher, &receiver, &tick)
+                })
                 .map_err(|error| Error::io("cannot start a thread", error))?;
             threads.push((algorithm, thread));
         }
@@ -218,7 +222,10 @@ impl Hasher {
         Ok(match algorithm {
             Algorithm::Sha256 => Self::Sha256(Box::default()),
             Algorithm::Blake3 if alone && threads > 1 => {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+                let pool = rayon::ThreadPoolBuilder::new()
+                    .num_threads(threads)
+                    .start_handler(|_| worker::started())
+                    .build();
                 let fail = |error| Error::io("cannot start threads", std::io::Error::other(error));
                 Self::Blake3Spread(Box::default(), pool.map_err(fail)?)
             }

@@ -42,6 +42,8 @@
 //! | [`plan`] | extents to segments, backings and tables; what stands in the way |
 //! | [`scratch`] | what the image's files don't hold as it is: inflated clusters, partial sectors |
 //! | [`overlay`] | the store of a writable device: what ties it to its image, and what was changed |
+//! | [`worker`] | the threads that read images |
+//! | `sandbox` | shutting threads off from files and from most system calls (feature `sandbox`) |
 //! | [`table`] | `dmsetup` text, printed and parsed |
 //! | [`device`] | loop devices and device-mapper, real and fake |
 
@@ -71,11 +73,14 @@ pub mod partition;
 pub mod picture;
 pub mod plan;
 pub mod read;
+#[cfg(feature = "sandbox")]
+pub mod sandbox;
 pub mod scratch;
 pub mod signature;
 pub mod source;
 pub mod status;
 pub mod table;
 pub mod units;
+pub mod worker;
 
 pub use error::{Error, ErrorKind, Result};

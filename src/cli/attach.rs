@@ -14,7 +14,7 @@ use super::evidence::{Evidence, EvidenceArgs, in_full};
 use super::exit::is_broken_pipe;
 use super::output::show_path;
 use super::overlay::OverlayArgs;
-use super::{Globals, signal};
+use super::{Globals, signal, workers};
 
 /// Attach an image as the block device /dev/mapper/NAME: read-only, or over an overlay
 #[derive(Debug, clap::Args)]
@@ -68,7 +68,7 @@ impl Args {
 }
 
 pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
-    signal::keep_from_workers()?;
+    workers::prepare()?;
     let kernel = LinuxKernel::new();
     let above = args.above();
     let wanted = Wanted {

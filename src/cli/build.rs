@@ -20,6 +20,7 @@ use imgdm::overlay::Store;
 use imgdm::plan::{Plan, TableSource};
 use imgdm::read::Ciphers;
 use imgdm::source::Source;
+use imgdm::worker::apart;
 
 use super::evidence::{Evidence, EvidenceArgs, Planned};
 use super::fill::Prepared;
@@ -209,7 +210,7 @@ fn build_all<'k>(
         Sharing::Writers => None,
     };
     let options = args.content.options(args.zero);
-    let plan = Plan::new(chain, options)?;
+    let plan = apart(|| Plan::new(chain, options))?;
     plan.check_attachable().map_err(|error| error.at_path(&args.open.image))?;
     key_sources.check_all_used(&encrypted_layers(chain))?;
     for damage in plan.damage() {
@@ -270,7 +271,7 @@ fn build_all<'k>(
     if prepared.takes_long() && plan.crypts().is_empty() {
         let mut disk = GuestDisk::new(chain, &no_ciphers, interrupt);
         // What can't be read may be readable as zeros yet, as --on-error has it.
-        match wanted.above.check(&mut disk) {
+        match apart(|| wanted.above.check(&mut disk)) {
             Err(error) if is_missing(&error) => return Err(error.into()),
             _ => {}
         }
@@ -303,7 +304,7 @@ fn build_all<'k>(
     let found = written.as_ref().map(|written| written.filled.found()).unwrap_or_default();
     let planned_anew = match found.as_slice() {
         [] => None,
-        found => Some(Plan::with_found(chain, options, found)?),
+        found => Some(apart(|| Plan::with_found(chain, options, found))?),
     };
     // That may have taken minutes, and the tables are made from what was read before.
     if let Some(stamps) = stamps {

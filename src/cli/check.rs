@@ -13,10 +13,10 @@ use imgdm::metadata::{Metadata, Walk};
 use imgdm::open::{OpenPolicy, OpenedFile, open_file};
 use serde::Serialize;
 
-use super::Globals;
 use super::metadata::{Viscera, print_human};
 use super::open::print_warnings;
 use super::output::{OutputFormat, show_path, stdout};
+use super::{Globals, workers};
 
 /// Exit statuses of `qemu-img check`.
 const CLEAN: u8 = 0;
@@ -68,6 +68,7 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<u8> {
         ..OpenPolicy::default()
     };
     let OpenedFile { source, format, warnings } = open_file(&args.image, &policy)?;
+    workers::shut_main_thread();
     print_warnings(&warnings, globals);
     let source = Arc::new(source);
     let dumped = args.metadata.then(|| Metadata::read(Arc::clone(&source), format)).transpose()?;

@@ -14,7 +14,7 @@ use imgdm::{Error, ErrorKind};
 
 use super::evidence::detach::detach_with_record;
 use super::output::show_path;
-use super::{Globals, signal};
+use super::{Globals, signal, workers};
 
 /// Detach an image; returns when device, loop devices and locks are gone
 #[derive(Debug, clap::Args)]
@@ -54,7 +54,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
-    signal::keep_from_workers()?;
+    workers::prepare()?;
     let kernel = LinuxKernel::new();
     let interrupt = signal::catch()?;
     let detach_one = |attached: &Attached| -> anyhow::Result<()> {

@@ -13,11 +13,11 @@ use imgdm::source::FileId;
 use imgdm::units::GuestOffset;
 use imgdm::{Error, ErrorKind, Result};
 
-use super::Globals;
 use super::open::{OpenArgs, is_undeclared, print_warnings};
 use super::output::{OutputFormat, show_path, stdout};
 use super::progress::Progress;
 use super::unlock::{UnlockArgs, Unlocked};
+use super::{Globals, workers};
 
 /// List the ranges in which two snapshots, or an overlay and its base, differ
 ///
@@ -90,6 +90,7 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
         depths.extend(of_a.iter().map(|depth| depth.saturating_add(base_at.unwrap_or(0))));
     }
     let unlocked = unlocker.unlock(b, &depths)?;
+    workers::shut_main_thread();
     let mut printer: Box<dyn Printer> = match args.output {
         OutputFormat::Json => Box::new(Json { first: true }),
         OutputFormat::Human => {

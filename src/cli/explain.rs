@@ -16,9 +16,9 @@ use imgdm::units::{GuestOffset, SECTOR_SIZE};
 use imgdm::{Error, ErrorKind};
 use serde::Serialize;
 
-use super::Globals;
 use super::open::{OpenArgs, is_undeclared, parse_size, print_warnings};
 use super::output::{OutputFormat, print_json, stdout};
+use super::{Globals, workers};
 
 use reverse::FilePlace;
 
@@ -110,6 +110,7 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
         }
     }
     let opened = open(&args.open, globals)?;
+    workers::shut_main_thread();
     report(args, file_place.as_ref(), &opened.chain, |_, _| Ok(()))
 }
 

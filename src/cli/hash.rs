@@ -8,12 +8,12 @@ use imgdm::hash::{Algorithm, Digests};
 use imgdm::lock::Sharing;
 use imgdm::units::ByteLen;
 
-use super::Globals;
 use super::open::OpenArgs;
 use super::output::{JsonPath, OutputFormat, print_json, show_path, stdout};
 use super::progress::Progress;
 use super::stamps::Stamps;
 use super::unlock::UnlockArgs;
+use super::{Globals, workers};
 
 /// Print the sha256 and the BLAKE3 of the virtual disk, without attaching it
 ///
@@ -83,6 +83,7 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
         Sharing::Writers => None,
     };
     let unlocked = unlocker.unlock(&chain, &chain.keys_needed(chain.whole())?)?;
+    workers::shut_main_thread();
     let size = chain.virtual_size().get();
     let progress = Progress::start(true, size, "hashing", globals);
     let tick = |done: ByteLen| {

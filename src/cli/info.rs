@@ -5,9 +5,9 @@ mod json;
 
 use imgdm::info::{InfoOptions, chain_info, image_info};
 
-use super::Globals;
 use super::open::{ImageArgs, ReachArgs};
 use super::output::{OutputFormat, print_json};
+use super::{Globals, workers};
 
 /// Show what an image is: format, sizes, snapshots, bitmaps, encryption, locks
 #[derive(Debug, clap::Args)]
@@ -38,6 +38,7 @@ pub(crate) fn run(args: &Args, _globals: Globals) -> anyhow::Result<()> {
     } else {
         vec![image_info(image, &options)?]
     };
+    workers::shut_main_thread();
     let printed: Vec<_> = infos.iter().map(json::Info::from).collect();
     match args.output {
         OutputFormat::Human => human::print(&printed),

@@ -15,10 +15,10 @@ use imgdm::status::{FileRole, ZeroStatus};
 use imgdm::units::{GuestOffset, GuestRange};
 use imgdm::{Error, ErrorKind, Result};
 
-use super::Globals;
 use super::damage::{open_to_look, report_damage};
 use super::open::{FiemapArgs, OpenArgs, parse_size};
 use super::output::{JsonPath, stdout};
+use super::{Globals, workers};
 
 /// Show where each part of the disk lies, as `qemu-img map` does
 #[derive(Debug, clap::Args)]
@@ -84,6 +84,7 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
         args.fiemap.apply(&mut policy);
     }
     let (chain, damaged) = open_to_look(&args.open, policy, globals)?;
+    workers::shut_main_thread();
     let chain = &chain;
     let range = args.range(chain.whole());
     let holes = if args.deep { HoleQuery::Deep } else { HoleQuery::AsQemu };

@@ -57,6 +57,7 @@ mod table;
 mod unlock;
 #[cfg(feature = "device")]
 mod verify;
+mod workers;
 
 use std::io::{self, Write};
 #[cfg(feature = "device")]
@@ -119,6 +120,21 @@ enum Command {
     Completions(completions::Args),
     #[command(hide = true)]
     Manuals(manuals::Args),
+}
+
+impl Command {
+    /// Those that talk to the kernel prepare for it themselves, where they read an image at all.
+    fn reads_an_image(&self) -> bool {
+        use Command as C;
+        match self {
+            C::Info(_) | C::Snapshots(_) | C::Partitions(_) | C::Map(_) | C::Plan(_) => true,
+            C::Table(_) | C::Explain(_) | C::Check(_) | C::Diff(_) | C::Show(_) => true,
+            C::Hash(_) | C::Convert(_) => true,
+            #[cfg(feature = "device")]
+            C::Export(_) => true,
+            _ => false,
+        }
+    }
 }
 
 /// What the library notes on the way and no caller is told, like a udev that is late.
@@ -213,6 +229,11 @@ pub(crate) fn run() -> ExitCode {
     };
     let globals = Globals { quiet: cli.quiet };
     start(globals);
+    if cli.command.reads_an_image()
+        && let Err(error) = workers::prepare()
+    {
+        return finish(Err(error), exit_code);
+    }
     let outcome = match cli.command {
         Command::Info(args) => info::run(&args, globals),
         Command::Snapshots(args) => snapshots::run(&args, globals),

@@ -6,6 +6,7 @@ use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -100,7 +101,18 @@ fn three_digits(number: f64) -> String {
 /// prints them.
 pub(crate) fn local_time(seconds: i64) -> String {
     let Ok(time) = jiff::Timestamp::from_second(seconds) else { return seconds.to_string() };
-    jiff::tz::TimeZone::system().to_datetime(time).strftime("%Y-%m-%d %H:%M:%S").to_string()
+    time_zone().to_datetime(time).strftime("%Y-%m-%d %H:%M:%S").to_string()
+}
+
+/// Finds out about the user's time zone while files can be opened.
+#[cfg(feature = "sandbox")]
+pub(crate) fn keep_time_zone() {
+    time_zone();
+}
+
+fn time_zone() -> &'static jiff::tz::TimeZone {
+    static ZONE: OnceLock<jiff::tz::TimeZone> = OnceLock::new();
+    ZONE.get_or_init(jiff::tz::TimeZone::system)
 }
 
 /// Stdout without the line buffering of [`std::io::Stdout`]: a map has millions of lines.

@@ -9,6 +9,7 @@ use imgdm::open::{Warning, open_chain};
 use imgdm::plan::{Obstacle, ObstacleKind, Plan, PlannedCrypt, TableSource};
 use imgdm::scratch::{Cache, Cacheable, FillOptions, ScratchPlace, ScratchWork};
 use imgdm::status::FileRole;
+use imgdm::worker::apart;
 
 use super::Globals;
 use super::open::{FiemapArgs, OpenArgs, ZeroArgs, is_undeclared};
@@ -132,7 +133,7 @@ pub(crate) fn run(args: &Args, _globals: Globals) -> anyhow::Result<()> {
     policy.past_damage = true;
     args.fiemap.apply(&mut policy);
     let opened = open_chain(&args.open.image, &policy)?;
-    let mut plan = Plan::new(&opened.chain, args.content.options(args.zero))?;
+    let mut plan = apart(|| Plan::new(&opened.chain, args.content.options(args.zero)))?;
     plan.add_obstacles_of(&opened.warnings, &args.open.policy());
     let scratch = Scratch::of(&mut plan, args)?;
     let report = report(&opened.chain, &plan, &opened.warnings, args.open.probe_backing, scratch);

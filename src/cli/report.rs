@@ -15,7 +15,7 @@ use super::evidence::record::{Act, FileState, Record, RecordedFile, State, is_ch
 use super::evidence::{in_full, read_record, record_path};
 use super::output::{OutputFormat, print_json, show_path, stdout};
 use super::verify::described;
-use super::{Globals, signal};
+use super::{Globals, signal, workers};
 
 /// Print the record of an evidence attachment, beside what is now
 ///
@@ -74,7 +74,7 @@ struct Report<'r> {
 }
 
 pub(crate) fn run(args: &Args, _: Globals) -> anyhow::Result<()> {
-    signal::keep_from_workers()?;
+    workers::prepare()?;
     let interrupt = signal::catch()?;
     let kernel = LinuxKernel::new();
     let (record, device) = find_both(args, &kernel)?;

@@ -14,11 +14,11 @@ use clap::builder::RangedU64ValueParser;
 use imgdm::chain::{Chain, HoleQuery};
 use imgdm::picture::{Picture, PictureOptions};
 
-use super::Globals;
 use super::damage::{open_to_look, report_damage};
 use super::open::OpenArgs;
 use super::output::{OutputFormat, print_json, stdout};
 use super::save::{refuse_files_of, save};
+use super::{Globals, workers};
 use scene::{Scene, is_shown, layer_name};
 use terminal::{ColorChoice, GREATEST_WIDTH, LEAST_WIDTH, Screen};
 
@@ -77,6 +77,7 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
         write_svg(path, &svg)?;
         return report_damage(&damaged, &picture.damage, WHOSE, "drawn");
     }
+    workers::shut_main_thread();
     let picture = match args.output {
         OutputFormat::Json => {
             let picture = draw(chain, args.cells.unwrap_or(JSON_CELLS), &|_| true, globals)?;

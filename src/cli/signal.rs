@@ -9,18 +9,6 @@ use signal_hook::flag;
 
 use imgdm::device::Interrupt;
 
-/// Lets only the main thread, which does the steps, take the signals: taken by a
-/// worker, one that came before a step might be noted after it. To be called before
-/// there are workers.
-pub(crate) fn keep_from_workers() -> anyhow::Result<()> {
-    static DONE: OnceLock<()> = OnceLock::new();
-    if DONE.get().is_none() {
-        rayon::ThreadPoolBuilder::new().start_handler(|_| leave_to_main_thread()).build_global()?;
-        let _ = DONE.set(());
-    }
-    Ok(())
-}
-
 /// On a worker: the signals are not for this thread.
 pub(crate) fn leave_to_main_thread() {
     let set: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();

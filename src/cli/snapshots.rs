@@ -7,9 +7,9 @@ use imgdm::format::Format;
 use imgdm::format::qcow2::Snapshot;
 use imgdm::info::snapshots;
 
-use super::Globals;
 use super::open::ImageArgs;
 use super::output::{OutputFormat, human_size, local_time, print_json, show_path, stdout};
+use super::{Globals, workers};
 
 const NANOSECONDS: u64 = 1_000_000_000;
 
@@ -106,6 +106,7 @@ fn columns(id: &str, name: &str, [size, date, clock, count]: [&str; 4]) -> Strin
 
 pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     let (format, snapshots) = snapshots(&args.image.image, &args.image.options())?;
+    workers::shut_main_thread();
     if format != Format::Qcow2 {
         let image = show_path(&args.image.image);
         globals.warn(format_args!("{image}: the format {format} has no internal snapshots"));

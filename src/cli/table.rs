@@ -15,10 +15,10 @@ use imgdm::source::Source;
 use imgdm::table::{CryptKey, DeviceRef};
 use imgdm::{Error, ErrorKind};
 
-use super::Globals;
 use super::open::{FiemapArgs, OpenArgs, ZeroArgs, print_warnings};
 use super::output::{JsonPath, OutputFormat, show_path, stdout};
 use super::scratch::ContentArgs;
+use super::{Globals, workers};
 
 /// Print the device-mapper tables of an image without loading them
 #[derive(Debug, clap::Args)]
@@ -56,6 +56,7 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     args.fiemap.apply(&mut policy);
     let opened = open_chain(&args.open.image, &policy)?;
     print_warnings(&opened.warnings, globals);
+    workers::shut_main_thread();
     let plan = Plan::new(&opened.chain, args.content.options(args.zero))?;
     plan.check_attachable().map_err(|error| error.at_path(&args.open.image))?;
     let name = device_name(&opened.chain, args.name.as_deref())?;

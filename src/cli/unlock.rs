@@ -9,7 +9,7 @@ use imgdm::read::Ciphers;
 #[cfg(feature = "device")]
 use super::key::{KeyArgs, KeySources, encrypted_layers};
 #[cfg(feature = "device")]
-use super::{signal, table::device_name};
+use super::{signal, table::device_name, workers};
 
 /// The arguments that give keys; none in a build without the feature `device`.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -37,7 +37,7 @@ impl UnlockArgs {
     /// before anything runs on worker threads.
     pub(crate) fn unlocker(&self) -> anyhow::Result<Unlocker> {
         #[cfg(feature = "device")]
-        signal::keep_from_workers()?;
+        workers::prepare()?;
         Ok(Unlocker {
             #[cfg(feature = "device")]
             sources: KeySources::new(&self.keys)?,

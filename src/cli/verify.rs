@@ -17,7 +17,7 @@ use imgdm::{Error, ErrorKind};
 
 use super::key::{KeyArgs, KeySources, encrypted_layers};
 use super::output::{JsonPath, OutputFormat, print_json, show_path, stdout};
-use super::{Globals, signal};
+use super::{Globals, signal, workers};
 
 /// Say whether an attached device still gives what its image says
 #[derive(Debug, clap::Args)]
@@ -81,7 +81,7 @@ struct JsonFinding {
 }
 
 pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
-    signal::keep_from_workers()?;
+    workers::prepare()?;
     let key_sources = KeySources::new(&args.keys)?;
     if !args.content && key_sources.are_given() {
         let message = "only --content takes keys: without it, nothing is decrypted";

@@ -24,6 +24,7 @@ use crate::open::{
 };
 use crate::source::{FileId, Source};
 use crate::units::{ByteLen, SECTOR_SIZE};
+use crate::worker::apart;
 
 pub use qcow2::{EncryptionFacts, Qcow2Facts};
 
@@ -190,12 +191,12 @@ pub fn snapshots(image: &Path, options: &InfoOptions) -> Result<(Format, Vec<Sna
     let mut source = Source::open(&path)?;
     lock_and_refresh(&mut source, options.sharing)?;
     let format = format.map_or_else(|| probe_format(&source), Ok)?;
-    let snapshots = match format {
+    let snapshots = apart(|| match format {
         // Not facts(), which goes on past a damaged table.
-        Format::Qcow2 => qcow2::read_snapshots(&source)?,
-        _ => facts(format, &Arc::new(source))?.snapshots,
-    };
-    Ok((format, snapshots))
+        Format::Qcow2 => qcow2::read_snapshots(&source),
+        _ => facts(format, &Arc::new(source)).map(|facts| facts.snapshots),
+    });
+    Ok((format, snapshots?))
 }
 
 /// Opens an image that the user named.
@@ -287,7 +288,7 @@ impl Layer {
         };
         let file = FileFacts::of(self.source);
         let source = &file.source;
-        let facts = facts(format, source)?;
+        let facts = apart(|| facts(format, source))?;
         notices.extend(facts.notices);
         let data_file = match facts.data_file.map(|name| data_file(source, name, confinement)) {
             None => None,

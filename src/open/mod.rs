@@ -25,6 +25,7 @@ use crate::lock::{self, Locked, Sharing};
 use crate::source::{FileId, Source, UnwrittenProbe};
 use crate::status::FileRole;
 use crate::units::HostOffset;
+use crate::worker::apart;
 
 pub(crate) use name::full_backing_name;
 pub use name::{LocalName, resolve_beside};
@@ -421,17 +422,21 @@ impl<'p> Opener<'p> {
         }
         let file = Arc::clone(&source);
         let OpenPolicy { past_damage, allow_corrupt, .. } = *self.policy;
-        let image: Box<dyn ImageFormat> = match (format, past_damage) {
-            (Format::Raw, _) => Box::new(RawImage::open(file)?),
-            (Format::Qcow2, false) => Box::new(Qcow2Image::open(file, snapshot, allow_corrupt)?),
-            (Format::Qcow2, true) => {
-                Box::new(Qcow2Image::open_past_damage(file, snapshot, allow_corrupt)?)
-            }
-            (Format::Qcow, false) => Box::new(QcowImage::open(file)?),
-            (Format::Qcow, true) => Box::new(QcowImage::open_past_damage(file)?),
-            (Format::Cow, false) => Box::new(CowImage::open(file)?),
-            (Format::Cow, true) => Box::new(CowImage::open_past_damage(file)?),
-        };
+        let image = apart(|| -> Result<Box<dyn ImageFormat>> {
+            Ok(match (format, past_damage) {
+                (Format::Raw, _) => Box::new(RawImage::open(file)?),
+                (Format::Qcow2, false) => {
+                    Box::new(Qcow2Image::open(file, snapshot, allow_corrupt)?)
+                }
+                (Format::Qcow2, true) => {
+                    Box::new(Qcow2Image::open_past_damage(file, snapshot, allow_corrupt)?)
+                }
+                (Format::Qcow, false) => Box::new(QcowImage::open(file)?),
+                (Format::Qcow, true) => Box::new(QcowImage::open_past_damage(file)?),
+                (Format::Cow, false) => Box::new(CowImage::open(file)?),
+                (Format::Cow, true) => Box::new(CowImage::open_past_damage(file)?),
+            })
+        })?;
         for notice in image.notices() {
             self.warn(source.path(), notice.into());
         }

@@ -16,6 +16,8 @@ mod lvm;
 mod partitions;
 mod pipes;
 mod reach;
+#[cfg(feature = "sandbox")]
+mod sandbox;
 #[path = "../common/shell.rs"]
 mod shell;
 mod show;

@@ -14,12 +14,35 @@ pub(crate) const EX_MISSING: i32 = 66;
 pub(crate) const EX_NOT_REPRESENTABLE: i32 = 76;
 pub(crate) const EX_PERMISSION: i32 = 77;
 
-/// Runs imgdm in `dir`.
+/// The commands that open the files which an image names.
+const OPENS_CHAINS: [&str; 11] = [
+    "attach",
+    "convert",
+    "diff",
+    "explain",
+    "hash",
+    "info",
+    "map",
+    "partitions",
+    "plan",
+    "show",
+    "table",
+];
+
+/// Runs imgdm in `dir`, where images may name files in all of that, as with QEMU they may.
 ///
 /// # Errors
 /// It could not be run, did not end, was ended by a signal, or panicked.
 pub(crate) fn imgdm<S: AsRef<OsStr>>(dir: &Path, args: &[S]) -> Outcome<Ran> {
-    sound(run(Command::new(PROGRAM).current_dir(dir).args(args))?)
+    let mut command = Command::new(PROGRAM);
+    command.current_dir(dir);
+    match args.split_first() {
+        Some((first, rest)) if OPENS_CHAINS.iter().any(|name| first.as_ref() == *name) => {
+            command.arg(first).arg("--allow-path=.").args(rest)
+        }
+        _ => command.args(args),
+    };
+    sound(run(&mut command)?)
 }
 
 /// No end of imgdm that no input may bring about.

@@ -15,9 +15,9 @@ use imgdm::source::Source;
 use imgdm::units::{GuestOffset, GuestRange};
 use imgdm::{Error, ErrorKind, Result};
 
-use super::super::Globals;
 use super::super::open::print_warnings;
 use super::super::output::stdout;
+use super::super::{Globals, workers};
 use super::{Args, MapOutput};
 
 /// Names of bitmaps that a message lists.
@@ -38,6 +38,7 @@ pub(super) fn run(args: &Args, name: &OsStr, globals: Globals) -> anyhow::Result
     };
     let policy = args.open.policy();
     let OpenedFile { source, format, mut warnings } = open_file(&args.open.image, &policy)?;
+    workers::shut_main_thread();
     let source = Arc::new(source);
     if format != Format::Qcow2 {
         return Err(no_bitmap(name, &format!("the format {format} has no bitmaps"))

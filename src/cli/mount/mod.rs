@@ -21,7 +21,7 @@ use imgdm::{Error, ErrorKind, Result};
 use super::build::{BuildArgs, Wanted};
 use super::output::{show_path, stdout};
 use super::overlay::OverlayArgs;
-use super::{Globals, signal};
+use super::{Globals, signal, workers};
 use choose::{Place, Target, choose, whole};
 
 /// Mount a file system of an image until umount: read-only, or over an overlay
@@ -211,7 +211,7 @@ fn mount_image(
     there: Option<&There>,
     globals: Globals,
 ) -> anyhow::Result<()> {
-    signal::keep_from_workers()?;
+    workers::prepare()?;
     let interrupt = signal::catch()?;
     let image = args.image();
     let asked = args.place();

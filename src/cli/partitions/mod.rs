@@ -12,10 +12,10 @@ use imgdm::read::{ChainReader, Ciphers};
 use imgdm::signature::{self, Budget, Signature};
 use imgdm::units::{ByteLen, GuestOffset, GuestRange};
 
-use super::Globals;
 use super::open::OpenArgs;
 use super::output::{OutputFormat, print_json, show_path};
 use super::unlock::UnlockArgs;
+use super::{Globals, workers};
 
 /// List the partitions of the disk and what lies on them, LVM included
 ///
@@ -96,6 +96,7 @@ pub(crate) fn run(args: &Args, globals: Globals) -> anyhow::Result<()> {
     let unlocker = args.keys.unlocker()?;
     let chain = &args.open.open_to_read(globals)?;
     let unlocked = unlocker.unlock(chain, &chain.keys_needed(chain.whole())?)?;
+    workers::shut_main_thread();
     let found = look(chain, &unlocked.ciphers, unlocked.interrupt)?;
     for warning in found.warnings() {
         globals.warn(format_args!("{}: {warning}", show_path(&args.open.image)));

@@ -24,6 +24,7 @@ use super::{ImageWriter, Input, Placed};
 use crate::error::{Error, Result};
 use crate::format::qcow2::Compression;
 use crate::units::GuestOffset;
+use crate::worker::{are_apart, started};
 use batch::Batches;
 use output::{Output, Room};
 
@@ -106,16 +107,23 @@ pub fn copy(
         failure: Mutex::new(None),
         counts: Counts::default(),
     };
+    // This thread is one of them, unless it may do what they may not.
+    let other_threads = options.threads.max(1) - usize::from(!are_apart());
     std::thread::scope(|scope| {
-        let threads = (1..options.threads.max(1))
+        let threads = (0..other_threads)
             .map(|_| {
                 let name = std::thread::Builder::new().name("copy".to_owned());
-                name.spawn_scoped(scope, || worker::run(&shared))
+                name.spawn_scoped(scope, || {
+                    started();
+                    worker::run(&shared);
+                })
             })
             .take_while(std::io::Result::is_ok)
             .count();
-        log::debug!("{} threads copy", threads + 1);
-        worker::run(&shared);
+        log::debug!("{threads} other threads copy");
+        if threads == 0 || !are_apart() {
+            worker::run(&shared);
+        }
     });
     let Shared { turn, failure, counts, .. } = shared;
     if let Some(error) = failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
