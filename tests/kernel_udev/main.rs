@@ -20,6 +20,7 @@ mod shutdown;
 mod systemd_hidden;
 mod systemd_mount;
 mod systemd_units;
+mod udev_dead;
 mod udev_detach;
 mod udev_filter;
 mod udev_hidden;
