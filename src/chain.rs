@@ -1,10 +1,10 @@
 //! Folding the layers of a backing chain, top first, into extents.
 //!
 //! The guest's disk is walked in windows, small enough that one window's runs fit in
-//! bounded memory whatever the image holds. In a window each layer is asked once for
-//! what the layers above leave to it; a layer that has nothing there costs one call. So
-//! the work grows with the metadata read, and with layers times windows, but not with
-//! layers times extents.
+//! bounded memory whatever the image holds. In a window each layer is asked for what the
+//! layers above leave to it, and nothing is read of tables that they hide. A layer that by
+//! its L1 table has nothing in a stretch of many windows is not asked in any of them. So
+//! the work grows with the metadata read, not with layers times windows or extents.
 
 use std::sync::{Arc, Mutex};
 
@@ -19,12 +19,16 @@ use crate::source::Source;
 use crate::status::{BlockStatus, FileRole, StatusRun, ZeroStatus};
 use crate::units::{ByteLen, GuestOffset, GuestRange};
 
+mod ahead;
 mod fold;
 #[cfg(test)]
 pub(crate) mod tests;
+#[cfg(test)]
+mod work_tests;
 
+use ahead::{ReadAhead, Stretch};
 pub(crate) use fold::last_answer;
-use fold::{answer, push_data};
+use fold::{answer, fold_into, push_data};
 
 /// Most runs that one layer can give in one window.
 const RUNS_PER_WINDOW: u64 = 1 << 12;
@@ -216,7 +220,9 @@ impl Chain {
         each: &mut dyn FnMut(&Extent) -> Result<()>,
     ) -> Result<DamageList> {
         let mut coalescer = Coalescer::default();
+        let mut ahead = ReadAhead::new(self, range);
         for window in self.windows(range, resolver.holes) {
+            ahead.before(window);
             for extent in resolver.resolve(window)? {
                 if let Some(done) = coalescer.push(extent) {
                     each(&done)?;
@@ -271,11 +277,11 @@ impl Chain {
         let threads = rayon::current_num_threads();
         let batch_size = (threads * WINDOWS_PER_THREAD).min(WINDOWS_AT_ONCE);
         let mut windows = self.windows(range, holes);
+        let mut ahead = ReadAhead::new(self, range);
         loop {
             let batch: Vec<_> = windows.by_ref().take(batch_size).collect();
-            if batch.is_empty() {
-                return Ok(damage);
-            }
+            let Some(last) = batch.last() else { return Ok(damage) };
+            ahead.before(*last);
             let done: Vec<Result<(T, DamageList)>> = batch
                 .into_par_iter()
                 .with_min_len((batch_size / threads / 4).max(1))
@@ -332,9 +338,11 @@ struct Memory {
     scratch: Scratch,
     runs: Vec<StatusRun>,
     split: Vec<StatusRun>,
-    open: Vec<StatusRun>,
-    left: Vec<StatusRun>,
+    /// What the layers so far leave to the next one: in order, none adjacent to another.
+    open: Vec<GuestRange>,
+    left: Vec<GuestRange>,
     extents: Vec<Extent>,
+    stretch: Stretch,
 }
 
 impl Drop for Resolver<'_> {
@@ -404,16 +412,13 @@ impl Resolver<'_> {
         if window.is_empty() {
             return Ok(Extents::Folded(self.memory.extents.iter().copied()));
         }
+        self.memory.stretch.look_at(self.chain, window);
         self.memory.open.clear();
-        self.memory.open.push(StatusRun {
-            start: window.start,
-            length: window.length(),
-            status: BlockStatus::Unallocated(None),
-        });
+        self.memory.open.push(window);
         let mut layers_with_rows = 0;
-        for depth in 0..self.chain.layers().len() {
+        for at in 0..self.memory.stretch.busy.len() {
             let rows_before = self.memory.extents.len();
-            self.fold_layer(depth)?;
+            self.fold_layer(self.memory.stretch.busy[at])?;
             layers_with_rows += usize::from(self.memory.extents.len() > rows_before);
             if self.memory.open.is_empty() {
                 break;
@@ -448,80 +453,77 @@ impl Resolver<'_> {
     /// Puts what `layer`, at that depth, says of `range` into `runs`.
     fn ask(&mut self, layer: &Layer, depth: u32, range: GuestRange) -> Result<()> {
         self.memory.runs.clear();
+        self.ask_more(layer, depth, range)?;
+        self.ask_for_holes(layer);
+        Ok(())
+    }
+
+    /// Appends what `layer`, at that depth, says of `range` to `runs`.
+    fn ask_more(&mut self, layer: &Layer, depth: u32, range: GuestRange) -> Result<()> {
         if let Some(damage) = &mut self.memory.scratch.damage {
             damage.set_layer(depth);
         }
         layer
             .image
             .status(range, &mut self.memory.scratch, &mut self.memory.runs)
-            .map_err(|error| error.at_path(layer.source.path()))?;
+            .map_err(|error| error.at_path(layer.source.path()))
+    }
+
+    /// Asks a layer for the open ranges, but not for what is long between them: that is
+    /// hidden, and the tables that tell of it are not to be read.
+    fn ask_for_open(&mut self, layer: &Layer, depth: u32) -> Result<()> {
+        self.memory.runs.clear();
+        let worth_a_gap = layer.image.page_coverage();
+        let mut open = 0;
+        while let Some(&first) = self.memory.open.get(open) {
+            let mut asked = first;
+            open += 1;
+            while let Some(next) = self.memory.open.get(open)
+                && next.start.since(asked.end).get() < worth_a_gap
+            {
+                asked.end = next.end;
+                open += 1;
+            }
+            self.ask_more(layer, depth, asked)?;
+        }
         self.ask_for_holes(layer);
         Ok(())
     }
 
-    /// Asks layer `depth` for the open runs: rows for what it answers, and the open
-    /// runs anew for what it leaves to its backing file.
-    fn fold_layer(&mut self, depth: usize) -> Result<()> {
+    /// Asks the layer at `depth` for the open ranges: rows for what it answers, and the open
+    /// ranges anew for what it leaves to its backing file.
+    fn fold_layer(&mut self, depth: u32) -> Result<()> {
         let layers = self.chain.layers();
-        let layer = &layers[depth];
-        let backing_size = layers.get(depth + 1).map(|l| l.image.virtual_size());
-        let (Some(first), Some(last)) = (self.memory.open.first(), self.memory.open.last()) else {
-            return Ok(());
-        };
-        let hull = GuestRange::new(first.start, last.end());
-        let depth_number = u32::try_from(depth).unwrap_or(u32::MAX);
-        self.ask(layer, depth_number, hull)?;
+        let Some(layer) = layers.get(depth as usize) else { return Ok(()) };
+        let backing_size = layers.get(depth as usize + 1).map(|l| l.image.virtual_size());
+        let Some(last) = self.memory.open.last() else { return Ok(()) };
+        let leaves_all_unallocated = backing_size.is_some_and(|size| last.end.get() <= size.get());
+        self.ask_for_open(layer, depth)?;
 
-        if let ([run], Some(backing_size)) = (self.memory.runs.as_slice(), backing_size)
-            && matches!(run.status, BlockStatus::Unallocated(_))
-            && run.range() == hull
-            && hull.end.get() <= backing_size.get()
-        {
-            return Ok(()); // Nothing here: the open runs are the next layer's as they are.
+        let Memory { runs, open, left, extents, .. } = &mut self.memory;
+        let unallocated = |run: &StatusRun| matches!(run.status, BlockStatus::Unallocated(_));
+        if leaves_all_unallocated && runs.iter().all(unallocated) {
+            return Ok(()); // Nothing here: the open ranges are the next layer's as they are.
         }
-
-        let leaves_something = backing_size.is_some()
-            && self.memory.runs.iter().any(|run| matches!(run.status, BlockStatus::Unallocated(_)));
-        if self.memory.open.len() == 1 && self.memory.extents.is_empty() && !leaves_something {
-            self.whole_answer = Some(depth_number);
-            self.memory.open.clear();
+        if open.len() > 1 {
+            left.clear();
+            fold_into(open, runs, depth, backing_size, extents, left);
+            std::mem::swap(open, left);
             return Ok(());
         }
-        self.memory.left.clear();
-        if self.memory.open.len() == 1 {
-            let mut runs = self.memory.runs.as_slice();
-            while let [run, rest @ ..] = runs {
-                answer(
-                    *run,
-                    depth_number,
-                    backing_size,
-                    &mut self.memory.extents,
-                    &mut self.memory.left,
-                );
-                runs = &rest[push_data(rest, depth_number, &mut self.memory.extents)..];
-            }
-            std::mem::swap(&mut self.memory.open, &mut self.memory.left);
+        let leaves_something = backing_size.is_some() && runs.iter().any(unallocated);
+        if extents.is_empty() && !leaves_something {
+            self.whole_answer = Some(depth);
+            open.clear();
             return Ok(());
         }
-        let mut open = self.memory.open.iter().peekable();
-        for run in &self.memory.runs {
-            while let Some(wanted) = open.peek() {
-                if let Some(part) = run.clipped(wanted.range()) {
-                    answer(
-                        part,
-                        depth_number,
-                        backing_size,
-                        &mut self.memory.extents,
-                        &mut self.memory.left,
-                    );
-                }
-                if wanted.end() > run.end() {
-                    break;
-                }
-                open.next();
-            }
+        left.clear();
+        let mut runs = runs.as_slice();
+        while let [run, rest @ ..] = runs {
+            answer(*run, depth, backing_size, extents, left);
+            runs = &rest[push_data(rest, depth, extents)..];
         }
-        std::mem::swap(&mut self.memory.open, &mut self.memory.left);
+        std::mem::swap(open, left);
         Ok(())
     }
 

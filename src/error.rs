@@ -90,7 +90,13 @@ impl Error {
 
     /// A failed system call; `NotFound` and `PermissionDenied` keep their kinds.
     pub fn io(message: impl Into<String>, source: io::Error) -> Self {
-        let message = message.into();
+        let mut message = message.into();
+        if source.raw_os_error() == Some(nix::libc::EMFILE) {
+            // A long chain, under a hard limit: the soft one has been raised.
+            message.push_str(
+                " (this process may have no more files open: raise the limit with 'ulimit -Hn', or with LimitNOFILE= of its unit)",
+            );
+        }
         let kind = match source.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => ErrorKind::NotFound(message),
             io::ErrorKind::PermissionDenied => ErrorKind::PermissionDenied(message),

@@ -47,6 +47,7 @@
 //! | [`table`] | `dmsetup` text, printed and parsed |
 //! | [`device`] | loop devices and device-mapper, real and fake |
 
+mod buffer;
 pub mod chain;
 pub mod check;
 pub mod convert;

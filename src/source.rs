@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, fcntl};
+use nix::fcntl::{FcntlArg, PosixFadviseAdvice, fcntl, posix_fadvise};
 use nix::libc;
 use nix::unistd::{Whence, lseek};
 
@@ -455,6 +455,18 @@ impl Source {
         ))
         .at_path(&self.name)
         .at_offset(offset.get()))
+    }
+
+    /// Has the kernel fetch these bytes while the caller does something else. Only a hint,
+    /// of which nothing is said where it is not taken.
+    pub fn read_ahead(&self, offset: HostOffset, length: ByteLen) {
+        let Reader::File(file) = &self.reader else { return };
+        let (Ok(offset), Ok(length)) =
+            (libc::off_t::try_from(offset.get()), libc::off_t::try_from(length.get()))
+        else {
+            return;
+        };
+        let _ = posix_fadvise(file, offset, length, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
     }
 
     /// Whether the bytes from `offset` on are data or a hole, and how far (SEEK_DATA

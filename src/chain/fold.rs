@@ -60,13 +60,63 @@ fn push_row(extents: &mut Vec<Extent>, next: Extent) {
     extents.push(next);
 }
 
-/// Turns one run into a row, or into an open run where the backing file answers.
+/// Leaves a range to the next layer.
+#[inline]
+fn leave(left: &mut Vec<GuestRange>, range: GuestRange) {
+    match left.last_mut() {
+        Some(last) if last.end == range.start => last.end = range.end,
+        _ => left.push(range),
+    }
+}
+
+/// Folds a layer's runs, which hold all of the ranges in `open`, into rows and into what is
+/// `left` to the next layer. Ranges that the layer leaves as they are are not looked at one
+/// by one: of a thousand layers, each may have something else.
+pub(super) fn fold_into(
+    open: &[GuestRange],
+    runs: &[StatusRun],
+    depth: u32,
+    backing_size: Option<ByteLen>,
+    extents: &mut Vec<Extent>,
+    left: &mut Vec<GuestRange>,
+) {
+    let mut open = open.iter();
+    let Some(mut wanted) = open.next().copied() else { return };
+    let backing_end = GuestOffset::new(backing_size.map_or(0, ByteLen::get));
+    for run in runs {
+        let leaves_all = matches!(run.status, BlockStatus::Unallocated(_))
+            && run.end() <= backing_end
+            && run.start <= wanted.start;
+        if leaves_all && wanted.end <= run.end() {
+            leave(left, wanted);
+            let rest = open.as_slice();
+            let inside = rest.partition_point(|range| range.end <= run.end());
+            left.extend_from_slice(&rest[..inside]);
+            open = rest[inside..].iter();
+            let Some(&next) = open.next() else { return };
+            wanted = next;
+        }
+        while wanted.start < run.end() {
+            if let Some(part) = run.clipped(wanted) {
+                answer(part, depth, backing_size, extents, left);
+            }
+            if wanted.end > run.end() {
+                wanted.start = run.end();
+                break;
+            }
+            let Some(&next) = open.next() else { return };
+            wanted = next;
+        }
+    }
+}
+
+/// Turns one run into a row, or into an open range where the backing file answers.
 pub(super) fn answer(
     run: StatusRun,
     depth: u32,
     backing_size: Option<ByteLen>,
     extents: &mut Vec<Extent>,
-    left: &mut Vec<StatusRun>,
+    left: &mut Vec<GuestRange>,
 ) {
     let (BlockStatus::Unallocated(place), Some(backing_size)) = (run.status, backing_size) else {
         return push_row(extents, last_answer(&run, depth));
@@ -74,16 +124,7 @@ pub(super) fn answer(
     let backing_end = GuestOffset::new(backing_size.get());
     let inside = GuestRange::new(run.start, run.end().min(backing_end));
     if !inside.is_empty() {
-        match left.last_mut() {
-            Some(last) if last.end() == inside.start => {
-                last.length = inside.end.since(last.start);
-            }
-            _ => left.push(StatusRun {
-                start: inside.start,
-                length: inside.length(),
-                status: BlockStatus::Unallocated(None),
-            }),
-        }
+        leave(left, inside);
     }
     let past = GuestRange::new(run.start.max(backing_end), run.end());
     if !past.is_empty() {

@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use crate::buffer::Buffer;
 use crate::crypt::CryptHeader;
 use crate::damage::DamageList;
 use crate::error::{Error, ErrorKind, Result};
@@ -155,11 +156,14 @@ pub enum Notice {
     Damaged(String),
 }
 
+/// Bytes that are read of a disk at least, whatever is asked for.
+pub(crate) const TABLE_PAGE: u64 = 4096;
+
 /// Memory that status calls reuse, so that nothing is allocated for each call.
 #[derive(Debug, Default)]
 pub struct Scratch {
     /// Bytes of the tables being read.
-    pub table: Vec<u8>,
+    pub(crate) table: Buffer,
     /// Where it is there, a status call lists damage here and goes on past it; else damage
     /// is its error.
     pub damage: Option<DamageList>,
@@ -242,6 +246,26 @@ pub trait ImageFormat: Send + Sync + fmt::Debug {
         runs: &mut Vec<StatusRun>,
     ) -> Result<()>;
 
+    /// From `from` on, the first offset of which it takes more than what is kept in memory
+    /// to tell that the image has nothing there, or that it has: all before is
+    /// [`Unallocated`](crate::status::BlockStatus::Unallocated). It may lie past the disk's
+    /// end.
+    fn unallocated_until(&self, from: GuestOffset) -> GuestOffset {
+        from
+    }
+
+    /// How much of the disk a page (4 KiB) of the tables tells of: a range that is not asked
+    /// about saves no read where it is shorter. It may be a guess.
+    fn page_coverage(&self) -> u64 {
+        self.granularity().saturating_mul(TABLE_PAGE / 8)
+    }
+
+    /// Has the kernel fetch the tables that [`status`](Self::status) will read of `range`,
+    /// while others are worked on. Only a hint.
+    fn read_ahead(&self, range: GuestRange) {
+        let _ = range;
+    }
+
     /// Appends the entries of the tables by which [`status`](Self::status) knows of the
     /// guest's byte at `guest`, which lies inside the virtual size: as far as they can be
     /// read. Raw images have none.
@@ -256,11 +280,9 @@ pub(crate) fn table_bytes<'s>(
     offset: HostOffset,
     length: usize,
     what: &str,
-    table: &'s mut Vec<u8>,
+    table: &'s mut Buffer,
 ) -> Result<&'s [u8]> {
-    if table.len() < length {
-        table.resize(length, 0);
-    }
+    table.reserve(length);
     let bytes = &mut table[..length];
     source.read_exact(offset, bytes, what)?;
     Ok(bytes)

@@ -473,9 +473,7 @@ impl ImageFormat for QcowImage {
         // At most 64 KiB of an L2 table, and a page of the L1 table.
         let buffer_length = L1_CHUNK * 8 + usize::try_from(l2_length).unwrap_or(0);
         let Scratch { table, damage } = scratch;
-        if table.len() < buffer_length {
-            table.resize(buffer_length, 0);
-        }
+        table.reserve(buffer_length);
         let (l1_buffer, l2_buffer) = table.split_at_mut(L1_CHUNK * 8);
         let mut merger = Merger { runs, pending: None };
 

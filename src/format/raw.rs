@@ -46,6 +46,11 @@ impl ImageFormat for RawImage {
         crate::holes::GRANULARITY
     }
 
+    fn page_coverage(&self) -> u64 {
+        // No page, but a question to the kernel: that is worth a few holes.
+        16 * crate::holes::GRANULARITY
+    }
+
     fn status(
         &self,
         range: GuestRange,

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::reader::{ExtentReader, bytes_of, in_sectors, joined};
 use super::{Ciphers, HOLES, in_order};
+use crate::buffer::Buffer;
 use crate::chain::{Chain, Resolver};
 use crate::error::Result;
 use crate::extent::{Extent, Mapping};
@@ -75,10 +76,10 @@ impl Chain {
 
 /// Buffers to be written over.
 #[derive(Clone, Debug, Default)]
-struct SpareBuffers(Arc<Mutex<Vec<Vec<u8>>>>);
+struct SpareBuffers(Arc<Mutex<Vec<Buffer>>>);
 
 impl SpareBuffers {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Vec<u8>>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Buffer>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -88,14 +89,14 @@ impl SpareBuffers {
 pub(crate) struct Swept {
     stretches: Vec<Stretch>,
     /// The bytes of those that are not zeros, one after the other.
-    buffer: Vec<u8>,
+    buffer: Buffer,
     spare: SpareBuffers,
 }
 
 impl Swept {
     /// The stretches in guest order, without gap.
     pub(crate) fn chunks(&self) -> impl Iterator<Item = (GuestRange, Content<'_>)> {
-        let mut rest = self.buffer.as_slice();
+        let mut rest: &[u8] = &self.buffer;
         self.stretches.iter().map(move |stretch| {
             if stretch.zeros {
                 return (stretch.range, Content::Zeros);
@@ -144,11 +145,9 @@ impl Unit {
 
     /// Reads the stretches that are not zeros, one after the other, to the start of
     /// `buffer`.
-    fn read(&self, reader: &mut ExtentReader<'_>, buffer: &mut Vec<u8>) -> Result<()> {
+    fn read(&self, reader: &mut ExtentReader<'_>, buffer: &mut Buffer) -> Result<()> {
         let length = usize::try_from(self.bytes).unwrap_or(usize::MAX);
-        if buffer.len() < length {
-            buffer.resize(length, 0);
-        }
+        buffer.reserve(length);
         let mut rest = &mut buffer[..length];
         for stretch in self.stretches.iter().filter(|stretch| !stretch.zeros) {
             let piece;

@@ -18,6 +18,7 @@ mod guest;
 mod holes;
 mod info;
 mod locks;
+mod long_chain;
 mod lvm;
 mod mount;
 mod mount_overlay;

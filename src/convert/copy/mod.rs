@@ -6,7 +6,6 @@
 //! batches take their turns at the writer.
 
 mod batch;
-mod buffer;
 mod detect;
 mod output;
 #[cfg(test)]

@@ -6,10 +6,10 @@ use super::super::compress::Compressor;
 use super::super::reflink::{self, Offload, Offloaded};
 use super::super::{InputPlace, InputReader, Placed};
 use super::batch::{Batch, Unit, Work};
-use super::buffer::Buffer;
 use super::detect::Detector;
 use super::output::Room;
 use super::{Shared, Turn, file_of, lock};
+use crate::buffer::Buffer;
 use crate::error::{Error, Result};
 use crate::units::{ByteLen, GuestOffset, GuestRange};
 

@@ -1,10 +1,9 @@
 //! Guest ranges to status runs, through the L1 and L2 tables.
 
-use std::borrow::Cow;
-
 use super::Qcow2Image;
 use super::entry::{L2Entry, L2Format, Subcluster, SubclusterBitmap, l2_table_offset};
 use super::header::{Qcow2Header, SUBCLUSTERS_PER_CLUSTER};
+use crate::buffer::Buffer;
 use crate::damage::{DamageList, spoil};
 use crate::error::{Error, Result};
 use crate::format::{Scratch, be64, table_bytes};
@@ -21,28 +20,28 @@ pub(super) fn status(
     scratch: &mut Scratch,
     runs: &mut Vec<StatusRun>,
 ) -> Result<()> {
-    let unallocated = |part: GuestRange| StatusRun {
-        start: part.start,
-        length: part.length(),
-        status: BlockStatus::Unallocated(None),
-    };
     let coverage = image.header.l2_coverage();
     let l1_entries = image.l1_table.length.get() / 8;
     let l1_readable = image.l1_damage.as_ref().map_or(l1_entries, |damage| damage.first_entry);
+    let end = range.end.get().div_ceil(coverage);
     let mut at = range.start;
     while at < range.end {
-        let first = at.get() / coverage;
-        // A snapshot's L1 table may be shorter than its disk: nothing is allocated there.
-        if first >= l1_entries {
-            runs.push(unallocated(GuestRange::new(at, range.end)));
-            return Ok(());
+        let nothing_until = unallocated_until(image, at).min(range.end);
+        if nothing_until > at {
+            push_unallocated(runs, GuestRange::new(at, nothing_until));
+            at = nothing_until;
+            continue;
         }
-        let end = range.end.get().div_ceil(coverage);
+        let first = at.get() / coverage;
         if let Some(damage) = image.l1_damage.as_ref().filter(|_| first >= l1_readable) {
             let spoiled = covered(image, l1_readable, l1_entries);
             let part = spoiled.intersection(GuestRange::new(at, range.end));
             runs.push(spoiled_run(image, spoiled, part, damage.error(), &mut scratch.damage)?);
             at = part.end;
+            continue;
+        }
+        if let Some(entry) = image.kept_l1.get(first) {
+            at = l1_status(image, first, entry, range, scratch, runs)?;
             continue;
         }
         let last = end.min(l1_readable).min(first + L1_CHUNK);
@@ -56,20 +55,101 @@ pub(super) fn status(
                 continue;
             }
         };
-        for (index, &entry) in (first..last).zip(chunk.iter()) {
-            let described = covered(image, index, index + 1);
-            let part = described.intersection(range);
-            match l2_table_offset(entry).map(|table| check_l2_table(image, index, table)) {
-                None => runs.push(unallocated(part)),
-                Some(Ok(table)) => l2_status(image, table, described.start, part, scratch, runs)?,
-                Some(Err(error)) => {
-                    runs.push(spoiled_run(image, described, part, error, &mut scratch.damage)?);
-                }
-            }
-            at = part.end;
+        for (index, entry) in (first..last).zip(chunk) {
+            at = l1_status(image, index, entry, range, scratch, runs)?;
         }
     }
     Ok(())
+}
+
+/// The runs of what L1 entry `index` says of `range`; gives back where that ends.
+fn l1_status(
+    image: &Qcow2Image,
+    index: u64,
+    entry: u64,
+    range: GuestRange,
+    scratch: &mut Scratch,
+    runs: &mut Vec<StatusRun>,
+) -> Result<GuestOffset> {
+    let described = covered(image, index, index.saturating_add(1));
+    let part = described.intersection(range);
+    match l2_table_offset(entry).map(|table| check_l2_table(image, index, table)) {
+        None => push_unallocated(runs, part),
+        Some(Ok(table)) => l2_status(image, table, described.start, part, scratch, runs)?,
+        Some(Err(error)) => {
+            runs.push(spoiled_run(image, described, part, error, &mut scratch.damage)?);
+        }
+    }
+    Ok(part.end)
+}
+
+/// Appends a run of what no L2 table tells of, joined to such a one before.
+fn push_unallocated(runs: &mut Vec<StatusRun>, part: GuestRange) {
+    let status = BlockStatus::Unallocated(None);
+    match runs.last_mut() {
+        Some(last) if last.status == status && last.end() == part.start => {
+            last.length = part.end.since(last.start);
+        }
+        _ => runs.push(StatusRun { start: part.start, length: part.length(), status }),
+    }
+}
+
+/// As [`ImageFormat::unallocated_until`](crate::format::ImageFormat::unallocated_until).
+pub(super) fn unallocated_until(image: &Qcow2Image, from: GuestOffset) -> GuestOffset {
+    const NO_END: GuestOffset = GuestOffset::new(u64::MAX);
+    let index = from.get() / image.header.l2_coverage();
+    // Past its end too: a snapshot's L1 table may be shorter than its disk.
+    let l1_entries = image.l1_table.length.get() / 8;
+    let damaged = image.l1_damage.as_ref().map(|damage| damage.first_entry.max(index));
+    let damaged = damaged.filter(|&entry| entry < l1_entries);
+    let named = image.kept_l1.next_named(index).filter(|&entry| entry < l1_entries);
+    match [named, damaged].into_iter().flatten().min() {
+        Some(entry) => covered(image, entry, entry).start.max(from),
+        None => NO_END,
+    }
+}
+
+/// As [`ImageFormat::read_ahead`](crate::format::ImageFormat::read_ahead).
+pub(super) fn read_ahead(image: &Qcow2Image, range: GuestRange) {
+    let coverage = image.header.l2_coverage();
+    let entry_size = image.header.l2_entry_size();
+    let l1_entries = image.l1_table.length.get() / 8;
+    let end = range.end.get().div_ceil(coverage).min(l1_entries);
+    let mut index = range.start.get() / coverage;
+    // Tables that follow on one another are one request.
+    let mut pending: Option<(HostOffset, HostOffset)> = None;
+    let mut read = (index, Vec::new());
+    while let Some(named) = image.kept_l1.next_named(index).filter(|&named| named < end) {
+        index = named + 1;
+        let entry = image.kept_l1.get(named).or_else(|| {
+            let (first, entries) = &mut read;
+            if named - *first >= entries.len() as u64 {
+                let last = end.min(named + L1_CHUNK);
+                *entries = l1_entries_of(image, named, last, &mut Buffer::default()).ok()?;
+                *first = named;
+            }
+            entries.get(usize::try_from(named - *first).ok()?).copied()
+        });
+        let Some(table) = entry.and_then(l2_table_offset) else { continue };
+        let described = covered(image, named, index);
+        let part = described.intersection(range);
+        let entry_of = |at: GuestOffset| at.since(described.start).get();
+        let first = entry_of(part.start) / image.header.cluster_size();
+        let last = entry_of(part.end).div_ceil(image.header.cluster_size());
+        let from = table.saturating_add(ByteLen::new(first * entry_size));
+        let to = table.saturating_add(ByteLen::new(last * entry_size));
+        match &mut pending {
+            Some((_, pending_end)) if *pending_end == from => *pending_end = to,
+            _ => {
+                if let Some((from, to)) = pending.replace((from, to)) {
+                    image.source.read_ahead(from, to.since(from));
+                }
+            }
+        }
+    }
+    if let Some((from, to)) = pending {
+        image.source.read_ahead(from, to.since(from));
+    }
 }
 
 /// The part of the disk that the L1 entries from `first` up to `last` describe.
@@ -93,21 +173,17 @@ fn spoiled_run(
     Ok(StatusRun { start: part.start, length: part.length(), status })
 }
 
-/// The L1 entries from `first` up to `last`: those that are kept, or read for the moment.
-fn l1_entries_of<'i>(
-    image: &'i Qcow2Image,
+/// The L1 entries from `first` up to `last`, read for the moment.
+fn l1_entries_of(
+    image: &Qcow2Image,
     first: u64,
     last: u64,
-    table: &mut Vec<u8>,
-) -> Result<Cow<'i, [u64]>> {
-    let kept = |at: u64| usize::try_from(at).unwrap_or(usize::MAX);
-    if let Some(entries) = image.kept_l1.get(kept(first)..kept(last)) {
-        return Ok(Cow::Borrowed(entries));
-    }
+    table: &mut Buffer,
+) -> Result<Vec<u64>> {
     let offset = image.l1_table.offset.saturating_add(ByteLen::new(first * 8));
     let count = usize::try_from(last - first).unwrap_or(0);
     let bytes = table_bytes(&image.source, offset, count * 8, "the L1 table", table)?;
-    Ok(Cow::Owned((0..count).map(|i| be64(bytes, i)).collect()))
+    Ok((0..count).map(|i| be64(bytes, i)).collect())
 }
 
 /// Gives back where the L2 table of an L1 entry is, checked.

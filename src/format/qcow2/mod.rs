@@ -5,6 +5,7 @@ pub mod dirty;
 pub(crate) mod entry;
 pub(crate) mod extension;
 pub(crate) mod header;
+mod l1;
 mod mapping;
 mod refcount;
 pub(crate) mod snapshot;
@@ -18,7 +19,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use super::trace::TraceStep;
-use super::{BackingReference, Format, ImageFormat, Notice, Scratch};
+use super::{BackingReference, Format, ImageFormat, Notice, Scratch, TABLE_PAGE};
 use crate::crypt::{CryptHeader, LUKS_HEADER_BYTES, LuksHeader};
 use crate::error::{Error, ErrorKind, Result, printable};
 use crate::source::Source;
@@ -29,12 +30,10 @@ pub use entry::L2Entry;
 use entry::l2_table_offset;
 pub use extension::{ExtensionPlace, Extensions, extension_name};
 pub use header::{Compression, Qcow2Header, TableLocation, incompatible};
+use l1::KeptL1;
 pub(crate) use refcount::refcount_of;
 pub use snapshot::{Snapshot, SnapshotSelector};
 pub(crate) use trace::trace_tables;
-
-/// L1 entries that an image keeps in memory at most: 32 KiB, of each of up to 1024 layers.
-const MAX_KEPT_L1_ENTRIES: usize = 4096;
 
 /// A qcow2 image: its active layer, or one of its internal snapshots.
 #[derive(Debug)]
@@ -47,8 +46,8 @@ pub struct Qcow2Image {
     crypt_header: Option<(u64, u64)>,
     snapshot: Option<Snapshot>,
     l1_table: TableLocation,
-    /// The L1 entries, where they are few; else they are read when they are needed.
-    kept_l1: Vec<u64>,
+    /// The L1 entries as far as they are kept; others are read when they are needed.
+    kept_l1: KeptL1,
     /// From where on the L1 table can't be read; only in an image opened past damage.
     l1_damage: Option<L1Damage>,
     /// L1 entries that name an L2 table which another one names as well; only in an image
@@ -129,20 +128,18 @@ impl Qcow2Image {
                 check_table_in_file(source, l1_table, snapshot.entry_offset.get(), &name)
             }
         };
-        let (mut kept_l1, l1_damage) = read_l1(source, l1_table, in_file, past_damage)?;
-        let repeated_l2 = RepeatedL2::of(&kept_l1);
-        if !past_damage && let Some(error) = repeated_l2.first_error_from(0, &kept_l1, l1_table) {
+        let (l1_entries, l1_damage) = read_l1(source, l1_table, in_file, past_damage)?;
+        let repeated_l2 = RepeatedL2::of(&l1_entries);
+        if !past_damage && let Some(error) = repeated_l2.first_error_from(0, &l1_entries, l1_table)
+        {
             return Err(error);
         }
         // An L1 table may have more entries than the disk needs.
         let needed = virtual_size.get().div_ceil(header.l2_coverage());
         let lost = l1_damage.as_ref().filter(|damage| damage.first_entry >= needed);
         other_damage.extend(lost.map(|damage| damage.error().to_string()));
-        let repeated = repeated_l2.first_error_from(needed, &kept_l1, l1_table);
+        let repeated = repeated_l2.first_error_from(needed, &l1_entries, l1_table);
         other_damage.extend(repeated.map(|error| error.to_string()));
-        if kept_l1.len() > MAX_KEPT_L1_ENTRIES {
-            kept_l1 = Vec::new();
-        }
         Ok(Self {
             backing: read_backing(source, &header, &extensions)?,
             crypt_header: extensions.crypt_header,
@@ -151,7 +148,7 @@ impl Qcow2Image {
                 .map(|name| PathBuf::from(OsString::from_vec(name))),
             virtual_size,
             l1_table,
-            kept_l1,
+            kept_l1: KeptL1::of(l1_entries),
             l1_damage,
             repeated_l2,
             other_damage,
@@ -286,6 +283,18 @@ impl ImageFormat for Qcow2Image {
     ) -> Result<()> {
         mapping::status(self, range, scratch, runs)
             .map_err(|error| error.at_path(self.source.path()))
+    }
+
+    fn unallocated_until(&self, from: GuestOffset) -> GuestOffset {
+        mapping::unallocated_until(self, from)
+    }
+
+    fn page_coverage(&self) -> u64 {
+        (TABLE_PAGE / self.header.l2_entry_size()).saturating_mul(self.header.cluster_size())
+    }
+
+    fn read_ahead(&self, range: GuestRange) {
+        mapping::read_ahead(self, range);
     }
 
     fn trace(&self, guest: GuestOffset, steps: &mut Vec<TraceStep>) {

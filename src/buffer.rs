@@ -1,4 +1,4 @@
-//! Memory that bytes are read to and written from.
+//! Memory that bytes of files are read to and written from.
 
 use std::ops::{Deref, DerefMut};
 
@@ -8,7 +8,7 @@ const ALIGNMENT: usize = 4096;
 /// Bytes that start at a page: to and from others the kernel copies at a third of the speed on
 /// some processors.
 #[derive(Debug, Default)]
-pub(super) struct Buffer {
+pub(crate) struct Buffer {
     memory: Vec<u8>,
     start: usize,
     length: usize,
@@ -16,7 +16,7 @@ pub(super) struct Buffer {
 
 impl Buffer {
     /// Makes it at least so long; what was in it may be gone.
-    pub(super) fn reserve(&mut self, length: usize) {
+    pub(crate) fn reserve(&mut self, length: usize) {
         if self.length < length {
             self.memory = vec![0; length.saturating_add(ALIGNMENT)];
             // Where that can't be told, it is only slower.
