@@ -105,6 +105,7 @@ pub const ATTACH_OPTIONS: &[(&str, Takes)] = &[
     ("on-error", Takes::Value),
     ("scratch-dir", Takes::Path),
     ("cache-dir", Takes::Path),
+    ("max-kernel-memory", Takes::Value),
     ("key-file", Takes::Paths),
     ("partitions", Takes::Nothing),
     ("partition", Takes::Values),

@@ -25,6 +25,7 @@ use imgdm::worker::apart;
 use super::evidence::{Evidence, EvidenceArgs, Planned};
 use super::fill::Prepared;
 use super::key::{KeyArgs, KeySources, encrypted_layers};
+use super::memory::MemoryArgs;
 use super::open::{FiemapArgs, OpenArgs, ZeroArgs};
 use super::output::show_path;
 use super::overlay::OverlayArgs;
@@ -56,6 +57,9 @@ pub(crate) struct BuildArgs {
 
     #[command(flatten)]
     places: PlaceArgs,
+
+    #[command(flatten)]
+    memory: MemoryArgs,
 
     #[command(flatten)]
     keys: KeyArgs,
@@ -253,6 +257,7 @@ fn build_all<'k>(
         options: args.options(wanted, evidence),
         above: wanted.above,
         keep: wanted.keep,
+        memory: args.memory.limit(),
         interrupt,
     };
     if wanted.as_it_is

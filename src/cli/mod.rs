@@ -32,6 +32,7 @@ mod key;
 mod list;
 mod manuals;
 mod map;
+mod memory;
 mod metadata;
 #[cfg(feature = "device")]
 mod mount;

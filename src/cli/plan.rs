@@ -4,14 +4,16 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use imgdm::chain::Chain;
+use imgdm::device::memory;
 use imgdm::error::printable;
 use imgdm::open::{Warning, open_chain};
-use imgdm::plan::{Obstacle, ObstacleKind, Plan, PlannedCrypt, TableSource};
+use imgdm::plan::{KernelMemory, Obstacle, ObstacleKind, Plan, PlannedCrypt, TableSource};
 use imgdm::scratch::{Cache, Cacheable, FillOptions, ScratchPlace, ScratchWork};
 use imgdm::status::FileRole;
 use imgdm::worker::apart;
 
 use super::Globals;
+use super::memory::MemoryArgs;
 use super::open::{FiemapArgs, OpenArgs, ZeroArgs, is_undeclared};
 use super::output::{JsonPath, OutputFormat, print_json, show_path, stdout};
 use super::scratch::{Compressed, ContentArgs, PlaceArgs};
@@ -37,6 +39,9 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     places: PlaceArgs,
+
+    #[command(flatten)]
+    memory: MemoryArgs,
 
     #[command(flatten)]
     fiemap: FiemapArgs,
@@ -67,6 +72,10 @@ struct Report {
     /// The scratch file takes memory, which `kernel_bytes` counts.
     scratch_in_memory: bool,
     kernel_bytes: u64,
+    /// What the largest table takes beside that while it is loaded.
+    kernel_load_bytes: u64,
+    /// What both may come to; null: any.
+    kernel_limit_bytes: Option<u64>,
     keys: Vec<JsonKey>,
     layers: Vec<JsonLayer>,
 }
@@ -136,7 +145,15 @@ pub(crate) fn run(args: &Args, _globals: Globals) -> anyhow::Result<()> {
     let mut plan = apart(|| Plan::new(&opened.chain, args.content.options(args.zero)))?;
     plan.add_obstacles_of(&opened.warnings, &args.open.policy());
     let scratch = Scratch::of(&mut plan, args)?;
-    let report = report(&opened.chain, &plan, &opened.warnings, args.open.probe_backing, scratch);
+    let (limit, available) = (args.memory.limit(), memory::available());
+    if let Err(error) = limit.check(KernelMemory::of(&plan), available) {
+        let mut obstacle = Obstacle::of_file(ObstacleKind::KernelMemory, &args.open.image);
+        obstacle.detail = Some(error.kind().to_string());
+        plan.add_obstacle(obstacle);
+    }
+    let limit = limit.bytes(available);
+    let probing_allowed = args.open.probe_backing;
+    let report = report(&opened.chain, &plan, &opened.warnings, probing_allowed, (scratch, limit));
     match args.output {
         OutputFormat::Json => print_json(&report),
         OutputFormat::Human => print_human(&report, &plan),
@@ -203,9 +220,10 @@ fn report(
     plan: &Plan<'_>,
     warnings: &[Warning],
     probing_allowed: bool,
-    scratch: Scratch,
+    (scratch, kernel_limit_bytes): (Scratch, Option<u64>),
 ) -> Report {
     let counts = plan.counts();
+    let memory = KernelMemory::of(plan);
     let obstacle = |obstacle: &Obstacle| JsonObstacle {
         kind: obstacle.kind.name(),
         file: JsonPath::from(obstacle.path.as_path()),
@@ -264,7 +282,9 @@ fn report(
         scratch_cached: scratch.cached,
         scratch_dir: scratch.directory.as_deref().map(JsonPath::from),
         scratch_in_memory: scratch.in_memory,
-        kernel_bytes: plan.kernel_bytes() + if scratch.in_memory { scratch.bytes } else { 0 },
+        kernel_bytes: memory.kept + if scratch.in_memory { scratch.bytes } else { 0 },
+        kernel_load_bytes: memory.loading,
+        kernel_limit_bytes,
         keys: plan.crypts().iter().map(|crypt| key(chain, crypt)).collect(),
         layers,
     }
@@ -304,7 +324,12 @@ fn print_human(report: &Report, plan: &Plan<'_>) -> anyhow::Result<()> {
         let (layer, cipher) = (key.layer, printable(&key.cipher));
         writeln!(out, "key:           of layer {layer} ({cipher})")?;
     }
-    writeln!(out, "kernel memory: {} bytes (estimated)", report.kernel_bytes)?;
+    let (kept, loading) = (report.kernel_bytes, report.kernel_load_bytes);
+    let limit = report.kernel_limit_bytes.map_or("none".to_owned(), |limit| limit.to_string());
+    writeln!(
+        out,
+        "kernel memory: {kept} bytes (estimated), {loading} more while loading; limit {limit}"
+    )?;
     writeln!(out, "layers:")?;
     for (layer, json) in plan.chain().layers().iter().zip(&report.layers) {
         let path = show_path(&layer.source.absolute_path());

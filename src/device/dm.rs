@@ -1,7 +1,7 @@
 //! Device-mapper's ioctls (linux/dm-ioctl.h).
 //!
 //! Spoken directly and not through a library, for four reasons: a table is written once
-//! into the ioctl's own buffer as it streams in (a table of a million lines takes 64 MiB
+//! in the ioctl's own form as it streams in (a table of a million lines takes 64 MiB
 //! and not three times that); nothing of it, keys included, goes to a log; other
 //! people's devices with names that are not ASCII are no error; and the flags for udev
 //! go without the semaphore of libdevmapper's protocol, whose wait has no end where
@@ -16,12 +16,11 @@ use std::os::unix::ffi::OsStringExt;
 use nix::errno::Errno;
 use nix::libc;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
-use zeroize::{Zeroize, Zeroizing};
+use zeroize::Zeroizing;
 
-use super::sys::{DM_HEADER_LENGTH, Remedy, dm_ioctl};
+use super::sys::{DM_HEADER_LENGTH, Remedy, dm_ioctl, dm_ioctl_in_file};
+use super::table_buffer::{Finished, TableBuffer};
 use super::{Access, DeviceId, DeviceInfo, DeviceNumber, LiveLine, UdevRules};
-use crate::error::{Error, ErrorKind, Result};
-use crate::table::{CryptKey, DeviceRef, TableLine, Target};
 
 // Commands.
 const LIST_DEVICES: u8 = 2;
@@ -70,23 +69,24 @@ struct Header {
     data: [u8; 7],
 }
 
-const _: () = assert!(size_of::<Header>() == DM_HEADER_LENGTH);
+const _: () =
+    assert!(size_of::<Header>() == DM_HEADER_LENGTH && DM_HEADER_LENGTH.is_multiple_of(8));
 
 /// `struct dm_target_spec`.
 #[repr(C)]
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable)]
-struct TargetSpec {
-    sector_start: u64,
-    length: u64,
+pub(super) struct TargetSpec {
+    pub(super) sector_start: u64,
+    pub(super) length: u64,
     status: i32,
-    next: u32,
-    target_type: [u8; 16],
+    pub(super) next: u32,
+    pub(super) target_type: [u8; 16],
 }
 
-const SPEC_LENGTH: usize = size_of::<TargetSpec>();
+pub(super) const SPEC_LENGTH: usize = size_of::<TargetSpec>();
 
 /// Copies a C string with its NUL; EINVAL where it does not fit.
-fn put(field: &mut [u8], text: &str) -> io::Result<()> {
+pub(super) fn put(field: &mut [u8], text: &str) -> io::Result<()> {
     if text.len() >= field.len() || text.as_bytes().contains(&0) {
         return Err(Errno::EINVAL.into());
     }
@@ -99,7 +99,7 @@ fn until_nul(field: &[u8]) -> &[u8] {
     field.split(|&byte| byte == 0).next().unwrap_or(field)
 }
 
-fn text(field: &[u8]) -> String {
+pub(super) fn text(field: &[u8]) -> String {
     String::from_utf8_lossy(until_nul(field)).into_owned()
 }
 
@@ -326,19 +326,27 @@ impl Dm {
     }
 
     /// Loads a table as the inactive one.
-    pub(crate) fn load(&self, uuid: &str, access: Access, table: TableBuffer) -> io::Result<()> {
+    pub(crate) fn load(
+        &self,
+        uuid: &str,
+        access: Access,
+        mut table: TableBuffer,
+    ) -> io::Result<()> {
         let mut header = Header::new(Some(DeviceId::Uuid(uuid)))?;
         header.flags = match access {
             Access::ReadOnly => READONLY,
             Access::Writable => 0,
         };
-        if table.has_key {
+        if table.has_key() {
             header.flags |= SECURE_DATA;
         }
-        header.target_count = table.count;
-        let mut table = table;
-        table.buffer[..DM_HEADER_LENGTH].copy_from_slice(header.as_bytes());
-        self.run(TABLE_LOAD, &mut table.buffer).map(drop)
+        header.target_count = table.count();
+        match table.finish(header.as_bytes())? {
+            Finished::Memory(buffer) => self.run(TABLE_LOAD, buffer).map(drop),
+            Finished::File(file, length) => {
+                dm_ioctl_in_file(self.control.as_fd(), TABLE_LOAD, file, length)
+            }
+        }
     }
 }
 
@@ -357,90 +365,6 @@ fn take_u32(bytes: &[u8]) -> Option<(u32, &[u8])> {
 fn take_u64(bytes: &[u8]) -> Option<(u64, &[u8])> {
     let (first, rest) = bytes.split_first_chunk()?;
     Some((u64::from_ne_bytes(*first), rest))
-}
-
-/// A table on its way to the kernel, in the ioctl's own form.
-pub(crate) struct TableBuffer {
-    buffer: Vec<u8>,
-    count: u32,
-    /// A key is in it: to be wiped.
-    has_key: bool,
-}
-
-impl Drop for TableBuffer {
-    fn drop(&mut self) {
-        if self.has_key {
-            self.buffer.zeroize();
-        }
-    }
-}
-
-impl TableBuffer {
-    /// Room for about `lines` lines.
-    pub(crate) fn with_capacity(lines: u64) -> Self {
-        let lines = usize::try_from(lines).unwrap_or(0).min(1 << 20);
-        let mut buffer = Vec::with_capacity(DM_HEADER_LENGTH + lines * (SPEC_LENGTH + 24));
-        buffer.resize(DM_HEADER_LENGTH, 0);
-        Self { buffer, count: 0, has_key: false }
-    }
-
-    /// Appends a line.
-    pub(crate) fn push(&mut self, line: &TableLine) -> Result<()> {
-        let full = || Error::new(ErrorKind::NotRepresentable("the table is too large".to_owned()));
-        let at = self.buffer.len();
-        let mut spec = TargetSpec::new_zeroed();
-        spec.sector_start = line.start.get();
-        spec.length = line.length.get();
-        put(&mut spec.target_type, line.target.kind()).map_err(|_| full())?;
-        self.buffer.extend_from_slice(spec.as_bytes());
-        match &line.target {
-            Target::Linear { device, offset } => {
-                self.buffer.extend_from_slice(device.as_str().as_bytes());
-                self.buffer.push(b' ');
-                let mut digits = itoa::Buffer::new();
-                self.buffer.extend_from_slice(digits.format(offset.get()).as_bytes());
-            }
-            Target::Crypt { cipher, key: CryptKey::Raw(key), device } => {
-                self.push_with_key(cipher, key, device);
-            }
-            Target::Striped { .. } | Target::Crypt { .. } | Target::Snapshot { .. } => {
-                self.buffer.extend_from_slice(line.target.parameters().as_bytes());
-            }
-            Target::Zero | Target::Error => {}
-        }
-        self.buffer.push(0);
-        let end = DM_HEADER_LENGTH + (self.buffer.len() - DM_HEADER_LENGTH).next_multiple_of(8);
-        self.buffer.resize(end, 0);
-        let next = u32::try_from(end - at).map_err(|_| full())?;
-        // `next` counts from the line's own start.
-        self.buffer[at + 20..at + 24].copy_from_slice(&next.to_ne_bytes());
-        self.count = self.count.checked_add(1).ok_or_else(full)?;
-        Ok(())
-    }
-
-    /// Appends a crypt target's parameters with the key itself in hex.
-    fn push_with_key(&mut self, cipher: &str, key: &[u8], device: &DeviceRef) {
-        const DIGITS: &[u8; 16] = b"0123456789abcdef";
-        self.has_key = true;
-        // Room for all of it at once, and for what follows: a vector that grows leaves a
-        // copy behind that nobody wipes.
-        let needed = cipher.len() + 2 * key.len() + device.as_str().len() + 64;
-        if self.buffer.capacity() - self.buffer.len() < needed {
-            let mut larger = Vec::with_capacity(self.buffer.len() + needed + 4096);
-            larger.extend_from_slice(&self.buffer);
-            self.buffer.zeroize();
-            self.buffer = larger;
-        }
-        self.buffer.extend_from_slice(cipher.as_bytes());
-        self.buffer.push(b' ');
-        for &byte in key {
-            self.buffer.push(DIGITS[usize::from(byte >> 4)]);
-            self.buffer.push(DIGITS[usize::from(byte & 15)]);
-        }
-        self.buffer.extend_from_slice(b" 0 ");
-        self.buffer.extend_from_slice(device.as_str().as_bytes());
-        self.buffer.extend_from_slice(b" 0");
-    }
 }
 
 /// The lines of a live table. A key that is not in the keyring comes as `-`.
@@ -481,7 +405,7 @@ fn without_key(parameters: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table::Table;
+    use crate::table::{CryptKey, DeviceRef, TableLine, Target};
     use crate::units::Sectors;
 
     #[test]
@@ -492,34 +416,13 @@ mod tests {
         let line = TableLine { start: Sectors::new(0), length: Sectors::new(8), target };
         let mut buffer = TableBuffer::with_capacity(1);
         buffer.push(&line).unwrap();
-        assert!(buffer.has_key);
-        let (_, parameters) =
-            TargetSpec::read_from_prefix(&buffer.buffer[DM_HEADER_LENGTH..]).unwrap();
+        assert!(buffer.has_key());
+        let Finished::Memory(buffer) = buffer.finish(&[]).unwrap() else { panic!("in a file") };
+        let (_, parameters) = TargetSpec::read_from_prefix(&buffer[DM_HEADER_LENGTH..]).unwrap();
         assert_eq!(text(parameters), "aes-cbc-plain64 ab01 0 7:1 0");
         assert_eq!(without_key(until_nul(parameters)), "aes-cbc-plain64 - 0 7:1 0");
         let keyring = b"aes-xts-plain64 :64:logon:imgdm:x 0 7:1 0";
         assert_eq!(without_key(keyring).as_bytes(), keyring);
-    }
-
-    #[test]
-    fn a_table_is_laid_out_as_the_kernel_reads_it() {
-        let table: Table = "0 8 linear 7:0 2048\n8 16 zero\n".parse().unwrap();
-        let mut buffer = TableBuffer::with_capacity(2);
-        for line in table.lines() {
-            buffer.push(line).unwrap();
-        }
-        assert_eq!(buffer.count, 2);
-        let lines = &buffer.buffer[DM_HEADER_LENGTH..];
-        assert_eq!(lines.len() % 8, 0);
-        let (first, parameters) = TargetSpec::read_from_prefix(lines).unwrap();
-        assert_eq!((first.sector_start, first.length), (0, 8));
-        assert_eq!(text(&first.target_type), "linear");
-        assert_eq!(text(parameters), "7:0 2048");
-        let second = &lines[usize::try_from(first.next).unwrap()..];
-        let (second, parameters) = TargetSpec::read_from_prefix(second).unwrap();
-        assert_eq!((second.sector_start, second.length), (8, 16));
-        assert_eq!(text(&second.target_type), "zero");
-        assert_eq!(text(parameters), "");
     }
 
     #[test]

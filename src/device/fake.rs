@@ -233,6 +233,10 @@ impl Kernel for FakeKernel {
         Ok(Box::new(NoGuard))
     }
 
+    fn available_memory(&self) -> Option<u64> {
+        self.0.borrow().available_memory
+    }
+
     fn devices(&self) -> Result<Vec<DeviceInfo>> {
         self.query("devices")?;
         let minors: Vec<u32> = self.0.borrow().devices.keys().copied().collect();

@@ -14,12 +14,14 @@ use nix::fcntl::{FcntlArg, Flock, FlockArg, OFlag, PosixFadviseAdvice, fcntl, po
 use nix::libc;
 use nix::time::{ClockId, clock_gettime};
 
-use super::dm::{Dm, TableBuffer};
+use super::dm::Dm;
 use super::name::{DmName, DmUuid};
 use super::nodes::{self, DEVICE_MAPPER, LOOP, MAPPER};
+use super::table_buffer::TableBuffer;
 use super::{
     Access, DeviceId, DeviceInfo, DeviceNumber, DeviceReader, Guard, Interrupt, Kernel, Lines,
-    LiveLine, LoopInfo, LoopOptions, PATIENCE, UdevRules, loop_node, loops, mountinfo, sys, udev,
+    LiveLine, LoopInfo, LoopOptions, PATIENCE, UdevRules, loop_node, loops, memory, mountinfo, sys,
+    udev,
 };
 use crate::crypt::VolumeKey;
 use crate::error::{Error, ErrorKind, Result, printable};
@@ -213,6 +215,10 @@ impl Kernel for LinuxKernel {
             uuids.iter().rev().map(|uuid| Dm::removal(uuid)).collect();
         let watch = removals.and_then(|removals| sys::watch(lock.as_fd(), &removals));
         Ok(Box::new(watch.map_err(failed)?))
+    }
+
+    fn available_memory(&self) -> Option<u64> {
+        memory::available()
     }
 
     fn devices(&self) -> Result<Vec<DeviceInfo>> {

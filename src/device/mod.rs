@@ -20,6 +20,7 @@ pub mod keys;
 pub mod list;
 mod live;
 pub mod locate;
+pub mod memory;
 pub mod name;
 mod options;
 pub mod overlay;
@@ -46,6 +47,8 @@ pub mod mountinfo;
 mod nodes;
 #[cfg(feature = "device")]
 pub mod suspend;
+#[cfg(feature = "device")]
+mod table_buffer;
 #[cfg(feature = "device")]
 pub mod udev;
 #[cfg(feature = "device")]
@@ -341,6 +344,9 @@ pub trait Kernel {
     /// # Errors
     /// What the system says.
     fn guard(&self, lock: &Self::Lock, uuids: &[String]) -> Result<Box<dyn Guard>>;
+
+    /// Bytes of memory that can be had without swapping, where anybody knows.
+    fn available_memory(&self) -> Option<u64>;
 
     /// All device-mapper devices.
     ///

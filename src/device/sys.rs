@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 
 use nix::errno::Errno;
@@ -17,7 +18,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 /// Length of `struct dm_ioctl` (linux/dm-ioctl.h).
-pub(crate) const DM_HEADER_LENGTH: usize = 312;
+pub const DM_HEADER_LENGTH: usize = 312;
 /// Where its `data_size` is: the length of the whole buffer.
 const DM_DATA_SIZE_AT: usize = 12;
 
@@ -26,7 +27,7 @@ const DM_DATA_SIZE_AT: usize = 12;
 ///
 /// # Errors
 /// What the kernel says; EINVAL for a buffer shorter than the header.
-pub(crate) fn dm_ioctl(control: BorrowedFd<'_>, command: u8, buffer: &mut [u8]) -> io::Result<()> {
+pub fn dm_ioctl(control: BorrowedFd<'_>, command: u8, buffer: &mut [u8]) -> io::Result<()> {
     let size = u32::try_from(buffer.len()).map_err(|_| Errno::EOVERFLOW)?;
     if buffer.len() < DM_HEADER_LENGTH {
         return Err(Errno::EINVAL.into());
@@ -38,6 +39,44 @@ pub(crate) fn dm_ioctl(control: BorrowedFd<'_>, command: u8, buffer: &mut [u8]) 
     // and from user space need no alignment.
     let result = unsafe { libc::ioctl(control.as_raw_fd(), request, buffer.as_mut_ptr()) };
     Errno::result(result)?;
+    Ok(())
+}
+
+/// The same with a buffer that is a file in memory, of `length` bytes, for commands that are
+/// answered by the header alone.
+///
+/// # Errors
+/// What the kernel says; EINVAL for a file shorter than that, or than the header.
+pub(crate) fn dm_ioctl_in_file(
+    control: BorrowedFd<'_>,
+    command: u8,
+    file: &File,
+    length: u64,
+) -> io::Result<()> {
+    let size = u32::try_from(length).map_err(|_| Errno::EOVERFLOW)?;
+    let length = usize::try_from(length).map_err(|_| Errno::EOVERFLOW)?;
+    if length < DM_HEADER_LENGTH || file.metadata()?.len() < u64::from(size) {
+        return Err(Errno::EINVAL.into());
+    }
+    file.write_all_at(&size.to_ne_bytes(), DM_DATA_SIZE_AT as u64)?;
+    let request = nix::request_code_readwrite!(0xfd, command, DM_HEADER_LENGTH);
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // All pages at once, or the kernel meets each by itself.
+    let flags = libc::MAP_SHARED | libc::MAP_POPULATE;
+    // SAFETY: a new mapping, of which nobody else knows; it is unmapped below with the same
+    // length. It is never read or written from here, so it does not matter whether anybody
+    // else writes to the file. Of this process's memory the kernel changes the header alone,
+    // which is inside of the mapping.
+    unsafe {
+        let start =
+            libc::mmap(std::ptr::null_mut(), length, protection, flags, file.as_raw_fd(), 0);
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let result = Errno::result(libc::ioctl(control.as_raw_fd(), request, start));
+        libc::munmap(start, length);
+        result?;
+    }
     Ok(())
 }
 
@@ -552,20 +591,28 @@ pub fn writers(file: &File) -> Writers {
     if released { answer } else { Writers::Unknown }
 }
 
+/// An empty file in memory.
+///
+/// # Errors
+/// What the kernel says.
+pub(crate) fn memory_file(name: &str) -> io::Result<File> {
+    const MFD_NOEXEC_SEAL: libc::c_uint = 8; // Linux 6.3
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let no_exec = flags | MFdFlags::from_bits_retain(MFD_NOEXEC_SEAL);
+    let fd = match memfd_create(name, no_exec) {
+        Err(Errno::EINVAL) => memfd_create(name, flags),
+        other => other,
+    }?;
+    Ok(fd.into())
+}
+
 /// A file of zeros in memory that nobody can change any more, `length` bytes long. It
 /// takes no memory but for the pages that are read.
 ///
 /// # Errors
 /// What the kernel says.
 pub(crate) fn sealed_zeros(length: u64) -> io::Result<File> {
-    const MFD_NOEXEC_SEAL: libc::c_uint = 8; // Linux 6.3
-    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-    let no_exec = flags | MFdFlags::from_bits_retain(MFD_NOEXEC_SEAL);
-    let fd = match memfd_create("imgdm-zero", no_exec) {
-        Err(Errno::EINVAL) => memfd_create("imgdm-zero", flags),
-        other => other,
-    }?;
-    let file = File::from(fd);
+    let file = memory_file("imgdm-zero")?;
     file.set_len(length)?;
     fcntl(
         &file,
@@ -602,56 +649,4 @@ pub fn duplicate(number: RawFd) -> io::Result<OwnedFd> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::Write;
-    use std::os::fd::AsFd;
-
-    #[test]
-    fn a_writer_is_found_by_the_lease() {
-        let writer = tempfile::NamedTempFile::new().unwrap();
-        let reader = File::open(writer.path()).unwrap();
-        let answer = writers(&reader);
-        if answer == Writers::Unknown {
-            return; // No leases on this file system.
-        }
-        assert_eq!(answer, Writers::Somebody);
-        let path = writer.into_temp_path();
-        assert_eq!(writers(&reader), Writers::Nobody);
-        assert_eq!(writers(&reader), Writers::Nobody, "the lease was given back");
-        drop(path);
-    }
-
-    /// The signals that this process ignores, as a mask.
-    fn ignored() -> u64 {
-        let status = std::fs::read_to_string("/proc/self/status").unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-        u64::from_str_radix(line.unwrap().trim(), 16).unwrap()
-    }
-
-    #[test]
-    fn a_terminals_stops_are_ignored_for_a_time() {
-        let stops = [libc::SIGTSTP, libc::SIGTTOU, libc::SIGTTIN];
-        let mask = stops.iter().fold(0, |mask, signal| mask | 1 << (signal - 1));
-        let before = ignored();
-        let held = IgnoredStops::begin().unwrap();
-        assert_eq!(ignored(), before | mask);
-        drop(held);
-        assert_eq!(ignored(), before);
-    }
-
-    #[test]
-    fn sealed_zeros_cannot_be_written() {
-        let mut file = sealed_zeros(1 << 40).unwrap();
-        assert_eq!(file.metadata().unwrap().len(), 1 << 40);
-        assert!(file.write_all(b"x").is_err());
-        assert!(file.set_len(0).is_err());
-    }
-
-    #[test]
-    fn a_short_buffer_never_reaches_the_kernel() {
-        let file = File::open("/dev/null").unwrap();
-        let error = dm_ioctl(file.as_fd(), 0, &mut [0; 311]).unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
-    }
-}
+mod tests;

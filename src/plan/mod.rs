@@ -7,6 +7,7 @@ mod build;
 mod census;
 mod facts;
 mod layout;
+mod memory;
 mod obstacle;
 mod segment;
 #[cfg(test)]
@@ -27,20 +28,12 @@ use build::{Blocked, Stream, cut};
 use census::Census;
 use facts::{Facts, Piece};
 use layout::{Content, Layout, sorted};
+pub use memory::KernelMemory;
 pub use obstacle::{Obstacle, ObstacleKind};
 pub use segment::{
-    Backing, BackingId, Bindings, CryptId, MAX_SEGMENTS_PER_TABLE, PlannedCrypt, PlannedTable,
-    Segment, SegmentTarget, TableId, TableRole, TableSource,
+    Backing, BackingId, Bindings, CryptId, LineMaker, MAX_SEGMENTS_PER_TABLE, PlannedCrypt,
+    PlannedTable, Segment, SegmentTarget, TableId, TableRole, TableSource,
 };
-
-/// What a dm-linear target costs the kernel in bytes, lookup tree included (measured on
-/// a table of 1,048,576).
-const KERNEL_BYTES_PER_SEGMENT: u64 = 113;
-/// What a loop device or a mapped device costs the kernel in bytes, roughly: its queue,
-/// its disk and its worker.
-const KERNEL_BYTES_PER_DEVICE: u64 = 64 << 10;
-/// What a crypt target costs the kernel in bytes, its three workers included (measured).
-const KERNEL_BYTES_PER_CRYPT: u64 = 1_400_000;
 
 /// Zeros up to this length are mapped to the zero loop by default. dm-zero fails every
 /// read-ahead bio, so a table that alternates data with short dm-zero segments makes
@@ -290,14 +283,6 @@ impl<'c> Plan<'c> {
         let is_loop = |backing: &&Backing| !matches!(backing, Backing::Table(_));
         let held = self.layout.backings.iter().filter(is_loop).count();
         held.saturating_sub(self.layout.unheld.len()) as u64
-    }
-
-    /// Kernel memory that the attachment takes, in bytes, estimated; without the scratch
-    /// file, which may lie in memory.
-    pub fn kernel_bytes(&self) -> u64 {
-        self.counts().total() * KERNEL_BYTES_PER_SEGMENT
-            + (self.loops() + self.layout.tables.len() as u64) * KERNEL_BYTES_PER_DEVICE
-            + self.layout.crypts.len() as u64 * KERNEL_BYTES_PER_CRYPT
     }
 
     /// A walker over the chain, past its damage where the plan has any.

@@ -30,6 +30,8 @@ pub enum ObstacleKind {
     Corrupt,
     /// A backing file that is not the one that its cow overlay recorded.
     ChangedBacking,
+    /// The tables take more kernel memory than they may.
+    KernelMemory,
 }
 
 impl ObstacleKind {
@@ -47,6 +49,7 @@ impl ObstacleKind {
             Self::InUse => "in-use",
             Self::Corrupt => "corrupt",
             Self::ChangedBacking => "changed-backing-file",
+            Self::KernelMemory => "kernel-memory",
         }
     }
 
@@ -67,6 +70,7 @@ impl ObstacleKind {
             Self::ChangedBacking => {
                 "changed since its cow overlay was made (--allow-changed-backing)"
             }
+            Self::KernelMemory => "too many segments",
         }
     }
 }

@@ -173,6 +173,49 @@ impl Bindings {
     }
 }
 
+/// Makes the lines of one table, one after the other, without anew what a line has in common
+/// with the one before.
+#[derive(Debug)]
+pub struct LineMaker<'b> {
+    bindings: &'b Bindings,
+    /// What `line` lies on, where it is linear.
+    backing: Option<BackingId>,
+    line: TableLine,
+}
+
+impl<'b> LineMaker<'b> {
+    /// With these devices and keys.
+    pub fn new(bindings: &'b Bindings) -> Self {
+        let (start, length) = (Sectors::default(), Sectors::default());
+        Self { bindings, backing: None, line: TableLine { start, length, target: Target::Zero } }
+    }
+
+    /// The table line of a segment.
+    ///
+    /// # Errors
+    /// As [`Bindings::line`].
+    pub fn line(&mut self, segment: &Segment) -> Result<&TableLine> {
+        match (segment.target, &mut self.line.target) {
+            (SegmentTarget::Linear { backing, offset }, Target::Linear { offset: before, .. })
+                if self.backing == Some(backing) =>
+            {
+                *before = offset;
+                (self.line.start, self.line.length) = (segment.start, segment.length);
+            }
+            (target, _) => {
+                self.line = self.bindings.line(segment)?;
+                self.backing = match target {
+                    SegmentTarget::Linear { backing, .. } => Some(backing),
+                    SegmentTarget::Zero | SegmentTarget::Error | SegmentTarget::Crypt { .. } => {
+                        None
+                    }
+                };
+            }
+        }
+        Ok(&self.line)
+    }
+}
+
 /// A plan as the device side sees it: what to build, bottom up.
 pub trait TableSource {
     /// Size of the top device.

@@ -6,6 +6,7 @@ use super::*;
 use crate::chain::Extents;
 use crate::chain::tests::{Sector, chain_of, layers, model};
 use crate::scratch::FoundKind;
+use crate::table::DeviceRef;
 use crate::units::SECTOR_SIZE;
 
 /// What a sector of a device reads, followed through the tables.
@@ -200,6 +201,45 @@ fn a_file_without_segments_is_kept_in_an_inner_table_past_the_end() {
         }
     );
     assert_eq!(plan.size(), Sectors::new(8));
+}
+
+#[test]
+fn lines_are_the_same_whatever_line_was_before() {
+    let chain = chain_of(vec![
+        vec![Sector::Data(5), Sector::Unallocated, Sector::Data(9), Sector::Data(2), Sector::Zero],
+        (0..5).map(Sector::Data).collect(),
+    ]);
+    for zero in [ZeroMode::Dm, ZeroMode::Loop] {
+        let plan = Plan::new(&chain, PlanOptions { zero, ..PlanOptions::default() }).unwrap();
+        let mut bindings = Bindings::default();
+        for minor in 0..5 {
+            bindings.bind(BackingId(minor), DeviceRef::from_numbers(7, minor));
+        }
+        let segments = segments(&plan, TableId(0));
+        assert!(segments.len() > 4, "{segments:?}");
+        let mut maker = LineMaker::new(&bindings);
+        for segment in segments.iter().chain(segments.iter().rev()) {
+            assert_eq!(*maker.line(segment).unwrap(), bindings.line(segment).unwrap());
+        }
+        let offset = Sectors::default();
+        let target = SegmentTarget::Linear { backing: BackingId(9), offset };
+        assert!(maker.line(&Segment { target, ..segments[0] }).is_err());
+    }
+}
+
+#[test]
+fn kernel_memory_grows_with_segments_devices_and_the_largest_table() {
+    let sectors = (0..64).map(|sector| Sector::Data(63 - sector)).collect();
+    let chain = chain_of(vec![sectors]);
+    let memory = |max_segments| {
+        let plan = Plan::new(&chain, PlanOptions { max_segments, ..PlanOptions::default() });
+        KernelMemory::of(&plan.unwrap())
+    };
+    // One table on a loop device; or four and one over them, the lines of which count too.
+    let (one, split) = (memory(MAX_SEGMENTS_PER_TABLE), memory(17));
+    assert_eq!(one, KernelMemory { kept: 64 * 113 + 2 * 65536, loading: 64 * 64 });
+    assert_eq!(split, KernelMemory { kept: 68 * 113 + 6 * 65536, loading: 16 * 64 });
+    assert_eq!(one.peak(), one.kept + one.loading);
 }
 
 #[test]

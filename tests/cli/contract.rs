@@ -509,6 +509,36 @@ fn obstacles_are_all_listed_and_nothing_is_loaded() {
 }
 
 #[test]
+fn more_kernel_memory_than_is_allowed_is_an_obstacle() {
+    let directory = chain();
+    let plan = |options: &[&str]| {
+        let line = [&["plan", "--output=json", "top.qcow2"], options].concat();
+        let output = imgdm(directory.path(), &line);
+        serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
+    };
+    let report = plan(&[]);
+    let bytes = |key: &str| report[key].as_u64().unwrap();
+    assert!(bytes("kernel_limit_bytes") > 1 << 20, "{report}");
+    let needed = bytes("kernel_bytes") + bytes("kernel_load_bytes");
+    let report = plan(&[&format!("--max-kernel-memory={needed}")]);
+    assert_eq!(
+        (&report["attachable"], &report["kernel_limit_bytes"]),
+        (&true.into(), &needed.into())
+    );
+    let report = plan(&[&format!("--max-kernel-memory={}", needed - 1)]);
+    assert_eq!(report["attachable"], false);
+    assert_eq!(report["obstacles"][0]["kind"], "kernel-memory", "{report}");
+    assert!(report["obstacles"][0]["message"].as_str().unwrap().contains("--max-kernel-memory"));
+    let report = plan(&["--max-kernel-memory=none"]);
+    assert_eq!(
+        (&report["attachable"], &report["kernel_limit_bytes"]),
+        (&true.into(), &serde_json::Value::Null)
+    );
+    let refused = imgdm(directory.path(), &["plan", "--max-kernel-memory=half", "top.qcow2"]);
+    assert_eq!(refused.status.code(), Some(64));
+}
+
+#[test]
 fn a_scratch_file_without_room_is_an_obstacle() {
     let directory = chain();
     Qcow2::new().entry(3, (1 << 62) | (4 * 65536)).write(directory.path(), "x.qcow2");

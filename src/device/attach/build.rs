@@ -9,7 +9,8 @@ use crate::device::stacked::{NewDevice, Stack};
 use crate::device::{Access, DeviceNumber, Kernel, LoopHandle, LoopOptions, UdevRules};
 use crate::error::{Error, ErrorKind, Result};
 use crate::plan::{
-    Backing, BackingId, Bindings, CryptId, MAX_SEGMENTS_PER_TABLE, Segment, SegmentTarget, TableId,
+    Backing, BackingId, Bindings, CryptId, LineMaker, MAX_SEGMENTS_PER_TABLE, Segment,
+    SegmentTarget, TableId,
 };
 use crate::status::FileRole;
 use crate::table::DeviceRef;
@@ -161,6 +162,7 @@ fn load_table<K: Kernel>(
     let interrupt = request.interrupt;
     kernel.load(uuid, Access::ReadOnly, planned.segments, &mut |each| {
         let (mut end, mut count) = (0u64, 0u64);
+        let mut maker = LineMaker::new(bindings);
         plan.for_each_segment(table, &mut |segment| {
             let wrong = |what: &str| {
                 Err(Error::new(ErrorKind::NotRepresentable(format!(
@@ -195,7 +197,7 @@ fn load_table<K: Kernel>(
                 }
             }
             (end, count) = (next, count + 1);
-            each(&bindings.line(&segment)?)
+            each(maker.line(&segment)?)
         })?;
         if end != planned.size.get() || end == 0 {
             return Err(Error::new(ErrorKind::NotRepresentable(format!(

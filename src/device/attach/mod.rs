@@ -17,13 +17,14 @@ use std::path::PathBuf;
 pub use super::above::{Above, AboveWarning, AttachedAbove, Partitions};
 use super::compare::{describe, same_tables, store_of};
 use super::keys::Keys;
+pub use super::memory::MemoryLimit;
 use super::name::{self, DeviceRole, DmName, DmUuid, FileIdentity};
 pub use super::options::{DirectIo, Options, Overlay};
 use super::stacked::Stack;
 use super::{Access, DeviceId, DeviceInfo, DeviceNumber, Interrupt, Kernel};
 use crate::chain::Layer;
 use crate::error::{Error, ErrorKind, Result};
-use crate::plan::{TableId, TableSource};
+use crate::plan::{KernelMemory, TableId, TableSource};
 use crate::source::{FileId, Source};
 use crate::status::FileRole;
 use crate::units::Sectors;
@@ -79,6 +80,8 @@ pub struct Request<'a> {
     pub above: &'a Above,
     /// Where it is attached already and marked for removal, take the mark away.
     pub keep: bool,
+    /// What it may take of the kernel's memory, unless it is attached already.
+    pub memory: MemoryLimit,
     /// Asks to stop.
     pub interrupt: Interrupt<'a>,
 }
@@ -197,14 +200,17 @@ fn not_a_file(source: &Source) -> Error {
 /// for on top of it: then nothing has to be written, and no key is needed.
 ///
 /// # Errors
-/// As [`build`].
+/// As [`build`]; it is not attached, and would take too much of the kernel's memory.
 pub fn find_attached<'k, K: Kernel>(
     kernel: &'k K,
     request: &Request<'_>,
 ) -> Result<Option<Pending<'k, K>>, AttachError> {
     let (uuid, lock) = begin(kernel, request)?;
     match already_attached(kernel, request, &uuid)? {
-        None => Ok(None),
+        None => {
+            check_memory(kernel, request)?;
+            Ok(None)
+        }
         Some(there) => there_before(kernel, request, uuid, &there, lock)?
             .with_above(request.above, &request.interrupt)
             .map(Some),
@@ -331,6 +337,11 @@ fn there_before<'k, K: Kernel>(
     Ok(Pending::new(Terms::of(request), top, Stack::new(kernel), held, since, lock))
 }
 
+/// Refuses what would take too much of the kernel's memory.
+fn check_memory<K: Kernel>(kernel: &K, request: &Request<'_>) -> Result<()> {
+    request.memory.check(KernelMemory::of(request.tables), kernel.available_memory())
+}
+
 /// The attachment, built from the loop devices up.
 fn newly_built<'k, K: Kernel>(
     kernel: &'k K,
@@ -338,6 +349,7 @@ fn newly_built<'k, K: Kernel>(
     uuid: DmUuid,
     lock: K::Lock,
 ) -> Result<Pending<'k, K>, AttachError> {
+    check_memory(kernel, request)?;
     let since = kernel.now();
     let mut stack = Stack::new(kernel);
     let mut uuids: Vec<_> =

@@ -8,7 +8,9 @@ use crate::device::detach::{detach, detach_all, find};
 use crate::device::fake::FakeKernel;
 use crate::device::list::{Attached, list};
 use crate::device::name::LoopRole;
-use crate::plan::{Backing, BackingId, PlannedTable, Segment, SegmentTarget, TableRole};
+use crate::plan::{
+    Backing, BackingId, KernelMemory, PlannedTable, Segment, SegmentTarget, TableRole,
+};
 use crate::table::{TableLine, Target};
 use crate::units::Sectors;
 
@@ -145,6 +147,7 @@ impl Fixture {
             options: Options::default(),
             above: &above,
             keep: false,
+            memory: MemoryLimit::default(),
             interrupt: Interrupt::never(),
         };
         change(&mut request);
@@ -160,6 +163,46 @@ fn is_empty(kernel: &FakeKernel) -> bool {
     kernel.with(|state| {
         state.devices.is_empty() && state.loops.is_empty() && state.published.is_empty()
     })
+}
+
+#[test]
+fn what_takes_too_much_kernel_memory_is_refused_before_anything_is_built() {
+    let (kernel, mut fixture) = (FakeKernel::new(), Fixture::new());
+    fixture.plan.tables[0].segments = 1 << 20;
+    let wanted = KernelMemory::of(&fixture.plan);
+    assert!(wanted.kept > 113 << 20 && wanted.loading == 64 << 20, "{wanted:?}");
+    let free = |bytes| kernel.change(|state| state.available_memory = Some(bytes));
+    let limited = |memory| {
+        fixture.with_request(
+            |request| request.memory = memory,
+            |request| find_attached(&kernel, request).map(|found| found.is_some()),
+        )
+    };
+    free(4 * wanted.peak() - 1);
+    for refused in [
+        limited(MemoryLimit::Quarter).unwrap_err(),
+        limited(MemoryLimit::Bytes(wanted.peak() - 1)).unwrap_err(),
+        fixture.attach(&kernel).unwrap_err(),
+    ] {
+        assert!(matches!(refused.cause.kind(), ErrorKind::CannotCreate(_)), "{refused:?}");
+        assert!(refused.to_string().contains("--max-kernel-memory"), "{refused}");
+        assert!(is_empty(&kernel));
+    }
+    let calls = kernel.with(|state| state.calls.clone());
+    assert!(calls.iter().all(|call| call == "prepare" || call == "lock"), "{calls:?}");
+    for allowed in [MemoryLimit::Bytes(wanted.peak()), MemoryLimit::None] {
+        assert!(!limited(allowed).unwrap());
+    }
+    free(4 * wanted.peak());
+    assert!(!limited(MemoryLimit::Quarter).unwrap());
+}
+
+#[test]
+fn what_is_attached_already_is_not_refused_for_its_memory() {
+    let (kernel, fixture) = (FakeKernel::new(), Fixture::new());
+    fixture.attach(&kernel).unwrap();
+    kernel.change(|state| state.available_memory = Some(0));
+    assert!(fixture.attach(&kernel).unwrap().already_attached);
 }
 
 #[test]

@@ -57,6 +57,8 @@ pub struct State {
     pub calls: Vec<String>,
     /// What was asked that changes nothing, in order.
     pub queries: Vec<&'static str>,
+    /// Bytes of memory that can be had.
+    pub available_memory: Option<u64>,
     /// The name under which a device is published.
     pub published: Vec<String>,
     pub(super) locked: bool,

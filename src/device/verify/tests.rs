@@ -9,7 +9,7 @@ use flate2::write::DeflateEncoder;
 
 use super::*;
 use crate::crypt::{CryptHeader, Passphrase};
-use crate::device::attach::{Above, LayerFiles, Request, attach};
+use crate::device::attach::{Above, LayerFiles, MemoryLimit, Request, attach};
 use crate::device::detach::find;
 use crate::device::fake::{FakeDevice, FakeKernel, FakeLoop};
 use crate::device::keys::Keys;
@@ -110,6 +110,7 @@ impl World {
             options: how.options,
             above: &above,
             keep: false,
+            memory: MemoryLimit::default(),
             interrupt: Interrupt::never(),
         };
         for (depth, layer) in (0..).zip(chain.layers()) {
