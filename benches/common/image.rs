@@ -12,6 +12,8 @@ pub(crate) const ENTRIES_PER_TABLE: u64 = CLUSTER / 8;
 /// Refcounts of 16 bits in a block.
 const REFCOUNTS_PER_BLOCK: u64 = CLUSTER / 2;
 const COPIED: u64 = 1 << 63;
+/// Where the header has the size of the disk.
+const VIRTUAL_SIZE_AT: u64 = 24;
 /// Clusters that [`Order::Runs`] keeps together.
 const GROUP_BITS: u32 = 6;
 
@@ -31,6 +33,10 @@ pub(crate) struct Image {
     pub(crate) l2_tables: u64,
     /// Where the first of them starts.
     pub(crate) l2_offset: u64,
+    /// Where the first cluster of data starts.
+    pub(crate) data_offset: u64,
+    bits: u32,
+    order: Order,
 }
 
 impl Image {
@@ -76,7 +82,20 @@ impl Image {
             file.set_len(data_offset + clusters * CLUSTER)
         };
         write().with_context(|| format!("cannot make {}", path.display()))?;
-        Ok(Self { path: path.to_owned(), clusters, l2_tables, l2_offset })
+        let path = path.to_owned();
+        Ok(Self { path, clusters, l2_tables, l2_offset, data_offset, bits, order })
+    }
+
+    /// Makes the disk end after so many clusters; the others lie in the file for nobody.
+    pub(crate) fn cut(self, clusters: u64) -> anyhow::Result<Self> {
+        let file = File::options().write(true).open(&self.path)?;
+        file.write_all_at(&(clusters * CLUSTER).to_be_bytes(), VIRTUAL_SIZE_AT)?;
+        Ok(Self { clusters, ..self })
+    }
+
+    /// Where in the file a guest cluster lies.
+    pub(crate) fn host_offset(&self, cluster: u64) -> u64 {
+        self.data_offset + place(cluster, self.bits, self.order) * CLUSTER
     }
 }
 
