@@ -280,6 +280,14 @@ impl QcowImage {
             .at_offset(at())
             .at_path(self.source.path()));
         }
+        // As qcow_co_preadv() in QEMU's block/qcow.c: EIO, though a map shows it.
+        if !entry.is_multiple_of(SECTOR_SIZE) {
+            return Err(Error::invalid(format!(
+                "the L2 entry of guest offset {cluster:#x} names a cluster at {entry:#x}, which is no multiple of {SECTOR_SIZE}"
+            ))
+            .at_offset(at())
+            .at_path(self.source.path()));
+        }
         let place = HostPlace::in_image(HostOffset::new(entry));
         Ok(match self.header.crypt_method {
             None => BlockStatus::Data(place),

@@ -32,6 +32,7 @@ mod luks;
 mod lvm;
 mod map;
 mod metadata;
+mod mutated;
 mod names;
 mod odd;
 mod one_field;

@@ -24,23 +24,23 @@ const DAMAGES: u64 = 3000;
 
 /// A field of an image: its kind, offset and width in bytes.
 #[derive(Clone, Debug)]
-struct Field {
+pub(crate) struct Field {
     kind: &'static str,
-    at: u64,
-    width: usize,
+    pub(crate) at: u64,
+    pub(crate) width: usize,
 }
 
 /// An image to be damaged.
-struct Subject {
-    name: &'static str,
+pub(crate) struct Subject {
+    pub(crate) name: &'static str,
     luks: bool,
-    bytes: Vec<u8>,
+    pub(crate) bytes: Vec<u8>,
     /// By kind.
-    fields: BTreeMap<&'static str, Vec<Field>>,
+    pub(crate) fields: BTreeMap<&'static str, Vec<Field>>,
 }
 
 /// Makes the image `name` in `dir`.
-fn make(name: &str, dir: &Path) -> Outcome {
+pub(crate) fn make(name: &str, dir: &Path) -> Outcome {
     let image = |options: &[&str], size| create("x.qcow2", "qcow2", options, None, size);
     let io = |commands: &[&str]| Step::Io {
         format: "qcow2",
@@ -148,18 +148,22 @@ impl Subject {
         let dir = scratch_dir("subject")?;
         make(name, dir.path())?;
         let path = dir.path().join("x.qcow2");
-        let bytes = fs::read(&path).map_err(|error| error.to_string())?;
-        let mut subject = Self { name, luks: name == "luks", bytes, fields: BTreeMap::new() };
-        subject.find_fields();
-        Ok(subject)
+        Ok(Self::of_bytes(name, fs::read(&path).map_err(|error| error.to_string())?))
     }
 
-    fn u64(&self, at: u64) -> u64 {
+    /// The qcow2 image called `name` that these bytes are.
+    pub(crate) fn of_bytes(name: &'static str, bytes: Vec<u8>) -> Self {
+        let mut subject = Self { name, luks: name == "luks", bytes, fields: BTreeMap::new() };
+        subject.find_fields();
+        subject
+    }
+
+    pub(crate) fn u64(&self, at: u64) -> u64 {
         let at = usize::try_from(at).unwrap();
         self.bytes.get(at..at + 8).map_or(0, |b| u64::from_be_bytes(b.try_into().unwrap()))
     }
 
-    fn u32(&self, at: u64) -> u64 {
+    pub(crate) fn u32(&self, at: u64) -> u64 {
         self.u64(at) >> 32
     }
 
@@ -167,7 +171,7 @@ impl Subject {
         self.u64(at) >> 48
     }
 
-    fn add(&mut self, kind: &'static str, at: u64, width: usize) {
+    pub(crate) fn add(&mut self, kind: &'static str, at: u64, width: usize) {
         if at + width as u64 <= self.bytes.len() as u64 {
             self.fields.entry(kind).or_default().push(Field { kind, at, width });
         }
@@ -294,7 +298,7 @@ impl Subject {
     }
 
     /// Another value for a field.
-    fn change(&self, field: &Field, rng: &mut Rng) -> u64 {
+    pub(crate) fn change(&self, field: &Field, rng: &mut Rng) -> u64 {
         let bits = field.width * 8;
         let old = self.u64(field.at) >> (64 - bits);
         let cluster = 1u64 << self.u32(20);

@@ -298,6 +298,9 @@ fn past_damage_each_range_that_is_spoiled_is_listed() {
         ]
     );
     assert_eq!(spoiled, [range(1536, 2048), range(32768, 65536)]);
+    // QEMU reads no cluster that starts inside of a sector.
+    builder.put(8192 + 24, &0x3001_u64.to_be_bytes()).put(4096 + 8, &[0; 8]);
+    assert_eq!(past_damage(&builder, 65536).1, [range(1536, 2048)]);
     // An L1 table of which one entry is in the file, and one of which none is.
     let mut builder = Builder::new();
     builder.set(40, &8184_u64.to_be_bytes());
