@@ -59,6 +59,7 @@ const ITSELF: &[libc::c_long] = &[
     libc::SYS_exit_group,
     libc::SYS_futex,
     libc::SYS_getegid,
+    libc::SYS_getcpu,
     libc::SYS_geteuid,
     libc::SYS_getgid,
     libc::SYS_getpid,

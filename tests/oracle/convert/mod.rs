@@ -435,7 +435,7 @@ fn same_bytes_again(
         remove(dir, out);
         let mut command = Command::new(PROGRAM);
         command.current_dir(dir).env("RAYON_NUM_THREADS", threads);
-        command.args(["convert", "--probe-backing"]).args(input.args());
+        command.args(["convert", "--allow-path=.", "--probe-backing"]).args(input.args());
         command.args(output.args(out)).args(more).args([input.file, out]);
         sound(run(&mut command)?)?.ok()?;
         for ((name, a), b) in names.iter().zip(&first).zip(read()) {
