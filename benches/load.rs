@@ -160,6 +160,8 @@ fn worst() -> anyhow::Result<bool> {
     let attached = attach(&image)?;
     let memory = peak_memory()?;
     let taken = before.saturating_sub(available()?);
+    let again = attach(&image)?;
+    let memory_again = peak_memory()?;
     let tables = compare_tables(&image)?;
     let device = File::open("/dev/mapper/worst")?;
     let start = Instant::now();
@@ -179,22 +181,23 @@ fn worst() -> anyhow::Result<bool> {
     let back = wait_for_memory(before)?;
     fs::remove_file(&image.path)?;
     println!(
-        "the worst disk of 1 TiB: {} segments in {tables} tables, attached in {:.1} s, {} reads in {:.2} s, detached in {:.1} s",
+        "the worst disk of 1 TiB: {} segments in {tables} tables, attached in {:.1} s, found attached in {:.1} s, {} reads in {:.2} s, detached in {:.1} s",
         image.clusters,
         attached.as_secs_f64(),
+        again.as_secs_f64(),
         2 * samples.len(),
         reading.as_secs_f64(),
         detached.as_secs_f64(),
     );
     let mib = |bytes: u64| bytes >> 20;
     println!(
-        "its memory: {memory} MiB of imgdm's own (goal {MEMORY_GOAL}), {} MiB of the kernel's where plan said {}, {} MiB not given back",
+        "its memory: {memory} MiB of imgdm's own, {memory_again} MiB to find it attached (goal {MEMORY_GOAL}), {} MiB of the kernel's where plan said {}, {} MiB not given back",
         mib(taken),
         mib(planned),
         mib(before.saturating_sub(back)),
     );
     let good = [
-        judge("memory", memory <= MEMORY_GOAL),
+        judge("memory", memory.max(memory_again) <= MEMORY_GOAL),
         judge("plan's kernel memory", planned >= taken && planned <= taken + taken / 4),
         judge("what is given back", back + before / 50 >= before),
     ];

@@ -16,10 +16,14 @@ mod export;
 mod faults;
 mod guest;
 mod holes;
+#[path = "../../benches/common/image.rs"]
+#[allow(dead_code)] // The benches use the rest.
+mod image;
 mod info;
 mod locks;
 mod long_chain;
 mod lvm;
+mod many;
 mod mount;
 mod mount_overlay;
 mod names;
