@@ -343,7 +343,8 @@ fn report(
         println!("{head}\n|---|{}", "---:|".repeat(head.matches('|').count() - 2));
         for (line, results) in results {
             let of = |by| {
-                let found = contestants.iter().position(|c| c.by == by && c.images.contains(&index));
+                let found =
+                    contestants.iter().position(|c| c.by == by && c.images.contains(&index));
                 found.map(|each| results[each].as_slice()).unwrap_or_default()
             };
             let limit = of(By::Loop);
@@ -375,7 +376,9 @@ fn report(
     }
     println!();
     for missed in &missed {
-        println!("below the goal ({LIMIT_GOAL} of the limit, {NBD_GOAL} times qemu-nbd at 4 KiB random): {missed}");
+        println!(
+            "below the goal ({LIMIT_GOAL} of the limit, {NBD_GOAL} times qemu-nbd at 4 KiB random): {missed}"
+        );
     }
     missed.is_empty()
 }

@@ -417,8 +417,13 @@ impl Resolver<'_> {
         self.memory.open.push(window);
         let mut layers_with_rows = 0;
         for at in 0..self.memory.stretch.busy.len() {
+            let layer = &mut self.memory.stretch.busy[at];
+            if !layer.is_busy_in(self.chain, window) {
+                continue;
+            }
+            let depth = layer.depth;
             let rows_before = self.memory.extents.len();
-            self.fold_layer(self.memory.stretch.busy[at])?;
+            self.fold_layer(depth)?;
             layers_with_rows += usize::from(self.memory.extents.len() > rows_before);
             if self.memory.open.is_empty() {
                 break;

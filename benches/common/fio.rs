@@ -71,7 +71,8 @@ pub(crate) fn read(line: Line, bytes: u64, jobs: &[Job<'_>]) -> anyhow::Result<V
         .context("cannot start fio")?;
     let errors = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "fio: {}: {errors}", output.status);
-    let start = output.stdout.iter().position(|&byte| byte == b'{').context("fio prints no JSON")?;
+    let start =
+        output.stdout.iter().position(|&byte| byte == b'{').context("fio prints no JSON")?;
     let report: Report = serde_json::from_slice(&output.stdout[start..])?;
     let of = |index: usize| {
         let name = index.to_string();

@@ -21,11 +21,7 @@ pub(crate) fn make_disk(files: &Path, disk: &Path, mib: u64) -> anyhow::Result<(
 }
 
 /// Runs this benchmark again in a guest, as `guest ARGUMENT...`, with the disk there.
-pub(crate) fn run_in_guest(
-    disk: &Path,
-    memory: &str,
-    args: &[String],
-) -> anyhow::Result<ExitCode> {
+pub(crate) fn run_in_guest(disk: &Path, memory: &str, args: &[String]) -> anyhow::Result<ExitCode> {
     let mut guest = Command::new(GUEST);
     guest.args(["--timeout=3600"]).arg(format!("--mem={memory}"));
     guest.arg(format!("--disk={}", disk.display()));

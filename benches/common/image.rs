@@ -104,7 +104,12 @@ fn entries(offsets: impl Iterator<Item = u64>, flags: u64) -> Vec<u8> {
 }
 
 /// The header of an image with every table in clusters of its own and no backing file.
-pub(crate) fn header(clusters: u64, l1_entries: u32, l1_offset: u64, refcounts_offset: u64) -> Vec<u8> {
+pub(crate) fn header(
+    clusters: u64,
+    l1_entries: u32,
+    l1_offset: u64,
+    refcounts_offset: u64,
+) -> Vec<u8> {
     let mut header = Vec::new();
     let be32 = |value: u32| value.to_be_bytes().to_vec();
     let be64 = |value: u64| value.to_be_bytes().to_vec();

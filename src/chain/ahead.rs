@@ -15,8 +15,33 @@ const WINDOWS_AHEAD: u64 = 128;
 #[derive(Debug, Default)]
 pub(super) struct Stretch {
     range: Option<GuestRange>,
-    /// Their depths, in order.
-    pub(super) busy: Vec<u32>,
+    /// By their depths.
+    pub(super) busy: Vec<Busy>,
+}
+
+/// A layer that may answer for something in a stretch.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Busy {
+    pub(super) depth: u32,
+    /// The layer above a shorter one answers for what lies past that one's end, and the
+    /// last one for all that is left: even where they have nothing.
+    always: bool,
+    /// Where it is known to have nothing.
+    nothing: GuestRange,
+}
+
+impl Busy {
+    /// Whether the layer may answer for something in `window`, which lies in the stretch.
+    #[inline]
+    pub(super) fn is_busy_in(&mut self, chain: &Chain, window: GuestRange) -> bool {
+        if self.always || self.nothing.intersection(window) == window {
+            return self.always;
+        }
+        let layer = chain.layers().get(self.depth as usize);
+        let until = layer.map_or(window.start, |l| l.image.unallocated_until(window.start));
+        self.nothing = GuestRange::new(window.start, until);
+        until < window.end
+    }
 }
 
 impl Stretch {
@@ -32,13 +57,13 @@ impl Stretch {
         let layers = chain.layers();
         self.busy.clear();
         for (depth, layer) in (0u32..).zip(layers) {
-            // The layer above a shorter one answers for what lies past that one's end, and
-            // the last one for all that is left.
             let backing = layers.get(depth as usize + 1).map(|layer| &layer.image);
             let leaves_all =
                 backing.is_some_and(|image| image.virtual_size().get() >= range.end.get());
-            if !leaves_all || layer.image.unallocated_until(range.start) < range.end {
-                self.busy.push(depth);
+            let until = layer.image.unallocated_until(range.start);
+            if !leaves_all || until < range.end {
+                let nothing = GuestRange::new(range.start, until);
+                self.busy.push(Busy { depth, always: !leaves_all, nothing });
             }
         }
         self.range = Some(range);
@@ -86,7 +111,7 @@ impl<'c> ReadAhead<'c> {
             let part = GuestRange::new(at, at.saturating_add(step).min(range.end));
             self.stretch.look_at(chain, part);
             let mut nothing_until = part.end;
-            let uppermost = self.stretch.busy.iter().copied().find(|&depth| {
+            let uppermost = self.stretch.busy.iter().map(|busy| busy.depth).find(|&depth| {
                 let layer = chain.layers().get(depth as usize);
                 let until = layer.map_or(GuestOffset::ZERO, |l| l.image.unallocated_until(at));
                 nothing_until = nothing_until.min(until.max(at));

@@ -6,13 +6,13 @@ use std::collections::BTreeMap;
 use std::convert::Infallible;
 
 use super::build::{Blocked, Noted, Stream, Tail, cut};
-use super::facts::{Facts, Piece};
+use super::facts::{Facts, Piece, PieceKind};
 use super::{BackingId, ObstacleKind, Segment, SegmentCounts, SegmentTarget};
 use crate::chain::{Chain, Extents, HoleQuery};
 use crate::damage::DamageList;
 use crate::error::Result;
-use crate::status::FileRole;
-use crate::units::{GuestOffset, GuestRange, Sectors};
+use crate::status::{BlockStatus, FileRole, HostPlace, StatusRun};
+use crate::units::{GuestOffset, GuestRange, SECTOR_SIZE, Sectors};
 
 /// Most pieces between a window's ends that are kept, and of a whole disk. More would be
 /// memory that grows with the image.
@@ -50,6 +50,12 @@ impl Tally {
             scratch_bytes: 0,
             noted: Noted::default(),
         };
+        if let (Stream::Guest, Extents::OneLayer { depth, runs }) = (stream, &extents)
+            && let Some(plain) = PlainRuns::of(facts, *depth, runs.as_slice())
+        {
+            tally.take_plain(plain);
+            return tally;
+        }
         let emit = |piece: &Piece| {
             // Nearly all pieces of an image of many: so short that it is inlined.
             if tally.many
@@ -73,6 +79,17 @@ impl Tally {
         tally
     }
 
+    /// Takes the only pieces of the window.
+    fn take_plain(&mut self, plain: PlainRuns) {
+        self.first = Some(plain.first);
+        self.last = Some(plain.last);
+        self.between.linear = plain.between;
+        self.many = true;
+        if let Some(used) = self.used.get_mut(plain.backing.0 as usize) {
+            *used = true;
+        }
+    }
+
     /// Takes the next piece that can grow no more, within the window.
     #[inline(never)]
     fn take(&mut self, facts: &Facts, piece: &Piece) {
@@ -89,6 +106,65 @@ impl Tally {
         for_each_segment(facts, piece, |segment| {
             count(facts, &segment, between, longest_zero, used);
         });
+    }
+}
+
+/// What a window comes to that is nothing but data of one file, in many pieces: the worst
+/// that an image can be, counted without making the pieces.
+struct PlainRuns {
+    backing: BackingId,
+    first: Piece,
+    last: Piece,
+    between: u64,
+}
+
+impl PlainRuns {
+    /// The pieces of these runs of the layer at `depth`, where they are such.
+    #[inline(never)]
+    fn of(facts: &Facts, depth: u32, runs: &[StatusRun]) -> Option<Self> {
+        let file = facts.file(depth, FileRole::Image);
+        // Those that carry the one before on are one piece with it.
+        let (mut starts, mut last_start) = (0usize, 0);
+        let mut expected = None;
+        let mut bits = 0;
+        for (at, run) in runs.iter().enumerate() {
+            let BlockStatus::Data(HostPlace { file: FileRole::Image, offset }) = run.status else {
+                return None;
+            };
+            let (offset, length) = (offset.get(), run.length.get());
+            let end = offset.checked_add(length).filter(|&end| end <= file.shown)?;
+            bits |= run.start.get() | offset | length;
+            if expected != Some(offset) {
+                starts = starts.wrapping_add(1);
+                last_start = at;
+            }
+            expected = Some(end);
+        }
+        if starts <= FEW_IN_WINDOW + 2 || !bits.is_multiple_of(SECTOR_SIZE) {
+            return None;
+        }
+        let ends = |pair: &[StatusRun]| {
+            let after = |run: &StatusRun| run.status.advanced(run.length);
+            after(&pair[0]) != pair[1].status
+        };
+        let first_end = runs.windows(2).position(ends)?;
+        let piece = |of: &[StatusRun]| match of {
+            [first, ..] => match first.status {
+                BlockStatus::Data(place) => Some(Piece {
+                    start: first.start.get(),
+                    length: of.last()?.end().since(first.start).get(),
+                    kind: PieceKind::Linear { backing: file.backing, offset: place.offset.get() },
+                }),
+                _ => None,
+            },
+            [] => None,
+        };
+        Some(Self {
+            backing: file.backing,
+            first: piece(runs.get(..=first_end)?)?,
+            last: piece(runs.get(last_start..)?)?,
+            between: starts as u64 - 2,
+        })
     }
 }
 

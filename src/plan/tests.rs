@@ -79,6 +79,37 @@ fn zero_mode() -> impl Strategy<Value = ZeroMode> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+    /// Of more than a window, that are nothing but data of one file but for one sector.
+    #[test]
+    fn many_pieces_are_counted_as_they_are_cut(
+        places in prop::collection::vec((0..60u64, 1..4u64), 1100..1800),
+        other in 0..3000usize,
+        what in prop_oneof![
+            Just(Sector::Zero), Just(Sector::Unallocated), Just(Sector::Compressed),
+            Just(Sector::Encrypted(1)), Just(Sector::Data(9)),
+        ],
+        max_segments in prop_oneof![70..900u64, Just(MAX_SEGMENTS_PER_TABLE)],
+    ) {
+        let mut layer: Vec<_> =
+            places.iter().flat_map(|&(at, n)| (at..at + n).map(Sector::Data)).collect();
+        if let Some(sector) = layer.get_mut(other) {
+            *sector = what;
+        }
+        let chain = chain_of(vec![layer]);
+        let plan = Plan::new(&chain, PlanOptions { max_segments, ..Default::default() }).unwrap();
+        let mut total = 0;
+        for (id, table) in (0u32..).map(TableId).zip(plan.tables()) {
+            let segments = segments(&plan, id);
+            prop_assert_eq!(segments.len() as u64, table.segments);
+            prop_assert_eq!(segments.iter().map(|s| s.length.get()).sum::<u64>(), table.size.get());
+            total += table.segments;
+        }
+        prop_assert_eq!(total, plan.counts().total());
+    }
+}
+
+proptest! {
     #[test]
     fn every_sector_reads_what_the_chain_says(
         layers in layers(),

@@ -302,30 +302,32 @@ impl L2Slice<'_> {
     #[inline(never)]
     fn plain_data(&self, index: usize, entries: &[[u8; 8]], runs: &mut Vec<StatusRun>) -> usize {
         let format = self.format;
-        let cluster_size = ByteLen::new(self.header.cluster_size());
-        let mut hosts =
-            entries.iter().map_while(|&entry| format.plain_host(u64::from_be_bytes(entry)));
-        let Some(host) = hosts.next() else { return 0 };
-        let mut count = 1;
-        let mut run_start = self.guest_at(index);
-        let mut run_host = host;
-        let mut end = run_start.saturating_add(cluster_size);
-        let mut host_end = host.saturating_add(cluster_size);
-        let run = |start: GuestOffset, end: GuestOffset, host| StatusRun {
-            start,
-            length: end.since(start),
+        let host_of = |entry: &[u8; 8]| format.plain_host(u64::from_be_bytes(*entry));
+        let Some(mut run_host) = entries.first().and_then(host_of) else { return 0 };
+        // All of it lies below 2^64: the disk, and entries of 56 bits.
+        let cluster_bits = self.header.cluster_bits & 63;
+        let cluster_size = 1u64 << cluster_bits;
+        let guest = self.guest_at(index).get();
+        let run = |first: usize, end: usize, host| StatusRun {
+            start: GuestOffset::new(guest.wrapping_add((first as u64) << cluster_bits)),
+            length: ByteLen::new((end.wrapping_sub(first) as u64) << cluster_bits),
             status: BlockStatus::Data(HostPlace::in_image(host)),
         };
-        for host in hosts {
-            if host != host_end {
-                runs.push(run(run_start, end, run_host));
-                (run_start, run_host) = (end, host);
+        let mut first = 0;
+        let mut expected = run_host.get().wrapping_add(cluster_size);
+        let mut count = entries.len();
+        for (at, entry) in entries.iter().enumerate().skip(1) {
+            let Some(host) = host_of(entry) else {
+                count = at;
+                break;
+            };
+            if host.get() != expected {
+                runs.push(run(first, at, run_host));
+                (first, run_host) = (at, host);
             }
-            end = end.saturating_add(cluster_size);
-            host_end = host.saturating_add(cluster_size);
-            count += 1;
+            expected = host.get().wrapping_add(cluster_size);
         }
-        runs.push(run(run_start, end, run_host));
+        runs.push(run(first, count, run_host));
         count
     }
 
