@@ -33,6 +33,7 @@ mod partitions;
 mod progress;
 mod readonly;
 mod refused;
+mod sandbox;
 #[path = "../common/shell.rs"]
 mod shell;
 mod verify;

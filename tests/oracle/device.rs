@@ -17,6 +17,7 @@ use zeroize::Zeroizing;
 use crate::common::images::SECTOR;
 use crate::common::process::Outcome;
 use crate::common::rng::Rng;
+use crate::imgdm::all_of;
 use crate::read;
 
 /// How an image is to be read.
@@ -141,8 +142,8 @@ impl<'c> Device<'c> {
 /// # Errors
 /// They differ, or there is no device.
 pub(crate) fn compare(dir: &Path, image: &str, reading: &Reading, copy: &str) -> Outcome<Filled> {
-    let opened =
-        open_chain(&dir.join(image), &reading.policy).map_err(|error| error.to_string())?;
+    let opened = open_chain(&dir.join(image), &all_of(dir, &reading.policy))
+        .map_err(|error| error.to_string())?;
     let ciphers = read::unlock(&opened.chain, &reading.keys).map_err(|error| error.to_string())?;
     read::compare(&opened.chain, &ciphers, &dir.join(copy), &mut Rng::new(1))?;
     let (device, filled) =

@@ -4,6 +4,8 @@ use std::ffi::OsStr;
 use std::path::Path;
 use std::process::Command;
 
+use ::imgdm::open::OpenPolicy;
+
 use crate::common::process::{Outcome, Ran, run};
 
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_imgdm");
@@ -43,6 +45,13 @@ pub(crate) fn imgdm<S: AsRef<OsStr>>(dir: &Path, args: &[S]) -> Outcome<Ran> {
         _ => command.args(args),
     };
     sound(run(&mut command)?)
+}
+
+/// The policy by which images may name files in all of `dir`, as with QEMU they may.
+pub(crate) fn all_of(dir: &Path, policy: &OpenPolicy) -> OpenPolicy {
+    let mut policy = policy.clone();
+    policy.reach.allowed.push(dir.to_owned());
+    policy
 }
 
 /// No end of imgdm that no input may bring about.

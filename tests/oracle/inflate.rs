@@ -25,6 +25,7 @@ use crate::common::patch::copy;
 use crate::common::process::Outcome;
 use crate::common::qemu;
 use crate::common::rng::Rng;
+use crate::imgdm::all_of;
 use crate::random::run_theme;
 
 fn open(dir: &Path, image: &str, format: &str, snapshot: Option<&str>) -> Outcome<Chain> {
@@ -35,7 +36,8 @@ fn open(dir: &Path, image: &str, format: &str, snapshot: Option<&str>) -> Outcom
         probe_backing: true,
         ..OpenPolicy::default()
     };
-    let opened = open_chain(&dir.join(image), &policy).map_err(|error| error.to_string())?;
+    let opened =
+        open_chain(&dir.join(image), &all_of(dir, &policy)).map_err(|error| error.to_string())?;
     Ok(opened.chain)
 }
 

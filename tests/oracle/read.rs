@@ -21,6 +21,7 @@ use crate::common::patch::Patch;
 use crate::common::process::Outcome;
 use crate::common::qemu;
 use crate::common::rng::Rng;
+use crate::imgdm::all_of;
 
 /// Unlocks the layers whose ciphertext is to be seen, by their passphrases.
 ///
@@ -154,7 +155,8 @@ pub(crate) fn compare_image(
     copy: &str,
     rng: &mut Rng,
 ) -> Outcome {
-    let opened = open_chain(&dir.join(image), policy).map_err(|error| error.to_string())?;
+    let opened =
+        open_chain(&dir.join(image), &all_of(dir, policy)).map_err(|error| error.to_string())?;
     compare(&opened.chain, &Ciphers::new(), &dir.join(copy), rng)
 }
 
