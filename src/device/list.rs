@@ -95,13 +95,18 @@ impl Attached {
 /// # Errors
 /// What the system says.
 pub fn list<K: Kernel>(kernel: &K) -> Result<Vec<Attached>> {
-    let all = kernel.devices()?;
-    let mut found = Vec::new();
-    for device in &all {
+    let (mut tops, mut above, mut found) = (Vec::new(), Vec::new(), Vec::new());
+    for device in kernel.devices()? {
         let Ok(uuid) = device.uuid.parse::<DmUuid>() else { continue };
         if uuid.role == DeviceRole::Top && device.has_live_table {
-            found.push(attached(kernel, device.clone(), uuid, &all)?);
+            tops.push((device, uuid));
+        } else if uuid.role.is_above() {
+            above.push(device);
         }
+    }
+    for (device, uuid) in tops {
+        // Not among all devices, for there may be many.
+        found.push(attached(kernel, device, uuid, &above)?);
     }
     found.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(found)

@@ -3,7 +3,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)] // All of it is tests and their helpers.
 
 mod again;
+mod bad_disk;
 mod cache;
+mod changed;
 mod completions;
 mod compressed;
 mod content;
@@ -20,6 +22,7 @@ mod holes;
 #[allow(dead_code)] // The benches use the rest.
 mod image;
 mod info;
+mod lacking;
 mod locks;
 mod long_chain;
 mod lvm;
@@ -36,4 +39,5 @@ mod refused;
 mod sandbox;
 #[path = "../common/shell.rs"]
 mod shell;
+mod soak;
 mod verify;
