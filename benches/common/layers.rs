@@ -75,7 +75,7 @@ pub(crate) fn write_raw(
 }
 
 fn entry(cluster: u64) -> [u8; 8] {
-    (cluster * CLUSTER | COPIED).to_be_bytes()
+    ((cluster * CLUSTER) | COPIED).to_be_bytes()
 }
 
 /// What guest clusters hold: never zeros, and no two sectors alike.

@@ -177,7 +177,8 @@ fn on_disk(disk: &Memory<'_>, piece: &Piece) -> bool {
         PieceSource::Linear(start) => fits(*start, piece.length),
         PieceSource::Striped { chunk, stripes } => {
             let length = ByteLen::new(piece.length.get() / stripes.len() as u64);
-            length.get() % chunk.get() == 0 && stripes.iter().all(|start| fits(*start, length))
+            length.get().is_multiple_of(chunk.get())
+                && stripes.iter().all(|start| fits(*start, length))
         }
     }
 }

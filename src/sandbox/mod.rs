@@ -6,7 +6,8 @@
 //! back. What the kernel has neither of is let be: this is a second line of defence.
 
 mod calls;
-#[cfg(all(test, target_arch = "x86_64"))]
+#[cfg(test)]
+#[cfg(target_arch = "x86_64")]
 mod tests;
 
 use std::fmt;
