@@ -94,7 +94,7 @@ test-packages:
 	tests/packages/run
 
 bench:
-	@scripts/setup test
+	@scripts/setup bench
 	$(CARGO) bench --locked
 
 clean:

@@ -36,7 +36,7 @@ pub(crate) struct Job<'a> {
 }
 
 /// Longest that one read takes.
-const TIME: &str = "500ms";
+const TIME: &str = "400ms";
 
 /// Reads devices one after the other, and gives what each gave, in MiB a second.
 pub(crate) fn read(line: Line, bytes: u64, jobs: &[Job<'_>]) -> anyhow::Result<Vec<f64>> {

@@ -75,12 +75,12 @@ pub(crate) struct BuildArgs {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 enum DirectIoChoice {
-    /// Whichever serves best
+    /// Around it where the file system can
     #[default]
     Auto,
     /// Around it; an error where the file system can't
     On,
-    /// Through it
+    /// Through it: attachments of one base image share what was read of it
     Off,
 }
 

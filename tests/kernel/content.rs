@@ -350,7 +350,7 @@ fn direct_io_goes_around_the_page_cache_where_the_file_system_can() {
     let image = scratch.create("qcow2", &[], "disk.qcow2", "2M");
     write_image(&image, "qcow2", PATTERN);
     let wanted = qemu_content(&scratch, &image, &[]);
-    for (mode, direct) in [("on", "1"), ("off", "0"), ("auto", "0")] {
+    for (mode, direct) in [("on", "1"), ("off", "0"), ("auto", "1")] {
         let device = attach(args![format!("--direct-io={mode}"), &image]);
         let file = loops().into_iter().find(|(_, file, _)| Path::new(file) == image);
         let (name, ..) = file.expect("no loop over the image");
@@ -364,12 +364,17 @@ fn direct_io_goes_around_the_page_cache_where_the_file_system_can() {
 }
 
 #[test]
-fn direct_io_that_the_file_system_cannot_is_refused_and_undone() {
+fn direct_io_that_the_file_system_cannot_is_refused_where_it_was_asked_for_and_else_done_without() {
     let scratch = Scratch::new();
     let image = scratch.create("qcow2", &[], "disk.qcow2", "1M");
     write_image(&image, "qcow2", PATTERN);
     let said = imgdm(args!["attach", "--direct-io=on", &image]).refused(69);
     assert!(said.contains("direct"), "{said}");
+    assert_nothing_left();
+    let device = attach(args![&image]);
+    let wanted = qemu_content(&scratch, &image, &[]);
+    assert_same("as the file system can", &device.bytes(), &wanted);
+    device.detach();
     assert_nothing_left();
 }
 

@@ -98,9 +98,11 @@ impl<K: Kernel> Build<'_, '_, K> {
             _ => None,
         };
         let role = LoopRole::File { layer, role, snapshot };
-        let direct_io = self.request.options.direct_io == DirectIo::On;
+        let wanted = self.request.options.direct_io;
+        let direct_io = wanted != DirectIo::Off;
         let bound = self.bind_loop(file, LoopOptions { role, direct_io }).map_err(here)?;
-        if direct_io && !self.stack.last_loop().is_some_and(LoopHandle::direct_io) {
+        // The kernel goes through the page cache by itself where it has to.
+        if wanted == DirectIo::On && !self.stack.last_loop().is_some_and(LoopHandle::direct_io) {
             return Err(here(Error::new(ErrorKind::KernelLacks(
                 "the file system or its disk does no direct I/O by 512 bytes: use --direct-io=auto"
                     .to_owned(),
