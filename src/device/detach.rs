@@ -13,7 +13,7 @@ use super::attach::sweep;
 use super::compare::{describe, part_of};
 use super::list::{Attached, AttachedLoop, attached, list};
 use super::name::{DeviceRole, DmName};
-use super::stacked::with_holders;
+use super::stacked::{wait_for_all, with_holders};
 use super::{
     DeviceId, DeviceInfo, DeviceNumber, Interrupt, Kernel, LoopHandle, PATIENCE, loop_node,
 };
@@ -200,11 +200,10 @@ pub fn detach<K: Kernel>(
     let (mut left, mut unsynced) = (Vec::new(), None);
     let devices = std::iter::once((target.number, uuid.as_str(), target.name.as_str()))
         .chain(target.inner.iter().map(|i| (i.number, i.uuid.as_str(), i.name.as_str())));
-    for (number, uuid, name) in devices {
-        if !kernel.wait(PATIENCE, &mut || kernel.is_gone(number, uuid)) {
-            let what = format!("the device '{}'", printable(name));
-            left.push(with_holders(what, &kernel.holders(number)));
-        }
+    let is_gone = |&(number, uuid, _): &(_, &str, _)| kernel.is_gone(number, uuid);
+    for (number, _, name) in wait_for_all(kernel, devices.collect(), is_gone) {
+        let what = format!("the device '{}'", printable(name));
+        left.push(with_holders(what, &kernel.holders(number)));
     }
     for (each, held) in loops {
         // What was written and not synced by whoever wrote it.
@@ -242,7 +241,7 @@ pub fn detach<K: Kernel>(
         return Ok(());
     }
     Err(Error::new(ErrorKind::InUse(format!(
-        "'{}' was removed, but this is still there after {} s: {}",
+        "'{}' was removed, but this is still there, of which nothing has gone for {} s: {}",
         printable(&target.name),
         PATIENCE.as_secs(),
         left.join(", ")

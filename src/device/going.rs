@@ -20,10 +20,18 @@ pub fn wait_until_gone<K: Kernel>(
     interrupt: &Interrupt<'_>,
 ) -> Result<()> {
     let mut looked = Ok(Vec::new());
-    kernel.wait(PATIENCE, &mut || {
-        looked = interrupt.check().and_then(|()| going(kernel, target, interrupt));
-        looked.as_ref().map_or(true, Vec::is_empty)
-    });
+    // As long as there is less of it every time: full tables take the kernel a while.
+    let mut before = usize::MAX;
+    loop {
+        kernel.wait(PATIENCE, &mut || {
+            looked = interrupt.check().and_then(|()| going(kernel, target, interrupt));
+            looked.as_ref().map_or(true, |going| going.is_empty() || going.len() < before)
+        });
+        match &looked {
+            Ok(going) if !going.is_empty() && going.len() < before => before = going.len(),
+            _ => break,
+        }
+    }
     let left: Vec<_> = looked?
         .into_iter()
         .map(|Going { what, number }| with_holders(what, &kernel.holders(number)))

@@ -118,12 +118,11 @@ impl<'k, K: Kernel> Stack<'k, K> {
         }
         // The loops are held until the devices have let go of them: then it is our own
         // close that clears them, and they are clear when it returns.
-        for device in self.devices.drain(..).rev() {
-            let gone = || self.kernel.is_gone(device.number, &device.uuid);
-            if !self.kernel.wait(PATIENCE, &mut || gone()) {
-                let holders = self.kernel.holders(device.number);
-                leftovers.push(with_holders(format!("the device '{}'", device.name), &holders));
-            }
+        let devices = self.devices.drain(..).rev().collect();
+        let is_gone = |device: &Built<_>| self.kernel.is_gone(device.number, &device.uuid);
+        for device in wait_for_all(self.kernel, devices, is_gone) {
+            let holders = self.kernel.holders(device.number);
+            leftovers.push(with_holders(format!("the device '{}'", device.name), &holders));
         }
         for held in self.loops.drain(..) {
             let (number, generation) = (held.number(), held.generation());
@@ -144,7 +143,50 @@ pub(super) fn step(interrupt: &Interrupt<'_>, what: fmt::Arguments<'_>) -> Resul
     interrupt.check()
 }
 
+/// Waits until all of these are gone, as long as one of them goes every [`PATIENCE`]: the kernel
+/// takes full tables down one after the other, each in its time. Gives those that are left.
+pub(super) fn wait_for_all<K: Kernel, T>(
+    kernel: &K,
+    mut left: Vec<T>,
+    is_gone: impl Fn(&T) -> bool,
+) -> Vec<T> {
+    loop {
+        let before = left.len();
+        kernel.wait(PATIENCE, &mut || {
+            left.retain(|each| !is_gone(each));
+            left.is_empty() || left.len() < before
+        });
+        if left.is_empty() || left.len() == before {
+            return left;
+        }
+    }
+}
+
 /// `what (held by ...)`.
 pub(super) fn with_holders(what: String, holders: &[String]) -> String {
     if holders.is_empty() { what } else { format!("{what} (held by {})", holders.join(", ")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+    use crate::device::fake::FakeKernel;
+
+    #[test]
+    fn what_goes_one_by_one_is_waited_for_to_the_end() {
+        let kernel = FakeKernel::new();
+        // One goes each time that all are looked at; the one that stays is told.
+        let gone = Cell::new(0);
+        let looked = |each: &u32| {
+            if *each == 0 {
+                gone.set(gone.get() + 1);
+            }
+            *each > 0 && *each <= gone.get()
+        };
+        assert_eq!(wait_for_all(&kernel, vec![0, 5, 4, 3, 2, 1], looked), [0]);
+        assert_eq!(gone.get(), 6);
+        assert!(wait_for_all(&kernel, Vec::<u32>::new(), |_| false).is_empty());
+    }
 }
