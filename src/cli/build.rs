@@ -276,7 +276,7 @@ fn build_all<'k>(
     if prepared.takes_long() && plan.crypts().is_empty() {
         let mut disk = GuestDisk::new(chain, &no_ciphers, interrupt);
         // What can't be read may be readable as zeros yet, as --on-error has it.
-        match apart(|| wanted.above.check(&mut disk)) {
+        match wanted.above.check(&mut disk) {
             Err(error) if is_missing(&error) => return Err(error.into()),
             _ => {}
         }

@@ -33,7 +33,7 @@ use nix::sys::termios::{
 use zeroize::Zeroizing;
 
 use super::output::show_path;
-use super::signal;
+use super::workers;
 
 /// The longest key that is read, as in cryptsetup.
 const KEY_MAX: usize = 8 << 20;
@@ -403,7 +403,7 @@ impl Lock<'_> {
         std::thread::Builder::new()
             .name("unlock".to_owned())
             .spawn(move || {
-                signal::leave_to_main_thread();
+                workers::start();
                 let opened = header.unlock(&source, &key);
                 drop(key);
                 // Nobody waits any more once a signal came.

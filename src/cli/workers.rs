@@ -26,7 +26,7 @@ pub(crate) fn prepare() -> anyhow::Result<()> {
 }
 
 /// On a worker that starts.
-fn start() {
+pub(super) fn start() {
     #[cfg(feature = "device")]
     super::signal::leave_to_main_thread();
     #[cfg(feature = "sandbox")]

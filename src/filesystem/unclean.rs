@@ -11,6 +11,7 @@ use crate::error::Result;
 use crate::partition::{Disk, be32, le16, le32, le64};
 use crate::signature::{Area, ntfs_volume_flags};
 use crate::units::GuestRange;
+use crate::worker::apart;
 
 /// How a file system was left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +41,10 @@ impl fmt::Display for Unclean {
 /// # Errors
 /// What reading the disk says.
 pub fn unclean(disk: &mut dyn Disk, range: GuestRange, kind: &str) -> Result<Option<Unclean>> {
-    let mut area = Area::new(disk, range);
+    apart(|| look(Area::new(disk, range), kind))
+}
+
+fn look(mut area: Area<'_>, kind: &str) -> Result<Option<Unclean>> {
     match kind {
         "ext2" | "ext3" | "ext4" => ext(&mut area),
         "xfs" => {

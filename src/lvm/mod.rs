@@ -26,6 +26,7 @@ pub use layout::{Piece, PieceSource};
 use crate::error::{Error, ErrorKind, Result, printable};
 use crate::partition::{Disk, PartitionTable};
 use crate::units::{ByteLen, GuestOffset, GuestRange};
+use crate::worker::apart;
 
 /// Most bytes of one text of metadata. LVM's usual area takes 1 MiB for two of them.
 const MAX_TEXT: u64 = 16 << 20;
@@ -185,6 +186,10 @@ pub fn places(table: Option<&PartitionTable>, disk_size: ByteLen) -> Vec<GuestRa
 /// # Errors
 /// What an interrupted read says. Metadata that is damaged or can't be read is a warning.
 pub fn read(disk: &mut dyn Disk, places: &[GuestRange]) -> Result<Lvm> {
+    apart(|| read_all(disk, places))
+}
+
+fn read_all(disk: &mut dyn Disk, places: &[GuestRange]) -> Result<Lvm> {
     let mut lvm = Lvm::default();
     let mut labels = Vec::new();
     for &place in places {

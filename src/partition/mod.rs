@@ -17,6 +17,7 @@ use std::fmt;
 
 use crate::error::Result;
 use crate::units::{ByteLen, GuestOffset, GuestRange, SECTOR_SIZE};
+use crate::worker::apart;
 
 pub(crate) use dos::is_fat;
 pub use noting::Noting;
@@ -26,7 +27,7 @@ pub use noting::Noting;
 pub const MAX_PARTITIONS: usize = 256;
 
 /// A disk that is looked at for partitions.
-pub trait Disk {
+pub trait Disk: Send {
     /// Its size in bytes.
     fn size(&self) -> ByteLen;
 
@@ -346,6 +347,10 @@ impl Entry {
 /// What reading the disk says, where no table is found without what can't be read; else that
 /// is a warning. A damaged table is none, or one with warnings.
 pub fn read(disk: &mut dyn Disk) -> Result<Option<PartitionTable>> {
+    apart(|| read_first(disk))
+}
+
+fn read_first(disk: &mut dyn Disk) -> Result<Option<PartitionTable>> {
     // A foreign magic at the start of the disk goes before a master boot record's two
     // bytes, as in libblkid.
     type Reader = fn(&mut dyn Disk) -> Result<Option<PartitionTable>>;

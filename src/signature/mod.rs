@@ -17,6 +17,7 @@ use std::fmt::Write as _;
 use crate::error::{Error, Result};
 use crate::partition::Disk;
 use crate::units::{ByteLen, GuestOffset, GuestRange};
+use crate::worker::apart;
 
 pub(crate) use others::ntfs_volume_flags;
 
@@ -143,7 +144,7 @@ pub fn probe_within(
     let mut area = Area::new(disk, range);
     let allowed = area.directories.min(budget.0);
     area.directories = allowed;
-    let found = first_of(&PROBERS, &mut area)?;
+    let found = apart(|| first_of(&PROBERS, &mut area))?;
     budget.0 = budget.0.saturating_sub(allowed - area.directories);
     match (found, area.unreadable) {
         (None, Some(error)) => Err(error),
