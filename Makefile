@@ -13,7 +13,7 @@ export BUILT ?= $(TARGET_DIR)/package
 # The C library is linked in; musl's, where rustup has that target.
 STATIC_TARGET = $(shell uname -m)-unknown-linux-$(or $(STATIC_LIBC),gnu)
 
-.PHONY: all build static install uninstall deb rpm demo test lint test-host test-kernel test-packages bench clean help
+.PHONY: all build static install uninstall deb rpm demo test lint test-host test-kernel test-packages test-fuzz bench clean help
 
 all: build
 
@@ -29,6 +29,7 @@ help:
 	@echo 'make test-host    the tests that need no device-mapper'
 	@echo 'make test-kernel  the tests on a real kernel, in a User-Mode Linux guest'
 	@echo 'make test-packages  install, static binary and packages'
+	@echo 'make test-fuzz    each fuzz target for 20 seconds (fuzz/README.md)'
 	@echo 'make bench        speed, as ratios to qemu-img and to the plain reads'
 
 build:
@@ -71,6 +72,7 @@ test:
 	$(MAKE) test-host
 	$(MAKE) test-kernel
 	$(MAKE) test-packages
+	$(MAKE) test-fuzz
 
 # --all-targets passes over the kernel tiers, which cargo test does not run by itself.
 lint:
@@ -78,7 +80,9 @@ lint:
 	$(CARGO) clippy --locked --all-targets --features fault-injection -- -D warnings
 	$(CARGO) clippy --locked --test kernel --test kernel_udev --features fault-injection -- -D warnings
 	$(CARGO) clippy --locked --lib --bins --no-default-features -- -D warnings
-	shellcheck $$(grep -rlIE '^#!/bin/(ba|busybox )?sh' .ci debian dracut initramfs packaging scripts tests)
+	$(CARGO) fmt --check --manifest-path fuzz/Cargo.toml
+	! command -v cargo-deny >/dev/null || $(CARGO) deny --locked check bans licenses sources
+	shellcheck $$(grep -rlIE '^#!/bin/(ba|busybox )?sh' .ci debian dracut fuzz/make-corpus fuzz/run initramfs packaging scripts tests)
 
 # Only what tests depend on is built optimised (Cargo.toml): compiling the rest so takes longer than it saves.
 test-host:
@@ -92,6 +96,11 @@ test-kernel:
 
 test-packages:
 	tests/packages/run
+
+# Without a nightly toolchain `make test-host` still runs the corpora.
+test-fuzz:
+	@scripts/setup fuzz
+	@if rustup toolchain list 2>/dev/null | grep -q '^nightly'; then fuzz/run; else echo 'test-fuzz: no nightly toolchain, nothing is fuzzed'; fi
 
 bench:
 	@scripts/setup bench
