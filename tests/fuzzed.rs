@@ -1,7 +1,7 @@
 //! The fuzz entries over their corpus: real images, and all that fuzzing ever found.
 
-// The entries are a test themselves, and public to the fuzz targets.
-#[allow(unreachable_pub, clippy::expect_used, clippy::unwrap_used)]
+// A library to the fuzz targets.
+#[allow(unreachable_pub)]
 #[path = "../fuzz/entries/mod.rs"]
 mod entries;
 
