@@ -262,11 +262,16 @@ enum Part {
 
 /// The differences that are meant: who alone reads the image, what its refusal says (of
 /// qemu-img's or imgdm's message), and the reason.
-const ACCEPTED: [(Reader, &str, &str); 11] = [
+const ACCEPTED: [(Reader, &str, &str); 12] = [
     (
         Reader::Qemu,
         "is no multiple of 512",
         "qemu-img maps a cluster of qcow that starts inside of a sector, and reads it with EIO; to imgdm it is damage in both",
+    ),
+    (
+        Reader::Qemu,
+        "the refcount table",
+        "refcounts say nothing of what is read, and qemu-img looks at them when it writes; a header that has them in a wrong place is not believed",
     ),
     (
         Reader::Qemu,
@@ -276,13 +281,8 @@ const ACCEPTED: [(Reader, &str, &str); 11] = [
     (Reader::Qemu, "overlaps the", "qemu-img takes one table for another; to imgdm that is damage"),
     (
         Reader::Qemu,
-        "which L1 entry",
+        "both name the L2 table",
         "two L1 entries name one L2 table, which qemu-img notices when it writes; to imgdm it is damage",
-    ),
-    (
-        Reader::Qemu,
-        "the refcount table",
-        "refcounts say nothing of what is read, and qemu-img looks at them when it writes; a header that has them in a wrong place is not believed",
     ),
     (
         Reader::Qemu,
@@ -301,6 +301,11 @@ const ACCEPTED: [(Reader, &str, &str); 11] = [
     ),
     (Reader::Imgdm, "Snapshot", "the same"),
     (Reader::Imgdm, "data-file' is required", "imgdm's map opens no data file"),
+    (
+        Reader::Imgdm,
+        "Missing CRYPTO header",
+        "a map takes no key, and imgdm reads no header that is for keys",
+    ),
     (Reader::Imgdm, "encrypt.key-secret' is required", "a map takes no key"),
 ];
 

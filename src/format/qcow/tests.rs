@@ -410,7 +410,11 @@ proptest! {
             if tables[table] {
                 builder.put(4096 + table * 8, &(table_at as u64).to_be_bytes());
             }
-            let entry = if entry == 1 && last >> 63 == 0 && last != 0 { last + cluster } else { entry };
+            let entry = match entry {
+                1 if last >> 63 == 0 && last != 0 => last + cluster,
+                1 => cluster,
+                entry => entry,
+            };
             last = entry;
             builder.put(table_at + (index % (1 << l2_bits)) * 8, &entry.to_be_bytes());
         }
