@@ -40,7 +40,7 @@ const CLUSTERS: u64 = 1 << CLUSTER_BITS;
 const BYTES: u64 = CLUSTERS * image::CLUSTER;
 const DEEP: u64 = 1000;
 const ROUNDS: usize = 5;
-/// Of those that are far from any goal.
+/// Of those that have no goal, or are far from it.
 const FEWER_ROUNDS: usize = 2;
 const LIMIT_GOAL: f64 = 0.9;
 const NBD_GOAL: f64 = 3.0;
@@ -309,8 +309,9 @@ fn measure(
     options: &Options,
 ) -> anyhow::Result<Vec<Vec<f64>>> {
     let rounds_of = |by| match by {
-        By::Nbd(_) | By::LoopCached => options.rounds.min(FEWER_ROUNDS),
         By::Loop | By::Imgdm => options.rounds,
+        _ if line.random => options.rounds.min(FEWER_ROUNDS),
+        _ => 1,
     };
     let turns: Vec<_> = (0..options.rounds)
         .flat_map(|round| (0..contestants.len()).map(move |each| (round, each)))

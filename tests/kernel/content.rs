@@ -310,9 +310,9 @@ fn bitmaps_lazy_refcounts_and_the_dirty_bit_change_nothing() {
 #[test]
 fn a_raw_file_with_holes_reads_as_it_is_with_each_way_to_serve_zeros() {
     let scratch = Scratch::new();
-    let image = scratch.create("raw", &[], "disk.raw", "8M");
+    let image = scratch.create("raw", &[], "disk.raw", "40M");
     let commands =
-        ["write -P 1 0 64k", "write -P 2 96k 32k", "write -P 3 200k 4k", "write -P 4 6M 1M"];
+        ["write -P 1 0 64k", "write -P 2 96k 32k", "write -P 3 200k 4k", "write -P 4 38M 1M"];
     write_image(&image, "raw", &commands);
     let wanted = fs::read(&image).unwrap();
     for (mode, zero_targets, zero_loop) in
