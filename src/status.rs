@@ -22,6 +22,7 @@ pub struct HostPlace {
 
 impl HostPlace {
     /// A place in the image file itself.
+    #[inline]
     pub const fn in_image(offset: HostOffset) -> Self {
         Self { file: FileRole::Image, offset }
     }

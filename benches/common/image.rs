@@ -24,6 +24,8 @@ pub(crate) enum Order {
     Shuffled,
     /// In runs of 1 to 64, each somewhere else.
     Runs,
+    /// Each somewhere else, and each L2 table too.
+    ShuffledTables,
 }
 
 /// A qcow2 image (version 3) with every cluster allocated.
@@ -63,7 +65,13 @@ impl Image {
         let write = || -> io::Result<()> {
             let file = File::create(path)?;
             file.write_all_at(&header, 0)?;
-            let l1 = entries((0..l2_tables).map(|table| l2_offset + table * CLUSTER), COPIED);
+            let table_offset_of = |table: u64| match order {
+                Order::Shuffled | Order::Runs => l2_offset + table * CLUSTER,
+                Order::ShuffledTables => {
+                    l2_offset + shuffled(table, l2_tables.trailing_zeros()) * CLUSTER
+                }
+            };
+            let l1 = entries((0..l2_tables).map(table_offset_of), COPIED);
             file.write_all_at(&l1, l1_offset)?;
             let table = entries((0..blocks).map(|block| (3 + block) * CLUSTER), 0);
             file.write_all_at(&table, table_offset)?;
@@ -77,7 +85,7 @@ impl Image {
                 let first = table * ENTRIES_PER_TABLE;
                 let hosts = (first..first + ENTRIES_PER_TABLE)
                     .map(|cluster| data_offset + place(cluster, bits, order) * CLUSTER);
-                file.write_all_at(&entries(hosts, COPIED), l2_offset + table * CLUSTER)?;
+                file.write_all_at(&entries(hosts, COPIED), table_offset_of(table))?;
             }
             file.set_len(data_offset + clusters * CLUSTER)
         };
@@ -141,7 +149,7 @@ pub(crate) fn header(
 /// Where among the host clusters a guest cluster lies.
 fn place(cluster: u64, bits: u32, order: Order) -> u64 {
     match order {
-        Order::Shuffled => shuffled(cluster, bits),
+        Order::Shuffled | Order::ShuffledTables => shuffled(cluster, bits),
         Order::Runs => {
             let group = shuffled(cluster >> GROUP_BITS, bits - GROUP_BITS);
             group << GROUP_BITS | in_group(cluster % (1 << GROUP_BITS), group)

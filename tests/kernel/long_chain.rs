@@ -1,5 +1,6 @@
 //! A chain of a thousand images: a thousand loop devices under one device.
 
+use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -79,8 +80,8 @@ fn a_chain_of_a_thousand_images_is_attached_read_and_detached_in_bounded_time() 
         let directory = scratch.directory().join(layers.to_string());
         fs::create_dir(&directory).unwrap();
         let (image, content) = chain(&directory, layers - 1);
-        let plan: serde_json::Value =
-            serde_json::from_str(&imgdm(args!["plan", "--output=json", &image]).ok()).unwrap();
+        let words = [OsStr::new("plan"), OsStr::new("--output=json"), image.as_os_str()];
+        let plan: serde_json::Value = serde_json::from_str(&imgdm(words).ok()).unwrap();
         let before = kernel_memory();
         let mut timed = |what: &str, each: &mut dyn FnMut()| {
             let start = Instant::now();

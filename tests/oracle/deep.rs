@@ -104,6 +104,21 @@ fn a_chain_of_100_layers() {
 }
 
 #[test]
+fn a_chain_of_more_files_than_may_be_open_says_how_to_have_more() {
+    let dir = scratch_dir("deep").unwrap();
+    let top = chain(dir.path(), 99).unwrap();
+    let limited = |limit: &str| {
+        let mut program = std::process::Command::new("sh");
+        let script = "ulimit -Sn 16 && ulimit -Hn \"$1\" && exec \"$0\" map \"$2\"";
+        program.current_dir(dir.path()).args(["-ec", script, PROGRAM, limit, &top]);
+        run_within(&mut program, Duration::from_secs(30)).unwrap()
+    };
+    refused(&limited("64"), &[1], &["LimitNOFILE", "Too many open files"]).unwrap();
+    // The soft limit is raised as far as may be.
+    limited("400").ok().unwrap();
+}
+
+#[test]
 fn a_chain_of_1024_layers_is_read_and_one_of_1025_refused() {
     let dir = scratch_dir("deep").unwrap();
     let top = chain(dir.path(), 1024).unwrap();

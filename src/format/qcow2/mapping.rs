@@ -316,7 +316,7 @@ impl L2Slice<'_> {
         let mut first = 0;
         let mut expected = run_host.get().wrapping_add(cluster_size);
         let mut count = entries.len();
-        for (at, entry) in entries.iter().enumerate().skip(1) {
+        for (entry, at) in entries[1..].iter().zip(1..) {
             let Some(host) = host_of(entry) else {
                 count = at;
                 break;
