@@ -6,7 +6,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use crate::args;
 use crate::guest::*;
 
 const CLUSTER: u64 = 4 * KIB;
