@@ -38,8 +38,9 @@ pub(crate) fn run(args: &Args, _globals: Globals) -> anyhow::Result<()> {
     } else {
         vec![image_info(image, &options)?]
     };
-    workers::shut_main_thread();
+    // Who holds a file is found under /proc.
     let printed: Vec<_> = infos.iter().map(json::Info::from).collect();
+    workers::shut_main_thread();
     match args.output {
         OutputFormat::Human => human::print(&printed),
         OutputFormat::Json if args.backing_chain => print_json(&printed),
