@@ -39,6 +39,7 @@ const CLUSTER_BITS: u32 = 12;
 const CLUSTERS: u64 = 1 << CLUSTER_BITS;
 const BYTES: u64 = CLUSTERS * image::CLUSTER;
 const DEEP: u64 = 1000;
+const DEEPEST: &str = "thousand-deep";
 const ROUNDS: usize = 5;
 /// Of those that have no goal, or are far from it.
 const FEWER_ROUNDS: usize = 2;
@@ -63,7 +64,7 @@ const IMAGES: [Image; 5] = [
         raw: "full.raw",
     },
     Image {
-        name: "thousand-deep",
+        name: DEEPEST,
         what: "a chain of 1000 layers, each cluster in any of them",
         raw: "full.raw",
     },
@@ -160,7 +161,7 @@ fn make_images(files: &Path, options: &Options) -> anyhow::Result<()> {
         layers::write_layer(&path("half-zero"), &hosts, None)?;
         layers::write_raw(&files.join("half.raw"), CLUSTERS, is_zero)?;
     }
-    for (name, depth) in [("five-deep", 5), ("thousand-deep", DEEP)] {
+    for (name, depth) in [("five-deep", 5), (DEEPEST, DEEP)] {
         if options.wants(name) {
             make_chain(files, name, depth)?;
         }
@@ -264,6 +265,10 @@ fn set_up(place: &Path, options: &Options) -> anyhow::Result<Vec<Contestant>> {
     std::fs::create_dir_all("/run/lock")?;
     let mut next = 0;
     for (index, image) in options.images.iter().enumerate() {
+        if image.name == DEEPEST {
+            println!("qemu-nbd of the {DEEPEST} image is left out: it fails reads with EIO");
+            continue;
+        }
         for (mode, NbdMode { what, args }) in NBD_MODES.iter().enumerate() {
             let device = PathBuf::from(format!("/dev/nbd{next}"));
             let mut command = Command::new("qemu-nbd");
