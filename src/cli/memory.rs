@@ -7,8 +7,8 @@ use super::open::parse_size;
 /// The limit of the kernel memory.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub(crate) struct MemoryArgs {
-    /// Attach nothing that takes more of the kernel's memory than this, or none for no limit;
-    /// without it, than a quarter of what is free
+    /// Most kernel memory that an attachment may take, or none for no limit [default: a
+    /// quarter of what is free]
     #[arg(long, value_name = "SIZE", value_parser = parse_limit)]
     max_kernel_memory: Option<MemoryLimit>,
 }

@@ -18,7 +18,7 @@ pub(crate) fn prepare() -> anyhow::Result<()> {
     static DONE: OnceLock<()> = OnceLock::new();
     if DONE.get().is_none() {
         #[cfg(feature = "sandbox")]
-        imgdm::worker::on_start(imgdm::sandbox::shut_worker);
+        imgdm::worker::on_start(start);
         rayon::ThreadPoolBuilder::new().start_handler(|_| start()).build_global()?;
         let _ = DONE.set(());
     }

@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::io;
 
+use rustix::fs::{AtFlags, StatxFlags};
+
 use super::sys;
 use crate::convert::reflink::HostCalls;
 
@@ -25,4 +27,17 @@ impl HostCalls for KernelBlocks {
     fn start_write_back(&self, file: &File, offset: u64, length: u64) {
         sys::start_write_back(file, offset, length);
     }
+}
+
+/// True of a file of which the kernel says that any sector can be read around the page cache
+/// (STATX_DIOALIGN, since Linux 6.1). A loop device itself looks at the disk below at most, and
+/// what a file system then refuses are errors of whoever reads.
+pub(super) fn reads_sectors_directly(file: &File) -> bool {
+    let sector = u32::try_from(crate::units::SECTOR_SIZE).unwrap_or(0);
+    let wanted = StatxFlags::DIOALIGN;
+    rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, wanted).is_ok_and(|stat| {
+        stat.stx_mask & wanted.bits() != 0
+            && (1..=sector).contains(&stat.stx_dio_offset_align)
+            && (1..=sector).contains(&stat.stx_dio_mem_align)
+    })
 }

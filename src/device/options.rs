@@ -8,9 +8,9 @@ use crate::scratch::OnError;
 /// Whether loop devices read their files around the page cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DirectIo {
-    /// Around it where the file system can: through it, the loop device has one read under
-    /// way at a time, and copies all that is read a second time (measured:
-    /// `cargo bench --bench datapath`).
+    /// Around it where the kernel says that the file system can (Linux 6.1): through it, the
+    /// loop device has one read under way at a time, and copies all that is read a second time
+    /// (measured: `cargo bench --bench datapath`).
     #[default]
     Auto,
     /// Around it; an error where the file system can't.

@@ -202,7 +202,7 @@ pub fn snapshots(image: &Path, options: &InfoOptions) -> Result<(Format, Vec<Sna
 /// Opens an image that the user named.
 fn open_image(path: &Path, confinement: &mut Confinement<'_>) -> Result<Source> {
     let source = Source::open(path)?;
-    confinement.add_image(path);
+    confinement.add_image(path, &source);
     Ok(source)
 }
 

@@ -354,7 +354,7 @@ impl<'p> Opener<'p> {
     fn new(policy: &'p OpenPolicy) -> Self {
         let mut confinement = Confinement::new(&policy.reach);
         if let Some(NamedIn { file, .. }) = &policy.named_in {
-            confinement.add_image(file);
+            confinement.add_directories_of(file, None);
         }
         Self { policy, confinement, seen: HashSet::new(), warnings: Vec::new(), layers: Vec::new() }
     }
@@ -369,7 +369,7 @@ impl<'p> Opener<'p> {
         };
         see_once(&source, &mut self.seen)?;
         if named_by == NamedBy::User && role == FileRole::Image {
-            self.confinement.add_image(path);
+            self.confinement.add_image(path, &source);
         }
         let locked = match lock::lock(&source, self.policy.sharing) {
             Err(error) if self.policy.report_in_use => match error.kind() {

@@ -9,14 +9,14 @@
 use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2};
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2};
 use nix::libc;
-use nix::sys::stat::{Mode, fstat};
+use nix::sys::stat::{Mode, fstat, fstatat};
 
 use super::name::resolve_beside;
 use super::policy_file::PolicyFile;
@@ -84,10 +84,26 @@ impl Allowed {
 
 impl Tree {
     fn open(path: &Path) -> Option<Self> {
-        let path = path.canonicalize().ok()?;
+        let real = path.canonicalize().ok()?;
         let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
-        let directory = OpenOptions::new().read(true).custom_flags(flags).open(&path).ok()?;
+        let directory = OpenOptions::new().read(true).custom_flags(flags).open(&real).ok()?;
+        // Should a part of the path have been replaced meanwhile: what is open counts.
+        let link = format!("/proc/self/fd/{}", directory.as_raw_fd());
+        let path = std::fs::read_link(link).unwrap_or(real);
         Some(Self { path, directory: directory.into() })
+    }
+
+    /// True where `name` in this very directory is that file.
+    fn has(&self, name: &OsStr, id: FileId, flags: AtFlags) -> bool {
+        fstatat(&self.directory, name, flags)
+            .is_ok_and(|stat| FileId { device: stat.st_dev, inode: stat.st_ino } == id)
+    }
+
+    /// True of directories in which files are not of one image's owner: device nodes, and
+    /// what the kernel makes up.
+    fn is_the_systems(&self) -> bool {
+        let is_in = |parent| self.path.starts_with(parent);
+        (is_in("/dev") && !is_in("/dev/shm")) || is_in("/proc") || is_in("/sys")
     }
 
     /// A handle (O_PATH) of the file at `path`, which has no links in it; none where that is
@@ -157,14 +173,31 @@ impl<'r> Confinement<'r> {
         Self { reach, own: Vec::new(), allowed: None, by_policy: None }
     }
 
-    /// From now on files may also lie in the directory of this image, which the user named:
-    /// in the one that the path names, and in the one that links from there lead to.
-    pub(crate) fn add_image(&mut self, image: &Path) {
-        let named = Tree::open(&resolve_beside(image, Path::new(".")));
-        let real = image.canonicalize().ok();
-        let real = real.as_deref().and_then(Path::parent).and_then(Tree::open);
+    /// From now on files may also lie in the directory of `image`, which the user named by
+    /// that path: in the one that the path names, and in the one that links from there lead
+    /// to. An image on a block device has no directory of its own.
+    pub(crate) fn add_image(&mut self, path: &Path, image: &Source) {
+        if !image.is_block_device() {
+            self.add_directories_of(path, image.id());
+        }
+    }
+
+    /// The same of the file at `path`; where `id` says which file was opened by it, just of
+    /// directories that have it. Somebody could have put a link to another place there since.
+    pub(crate) fn add_directories_of(&mut self, path: &Path, id: Option<FileId>) {
+        let has = |tree: &Tree, path: &Path, flags| match (path.file_name(), id) {
+            (Some(name), Some(id)) => tree.has(name, id, flags),
+            _ => id.is_none(),
+        };
+        let named = Tree::open(&resolve_beside(path, Path::new(".")))
+            .filter(|tree| has(tree, path, AtFlags::empty()));
+        let real = path.canonicalize().ok();
+        let real = real.as_deref().and_then(|real| {
+            let tree = Tree::open(real.parent()?)?;
+            has(&tree, real, AtFlags::AT_SYMLINK_NOFOLLOW).then_some(tree)
+        });
         for tree in named.into_iter().chain(real) {
-            if self.own.iter().all(|own| own.path != tree.path) {
+            if !tree.is_the_systems() && self.own.iter().all(|own| own.path != tree.path) {
                 self.own.push(tree);
             }
         }

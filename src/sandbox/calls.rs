@@ -193,7 +193,7 @@ mod older {
 }
 
 /// The ioctls that reading makes: extents, lengths and clones of files, the terminal's width.
-const IOCTLS: [u64; 8] = [
+const IOCTLS: [u64; 9] = [
     0xc020_660b, // FS_IOC_FIEMAP
     0x8008_1272, // BLKGETSIZE64
     0x1268,      // BLKSSZGET
@@ -201,6 +201,7 @@ const IOCTLS: [u64; 8] = [
     0x4004_9409, // FICLONE
     0x4020_940d, // FICLONERANGE
     0x5401,      // TCGETS
+    0x802c_542a, // TCGETS2, of newer C libraries
     0x5413,      // TIOCGWINSZ
 ];
 

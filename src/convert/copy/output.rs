@@ -121,13 +121,13 @@ impl Room {
     /// `run_end`.
     pub(super) fn make(&mut self, place: &Placed, run_end: GuestOffset) {
         let (offset, length) = (place.offset.get(), place.range.length().get());
+        if offset >= self.start && offset.saturating_add(length) <= self.end {
+            return;
+        }
         if offset == place.range.start.get() {
             return self.make_for(place.range);
         }
         let likely = run_end.since(place.range.start).get();
-        if offset >= self.start && offset.saturating_add(length) <= self.end {
-            return;
-        }
         let wanted = length.max(likely.min(self.ahead));
         if wanted < LEAST_AHEAD.min(self.ahead) {
             return;

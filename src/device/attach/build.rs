@@ -3,6 +3,7 @@
 use std::fs::File;
 
 use super::{Request, index_of, not_a_file, table_ids};
+use crate::device::blocks::reads_sectors_directly;
 use crate::device::name::{DeviceRole, DmUuid, LoopRole};
 use crate::device::options::DirectIo;
 use crate::device::stacked::{NewDevice, Stack};
@@ -99,9 +100,12 @@ impl<K: Kernel> Build<'_, '_, K> {
         };
         let role = LoopRole::File { layer, role, snapshot };
         let wanted = self.request.options.direct_io;
-        let direct_io = wanted != DirectIo::Off;
+        let direct_io = match wanted {
+            DirectIo::Auto => reads_sectors_directly(file),
+            DirectIo::On => true,
+            DirectIo::Off => false,
+        };
         let bound = self.bind_loop(file, LoopOptions { role, direct_io }).map_err(here)?;
-        // The kernel goes through the page cache by itself where it has to.
         if wanted == DirectIo::On && !self.stack.last_loop().is_some_and(LoopHandle::direct_io) {
             return Err(here(Error::new(ErrorKind::KernelLacks(
                 "the file system or its disk does no direct I/O by 512 bytes: use --direct-io=auto"

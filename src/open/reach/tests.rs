@@ -34,7 +34,8 @@ impl World {
 
     fn open_within(&self, name: &str, reach: &Reach) -> Result<String> {
         let mut confinement = Confinement::new(reach);
-        confinement.add_image(&self.path("images/disk"));
+        let disk = self.path("images/disk");
+        confinement.add_image(&disk, &Source::open(&disk)?);
         let source = confinement.open(&self.path("images").join(name))?;
         let mut text = vec![0; usize::try_from(source.length().get()).unwrap()];
         source.read_exact(crate::units::HostOffset::ZERO, &mut text, "it").unwrap();
@@ -122,7 +123,8 @@ fn the_image_has_the_directory_it_is_named_in_and_the_one_it_lies_in() {
     fs::write(world.path("links/near"), "").unwrap();
     let reach = Reach::default();
     let mut confinement = Confinement::new(&reach);
-    confinement.add_image(&world.path("links/disk"));
+    let disk = world.path("links/disk");
+    confinement.add_image(&disk, &Source::open(&disk).unwrap());
     assert!(confinement.open(&world.path("links/near")).is_ok());
     assert!(confinement.open(&world.path("images/base")).is_ok());
     assert!(confinement.open(&world.path("golden/base")).is_err());
@@ -185,4 +187,31 @@ fn a_chain_is_confined_to_the_directory_of_its_active_layer() {
         let policy = OpenPolicy { named_in, ..OpenPolicy::default() };
         assert_eq!(open("golden/overlay", policy).is_ok(), is_open, "{only_data_file}");
     }
+}
+
+#[test]
+fn a_link_put_in_an_images_place_once_it_is_open_widens_nothing() {
+    let world = World::new();
+    let reach = Reach::default();
+    for (name, target) in [("images/disk", "golden/base"), ("images/below", "golden")] {
+        let path = world.path("images/below/base");
+        let path = if name == "images/disk" { world.path(name) } else { path };
+        let image = Source::open(&path).unwrap();
+        fs::rename(world.path(name), world.path("moved")).unwrap();
+        symlink(world.path(target), world.path(name)).unwrap();
+        let mut confinement = Confinement::new(&reach);
+        confinement.add_image(&path, &image);
+        let error = confinement.open(&world.path("golden/base")).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::PermissionDenied(_)), "{name}: {error}");
+        fs::remove_file(world.path(name)).unwrap();
+        fs::rename(world.path("moved"), world.path(name)).unwrap();
+    }
+}
+
+#[test]
+fn what_lies_beside_device_nodes_is_no_images_own() {
+    let directory = Tree::open(Path::new("/dev")).unwrap();
+    assert!(directory.is_the_systems());
+    let world = World::new();
+    assert!(!Tree::open(&world.path("images")).unwrap().is_the_systems());
 }
