@@ -145,45 +145,45 @@ fn median(costs: &[f64]) -> f64 {
 }
 
 #[test]
-fn two_hundred_at_once_are_no_slower_each_and_leave_nothing() {
-    const COUNT: usize = 200;
+fn many_at_once_are_no_slower_each_and_leave_nothing() {
+    let count = if cycles() > CYCLES { 200 } else { 60 };
     // So many are measured, the first and the last.
-    const SOME: usize = 25;
+    let some = count / 8;
     let scratch = Scratch::new();
     let first = scratch.create("qcow2", &[], "a0.qcow2", "4M");
     write_image(&first, "qcow2", &["write -P 2 2M 64k", "write -P 1 0 64k"]);
     let before = Held::now();
     let (mut costs, mut lists) = (Vec::new(), Vec::new());
-    for number in 0..COUNT {
+    for number in 0..count {
         let image = scratch.path(&format!("a{number}.qcow2"));
         if number > 0 {
             fs::copy(&first, &image).unwrap_or_default();
         }
-        if (SOME..COUNT - SOME).contains(&number) {
+        if (some..count - some).contains(&number) {
             attach([&image]);
         } else {
             costs.push(cost(&image, || drop(attach([&image]))));
         }
-        if [SOME, COUNT].contains(&(number + 1)) {
+        if [some, count].contains(&(number + 1)) {
             let all: Vec<_> = (0..5).map(|_| cost(&image, || drop(imgdm(["list"]).ok()))).collect();
             lists.push((median(&all), list_peak(number + 1)));
         }
     }
     let during = Held::now();
-    let (early, late) = (median(&costs[..SOME]), median(&costs[SOME..]));
-    let each = during.unreclaimable.saturating_sub(before.unreclaimable) / COUNT as u64;
-    println!("attach: {early:.1} runs with few, {late:.1} with {COUNT}; {each} bytes of slab each");
-    println!("list of {SOME} and {COUNT}, in runs, and its peak in KiB: {lists:.1?}");
+    let (early, late) = (median(&costs[..some]), median(&costs[some..]));
+    let each = during.unreclaimable.saturating_sub(before.unreclaimable) / count as u64;
+    println!("attach: {early:.1} runs with few, {late:.1} with {count}; {each} bytes of slab each");
+    println!("list of {some} and {count}, in runs, and its peak in KiB: {lists:.1?}");
     assert!(late < early * 4.0, "{early}, then {late}");
     let [(short, little), (long, much)] = lists[..] else { panic!("{lists:?}") };
     // Eight times as many, and not sixty-four times the time.
     assert!(long < short * 20.0, "{short}, then {long}");
     assert!(much < little + 2048, "{little} KiB, then {much} KiB");
     // Of the four bytes that are locked three are next to each other.
-    assert_eq!(locks().len(), COUNT * 2);
+    assert_eq!(locks().len(), count * 2);
     let mut random = Random(200);
     for _ in 0..10 {
-        let path = format!("/dev/mapper/a{}", random.below(COUNT as u64));
+        let path = format!("/dev/mapper/a{}", random.below(count as u64));
         assert_eq!(read_direct(Path::new(&path), 2 * MIB, 4096).unwrap(), [2; 4096]);
     }
     let start = Instant::now();
@@ -193,9 +193,10 @@ fn two_hundred_at_once_are_no_slower_each_and_leave_nothing() {
     let after = Held::now();
     println!("before: {before:?}, during: {during:?}, after: {after:?}");
     assert!(after.processes <= before.processes + 4, "{before:?} {after:?}");
-    // Free loop devices stay, as the driver has it, and are used again.
+    // Free loop devices stay, as the driver has it, with their queues of about 48 KiB, and are
+    // used again: leaks of less than that are found by the many times one by one.
     let nodes = (after.loop_nodes - before.loop_nodes) as u64;
-    let allowed = before.unreclaimable + 2 * NOISE + nodes * 24 * KIB;
+    let allowed = before.unreclaimable + 2 * NOISE + nodes * 64 * KIB;
     assert!(after.unreclaimable <= allowed, "{before:?} {after:?}");
 }
 
