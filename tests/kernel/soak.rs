@@ -11,7 +11,7 @@ use crate::args;
 use crate::guest::*;
 
 /// How many times an image is attached and detached, unless IMGDM_SOAK says otherwise.
-const CYCLES: u32 = 100;
+const CYCLES: u32 = 40;
 /// How often who races does, and as many times more as there are more cycles.
 const ROUNDS: u32 = 6;
 /// What a cycle may leave in the kernel's memory: less than a page, which is the least that a
@@ -146,7 +146,7 @@ fn median(costs: &[f64]) -> f64 {
 
 #[test]
 fn many_at_once_are_no_slower_each_and_leave_nothing() {
-    let count = if cycles() > CYCLES { 200 } else { 60 };
+    let count = if cycles() > CYCLES { 200 } else { 40 };
     // So many are measured, the first and the last.
     let some = count / 8;
     let scratch = Scratch::new();
