@@ -3,8 +3,6 @@
 use std::fs::File;
 use std::io;
 
-use rustix::fs::{AtFlags, StatxFlags};
-
 use super::sys;
 use crate::convert::reflink::HostCalls;
 
@@ -32,7 +30,10 @@ impl HostCalls for KernelBlocks {
 /// True of a file of which the kernel says that any sector can be read around the page cache
 /// (STATX_DIOALIGN, since Linux 6.1). A loop device itself looks at the disk below at most, and
 /// what a file system then refuses are errors of whoever reads.
+#[cfg(feature = "device")]
 pub(super) fn reads_sectors_directly(file: &File) -> bool {
+    use rustix::fs::{AtFlags, StatxFlags};
+
     let sector = u32::try_from(crate::units::SECTOR_SIZE).unwrap_or(0);
     let wanted = StatxFlags::DIOALIGN;
     rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, wanted).is_ok_and(|stat| {
@@ -40,4 +41,10 @@ pub(super) fn reads_sectors_directly(file: &File) -> bool {
             && (1..=sector).contains(&stat.stx_dio_offset_align)
             && (1..=sector).contains(&stat.stx_dio_mem_align)
     })
+}
+
+/// Nothing is attached by a real kernel there.
+#[cfg(not(feature = "device"))]
+pub(super) fn reads_sectors_directly(_: &File) -> bool {
+    false
 }
