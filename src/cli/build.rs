@@ -75,7 +75,7 @@ pub(crate) struct BuildArgs {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 enum DirectIoChoice {
-    /// Around it where the file system can
+    /// Around it where the kernel says that the file system can (Linux 6.1)
     #[default]
     Auto,
     /// Around it; an error where the file system can't

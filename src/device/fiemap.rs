@@ -143,4 +143,21 @@ mod tests {
             "what was just written is data: {found:?}"
         );
     }
+
+    #[cfg(feature = "sandbox")]
+    #[test]
+    fn a_thread_that_is_shut_asks_for_extents_all_the_same() {
+        use nix::libc::{EACCES, ENOSYS, EPERM};
+
+        let file = tempfile::tempfile().unwrap();
+        let ask = || {
+            crate::sandbox::shut_thread();
+            Fiemap.unwritten(&file, HostOffset::ZERO, HostOffset::new(1 << 16))
+        };
+        // Whether the file system can or not, the call goes through.
+        if let Err(error) = std::thread::scope(|scope| scope.spawn(ask).join().unwrap()) {
+            let refused = [ENOSYS, EACCES, EPERM].map(Some);
+            assert!(!refused.contains(&error.raw_os_error()), "{error}");
+        }
+    }
 }
