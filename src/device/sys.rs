@@ -65,8 +65,8 @@ pub(crate) fn dm_ioctl_in_file(
     let flags = libc::MAP_SHARED | libc::MAP_POPULATE;
     // SAFETY: a new mapping, of which nobody else knows; it is unmapped below with the same
     // length. It is never read or written from here, so it does not matter whether anybody
-    // else writes to the file. Of this process's memory the kernel changes the header alone,
-    // which is inside of the mapping.
+    // else writes to the file. Of this process's memory the kernel changes the header alone
+    // or, where keys are to be wiped, all of `size` bytes, which are inside of the mapping.
     unsafe {
         let start =
             libc::mmap(std::ptr::null_mut(), length, protection, flags, file.as_raw_fd(), 0);
