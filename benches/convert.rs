@@ -7,7 +7,7 @@
 //!
 //! It makes a qcow2 image of 1 GiB (`IMGDM_BENCH_MIB`: another number of MiB; the goals are for
 //! 4096), of what lies under /usr and compresses, and converts it under `TMPDIR`, by both
-//! programs in turn, median of three, each time with the image in the page cache, no output
+//! programs in turn, median of five, each time with the image in the page cache, no output
 //! there and nothing left to be written out:
 //!
 //! - to raw, every byte copied (`--reflink=never`);
@@ -19,7 +19,10 @@
 //! for `-t unsafe`. So like is compared with like: `imgdm convert -t unsafe` with qemu-img, and
 //! imgdm convert with qemu-img and an fsync of its output. The goals are for the first.
 //!
-//! TMPDIR has to have room for four times the size. Let nothing else run meanwhile.
+//! TMPDIR has to have room for four times the size. Let nothing else run meanwhile. A virtual
+//! machine that gives free memory back to its host (free page reporting) fills the page cache at
+//! the speed at which the host hands out pages, which says little of either program: it is told
+//! at the start, with how to leave that off.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -37,15 +40,21 @@ mod process;
 use process::run;
 
 const IMGDM: &str = env!("CARGO_BIN_EXE_imgdm");
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 5;
 /// MiB of different content; more is the same again.
 const CONTENT_MIB: u64 = 256;
+const REPORTING_ORDER: &str = "/sys/module/page_reporting/parameters/page_reporting_order";
 const COPY_GOAL: f64 = 1.3;
 const REFLINK_GOAL: f64 = 50.0;
 const COMPRESS_GOAL: f64 = 1.2;
 
 fn main() -> anyhow::Result<ExitCode> {
     let check = std::env::args().any(|arg| arg == "--check");
+    if gives_memory_back() {
+        println!(
+            "this machine gives free memory back to its host, so that what is written is slow and uneven: echo 11 >{REPORTING_ORDER} leaves it off until the next boot"
+        );
+    }
     let mib = std::env::var("IMGDM_BENCH_MIB").map_or(Ok(1024), |text| text.parse::<u64>())?;
     let dir = tempfile::tempdir().context("cannot make a directory under TMPDIR")?;
     let dir = dir.path();
@@ -62,6 +71,23 @@ fn main() -> anyhow::Result<ExitCode> {
         good &= compressed(&part, method)?;
     }
     Ok(if check && !good { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// Whether the kernel tells a host which pages are free, so that they have to be had from it
+/// anew: the balloon device was agreed to do so, and blocks of pages are not too small for it.
+fn gives_memory_back() -> bool {
+    /// `VIRTIO_BALLOON_F_REPORTING`.
+    const FEATURE: usize = 5;
+    /// Blocks of free pages have orders up to 10.
+    const NEVER: u32 = 11;
+    let order = std::fs::read_to_string(REPORTING_ORDER).ok();
+    let order = order.and_then(|order| order.trim().parse::<u32>().ok());
+    let devices = std::fs::read_dir("/sys/bus/virtio/drivers/virtio_balloon");
+    let reports = devices.into_iter().flatten().flatten().any(|device| {
+        let features = std::fs::read_to_string(device.path().join("features"));
+        features.is_ok_and(|features| features.as_bytes().get(FEATURE) == Some(&b'1'))
+    });
+    reports && order.is_some_and(|order| order < NEVER)
 }
 
 /// A qcow2 image of that many MiB of the content, again and again.
