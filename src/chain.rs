@@ -12,12 +12,12 @@ use rayon::prelude::*;
 
 use crate::damage::DamageList;
 use crate::error::{Error, ErrorKind, Result};
-use crate::extent::{Coalescer, Extent};
-use crate::format::{BackingReference, Format, ImageFormat, Scratch};
+use crate::extent::{Coalescer, Extent, Mapping};
+use crate::format::{BackingReference, Format, ImageFormat, Scratch, Stretches};
 use crate::holes::{self, Piece, for_each_piece};
 use crate::source::Source;
-use crate::status::{BlockStatus, FileRole, StatusRun, ZeroStatus};
-use crate::units::{ByteLen, GuestOffset, GuestRange};
+use crate::status::{BlockStatus, FileRole, HostPlace, StatusRun, ZeroStatus};
+use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset};
 
 mod ahead;
 mod fold;
@@ -370,6 +370,20 @@ pub enum Extents<'r> {
         /// What it says.
         runs: std::slice::Iter<'r, StatusRun>,
     },
+    /// One layer's answer, which is data of its own file and nothing else.
+    Plain {
+        /// Its depth.
+        depth: u32,
+        /// What lies in the file as on the disk, and where.
+        stretches: Stretches<'r>,
+    },
+}
+
+/// The extent of a stretch of the own file of the layer at `depth`.
+#[inline]
+fn extent_of((range, host): (GuestRange, HostOffset), depth: u32) -> Extent {
+    let mapping = Mapping::Data(HostPlace::in_image(host));
+    Extent { start: range.start, length: range.length(), depth, mapping }
 }
 
 impl Iterator for Extents<'_> {
@@ -380,6 +394,9 @@ impl Iterator for Extents<'_> {
         match self {
             Self::Folded(extents) => extents.next(),
             Self::OneLayer { depth, runs } => runs.next().map(|run| last_answer(run, *depth)),
+            Self::Plain { depth, stretches } => {
+                stretches.next().map(|stretch| extent_of(stretch, *depth))
+            }
         }
     }
 
@@ -390,6 +407,9 @@ impl Iterator for Extents<'_> {
             Self::Folded(extents) => extents.fold(init, each),
             Self::OneLayer { depth, runs } => {
                 runs.map(|run| last_answer(run, depth)).fold(init, each)
+            }
+            Self::Plain { depth, stretches } => {
+                stretches.map(|stretch| extent_of(stretch, depth)).fold(init, each)
             }
         }
     }
@@ -435,6 +455,9 @@ impl Resolver<'_> {
             self.memory.extents.dedup_by(|next, extent| extent.absorb(next));
         }
         Ok(match self.whole_answer {
+            Some(depth) if !self.memory.scratch.plain.is_empty() => {
+                Extents::Plain { depth, stretches: self.memory.scratch.plain.stretches() }
+            }
             Some(depth) => Extents::OneLayer { depth, runs: self.memory.runs.iter() },
             None => Extents::Folded(self.memory.extents.iter().copied()),
         })
@@ -451,6 +474,7 @@ impl Resolver<'_> {
         let Some(layer) = chain.layers().get(depth) else {
             return Err(Error::new(ErrorKind::Usage(format!("there is no layer {depth}"))));
         };
+        self.memory.scratch.plain.begin(false);
         self.ask(layer, u32::try_from(depth).unwrap_or(u32::MAX), range)?;
         Ok(&self.memory.runs)
     }
@@ -503,7 +527,16 @@ impl Resolver<'_> {
         let backing_size = layers.get(depth as usize + 1).map(|l| l.image.virtual_size());
         let Some(last) = self.memory.open.last() else { return Ok(()) };
         let leaves_all_unallocated = backing_size.is_some_and(|size| last.end.get() <= size.get());
+        let takes_plain = self.memory.open.len() == 1
+            && self.memory.extents.is_empty()
+            && !layer.asks_any_for_holes(self.holes);
+        self.memory.scratch.plain.begin(takes_plain);
         self.ask_for_open(layer, depth)?;
+        if takes_plain && self.has_only_plain() {
+            self.whole_answer = Some(depth);
+            self.memory.open.clear();
+            return Ok(());
+        }
 
         let Memory { runs, open, left, extents, .. } = &mut self.memory;
         let unallocated = |run: &StatusRun| matches!(run.status, BlockStatus::Unallocated(_));
@@ -530,6 +563,20 @@ impl Resolver<'_> {
         }
         std::mem::swap(open, left);
         Ok(())
+    }
+
+    /// Whether what was asked for is nothing but plain clusters; if not, they become runs.
+    fn has_only_plain(&mut self) -> bool {
+        let Memory { runs, split, scratch: Scratch { plain, .. }, .. } = &mut self.memory;
+        if plain.is_empty() || runs.is_empty() {
+            return !plain.is_empty();
+        }
+        split.clear();
+        split.extend(plain.runs());
+        split.append(runs);
+        std::mem::swap(runs, split);
+        plain.begin(false);
+        false
     }
 
     /// Splits the data runs by the holes of the file below, where those are wanted.

@@ -154,7 +154,7 @@ impl fmt::Display for Sectors {
 }
 
 /// A half-open range of the virtual disk: `start` inclusive, `end` exclusive.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct GuestRange {
     /// First byte.
     pub start: GuestOffset,

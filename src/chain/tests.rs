@@ -399,3 +399,57 @@ fn windows_are_small_where_holes_split_the_runs_of_large_clusters() {
         assert_eq!(size, granularity.saturating_mul(RUNS_PER_WINDOW).min(4 << 30));
     }
 }
+
+/// A qcow2 image of 512-byte clusters with three L2 tables of 64 entries: data of the image
+/// file, shuffled but for pairs, where `entry` does not say otherwise.
+fn three_tables(entry: impl Fn(u64) -> Option<u64>) -> Chain {
+    const CLUSTER: u64 = 512;
+    let mut image = crate::format::qcow2::tests::Builder::new(6);
+    image.u32(20, 9).u64(24, 192 * CLUSTER).u32(36, 3);
+    let (l1, l2, data) = (2 << 16, 3 << 16, 4 << 16);
+    for table in 0..3 {
+        image.u64(l1 + table * 8, l2 + table * CLUSTER);
+    }
+    for cluster in 0..192u64 {
+        let shuffled = (cluster / 2 * 37 % 96) * 2 + cluster % 2;
+        image.u64(l2 + cluster * 8, entry(cluster).unwrap_or(data + shuffled * CLUSTER));
+    }
+    let source = Arc::new(Source::from_bytes("x.qcow2", image.bytes));
+    let image = crate::format::qcow2::Qcow2Image::open(Arc::clone(&source), None, false).unwrap();
+    let layer = Layer { image: Box::new(image), source, data_file: None, declared_format: None };
+    Chain::new(vec![layer]).unwrap()
+}
+
+#[test]
+fn clusters_that_are_only_data_resolve_as_their_runs() {
+    let range = |start: u64, end: u64| {
+        GuestRange::new(GuestOffset::new(start * 256), GuestOffset::new(end * 256))
+    };
+    let kinds = [
+        ("data alone", three_tables(|_| None)),
+        ("one of zeros", three_tables(|cluster| (cluster == 100).then_some(1))),
+        ("nothing in the second table", three_tables(|c| (64..128).contains(&c).then_some(0))),
+        ("nothing at the end", three_tables(|cluster| (cluster == 191).then_some(0))),
+    ];
+    for (kind, chain) in kinds {
+        let mut resolver = chain.resolver(HoleQuery::AsQemu);
+        let mut plain = 0;
+        for start in (0..384).step_by(5) {
+            for end in (start + 1..=384).step_by(7) {
+                let window = range(start, end);
+                let mut coalescer = Coalescer::default();
+                let runs = resolver.layer_runs(0, window).unwrap();
+                let pushed = runs.iter().filter_map(|run| coalescer.push(last_answer(run, 0)));
+                let mut wanted: Vec<_> = pushed.collect();
+                wanted.extend(coalescer.finish());
+                let extents = resolver.resolve(window).unwrap();
+                plain += u32::from(matches!(extents, Extents::Plain { .. }));
+                let mut coalescer = Coalescer::default();
+                let mut got: Vec<_> = extents.filter_map(|e| coalescer.push(e)).collect();
+                got.extend(coalescer.finish());
+                assert_eq!(got, wanted, "{kind} {window:?}");
+            }
+        }
+        assert!(plain > 100, "{kind}: {plain}");
+    }
+}

@@ -11,9 +11,12 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::status::StatusRun;
 use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset};
 
+pub(crate) use plain::PlainClusters;
+pub use plain::Stretches;
 use trace::TraceStep;
 
 pub mod cow;
+mod plain;
 pub mod qcow;
 pub mod qcow2;
 pub mod raw;
@@ -167,6 +170,9 @@ pub struct Scratch {
     /// Where it is there, a status call lists damage here and goes on past it; else damage
     /// is its error.
     pub damage: Option<DamageList>,
+    /// Clusters at the start of the range that are not among the runs, where the caller takes
+    /// them from here.
+    pub(crate) plain: PlainClusters,
 }
 
 /// One opened image of any format, without its backing file.

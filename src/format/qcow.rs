@@ -480,7 +480,7 @@ impl ImageFormat for QcowImage {
         let l2_length = self.header.l2_entries() * ENTRY_SIZE;
         // At most 64 KiB of an L2 table, and a page of the L1 table.
         let buffer_length = L1_CHUNK * 8 + usize::try_from(l2_length).unwrap_or(0);
-        let Scratch { table, damage } = scratch;
+        let Scratch { table, damage, .. } = scratch;
         table.reserve(buffer_length);
         let (l1_buffer, l2_buffer) = table.split_at_mut(L1_CHUNK * 8);
         let mut merger = Merger { runs, pending: None };

@@ -96,6 +96,7 @@ pub(super) fn cut(
         (Stream::Guest, Extents::OneLayer { depth, runs }) => {
             cutter.all(runs.map(|run| last_answer(run, depth)));
         }
+        (Stream::Guest, extents @ Extents::Plain { .. }) => cutter.all(extents),
     }
     cutter.finish();
     (cutter.pending, cutter.noted)

@@ -11,8 +11,9 @@ use super::{BackingId, ObstacleKind, Segment, SegmentCounts, SegmentTarget};
 use crate::chain::{Chain, Extents, HoleQuery};
 use crate::damage::DamageList;
 use crate::error::Result;
-use crate::status::{BlockStatus, FileRole, HostPlace, StatusRun};
-use crate::units::{GuestOffset, GuestRange, SECTOR_SIZE, Sectors};
+use crate::format::Stretches;
+use crate::status::FileRole;
+use crate::units::{GuestOffset, GuestRange, HostOffset, SECTOR_SIZE, Sectors};
 
 /// Most pieces between a window's ends that are kept, and of a whole disk. More would be
 /// memory that grows with the image.
@@ -50,8 +51,8 @@ impl Tally {
             scratch_bytes: 0,
             noted: Noted::default(),
         };
-        if let (Stream::Guest, Extents::OneLayer { depth, runs }) = (stream, &extents)
-            && let Some(plain) = PlainRuns::of(facts, *depth, runs.as_slice())
+        if let (Stream::Guest, Extents::Plain { depth, stretches }) = (stream, &extents)
+            && let Some(plain) = PlainPieces::of(facts, *depth, stretches)
         {
             tally.take_plain(plain);
             return tally;
@@ -80,7 +81,7 @@ impl Tally {
     }
 
     /// Takes the only pieces of the window.
-    fn take_plain(&mut self, plain: PlainRuns) {
+    fn take_plain(&mut self, plain: PlainPieces) {
         self.first = Some(plain.first);
         self.last = Some(plain.last);
         self.between.linear = plain.between;
@@ -111,59 +112,42 @@ impl Tally {
 
 /// What a window comes to that is nothing but data of one file, in many pieces: the worst
 /// that an image can be, counted without making the pieces.
-struct PlainRuns {
+struct PlainPieces {
     backing: BackingId,
     first: Piece,
     last: Piece,
     between: u64,
 }
 
-impl PlainRuns {
-    /// The pieces of these runs of the layer at `depth`, where they are such.
+impl PlainPieces {
+    /// The pieces of these stretches of the layer at `depth`, where they are such.
     #[inline(never)]
-    fn of(facts: &Facts, depth: u32, runs: &[StatusRun]) -> Option<Self> {
+    fn of(facts: &Facts, depth: u32, stretches: &Stretches<'_>) -> Option<Self> {
         let file = facts.file(depth, FileRole::Image);
+        let (hosts, size) = (stretches.hosts(), stretches.cluster_size());
         // Those that carry the one before on are one piece with it.
-        let (mut starts, mut last_start) = (0usize, 0);
+        let (mut pieces, mut furthest) = (0u64, 0);
         let mut expected = None;
-        let mut bits = 0;
-        for (at, run) in runs.iter().enumerate() {
-            let BlockStatus::Data(HostPlace { file: FileRole::Image, offset }) = run.status else {
-                return None;
-            };
-            let (offset, length) = (offset.get(), run.length.get());
-            let end = offset.checked_add(length).filter(|&end| end <= file.shown)?;
-            bits |= run.start.get() | offset | length;
-            if expected != Some(offset) {
-                starts = starts.wrapping_add(1);
-                last_start = at;
-            }
-            expected = Some(end);
+        for &host in hosts {
+            pieces = pieces.wrapping_add(u64::from(expected != Some(host)));
+            furthest = furthest.max(host);
+            expected = Some(host.wrapping_add(size));
         }
-        if starts <= FEW_IN_WINDOW + 2 || !bits.is_multiple_of(SECTOR_SIZE) {
+        let is_inside = furthest.checked_add(size).is_some_and(|end| end <= file.shown);
+        if pieces <= FEW_IN_WINDOW as u64 + 2 || !is_inside {
             return None;
         }
-        let ends = |pair: &[StatusRun]| {
-            let after = |run: &StatusRun| run.status.advanced(run.length);
-            after(&pair[0]) != pair[1].status
-        };
-        let first_end = runs.windows(2).position(ends)?;
-        let piece = |of: &[StatusRun]| match of {
-            [first, ..] => match first.status {
-                BlockStatus::Data(place) => Some(Piece {
-                    start: first.start.get(),
-                    length: of.last()?.end().since(first.start).get(),
-                    kind: PieceKind::Linear { backing: file.backing, offset: place.offset.get() },
-                }),
-                _ => None,
-            },
-            [] => None,
+        let piece = |(range, host): (GuestRange, HostOffset)| {
+            let (start, length, offset) = (range.start.get(), range.length().get(), host.get());
+            let kind = PieceKind::Linear { backing: file.backing, offset };
+            let is_whole = (start | length | offset).is_multiple_of(SECTOR_SIZE);
+            is_whole.then_some(Piece { start, length, kind })
         };
         Some(Self {
             backing: file.backing,
-            first: piece(runs.get(..=first_end)?)?,
-            last: piece(runs.get(last_start..)?)?,
-            between: starts as u64 - 2,
+            first: piece(stretches.clone().next()?)?,
+            last: piece(stretches.last_one()?)?,
+            between: pieces - 2,
         })
     }
 }

@@ -243,7 +243,7 @@ impl ImageFormat for CowImage {
         let in_file = self.source.length().get().saturating_sub(self.header.bitmap_offset().get());
         let readable = with_bit.min(in_file.saturating_mul(8));
         let data_offset = self.header.data_offset();
-        let Scratch { table, damage } = scratch;
+        let Scratch { table, damage, .. } = scratch;
         let mut writer = RunWriter { runs, range, data_offset, pending: None };
         while sector < readable {
             let first_byte = sector / 8;

@@ -70,8 +70,19 @@ impl L2Format {
     /// `None` for anything else, which [`decode`](Self::decode) tells apart.
     #[inline]
     pub(crate) fn plain_host(self, entry: u64) -> Option<HostOffset> {
-        let offset = entry & OFFSET_MASK;
-        (entry & self.not_plain == 0 && offset != 0).then_some(HostOffset::new(offset))
+        self.is_plain(entry).then_some(HostOffset::new(self.host_of_plain(entry)))
+    }
+
+    /// Whether an entry has a [`plain_host`](Self::plain_host).
+    #[inline]
+    pub(crate) fn is_plain(self, entry: u64) -> bool {
+        (entry & self.not_plain == 0) & (self.host_of_plain(entry) != 0)
+    }
+
+    /// The offset of that, in bytes.
+    #[inline]
+    pub(crate) fn host_of_plain(self, entry: u64) -> u64 {
+        entry & OFFSET_MASK
     }
 
     /// How many of the entries after `first` say of their clusters what it says of its

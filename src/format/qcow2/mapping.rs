@@ -6,7 +6,7 @@ use super::header::{Qcow2Header, SUBCLUSTERS_PER_CLUSTER};
 use crate::buffer::Buffer;
 use crate::damage::{DamageList, spoil};
 use crate::error::{Error, Result};
-use crate::format::{Scratch, be64, table_bytes};
+use crate::format::{PlainClusters, Scratch, be64, table_bytes};
 use crate::status::{BlockStatus, FileRole, HostPlace, StatusRun, ZeroStatus};
 use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset};
 
@@ -239,7 +239,7 @@ fn l2_status(
     let count = usize::try_from(last - first).unwrap_or(0);
     let table_at = table.saturating_add(ByteLen::new(first * entry_size));
     let length = count * usize::try_from(entry_size).unwrap_or(0);
-    let Scratch { table: buffer, damage } = scratch;
+    let Scratch { table: buffer, damage, plain } = scratch;
     let bytes = match table_bytes(&image.source, table_at, length, "the L2 table", buffer) {
         Ok(bytes) => bytes,
         Err(error) => {
@@ -261,7 +261,7 @@ fn l2_status(
     if header.has_extended_l2() {
         slice.extended(runs, damage)
     } else {
-        slice.standard(runs, damage)
+        slice.standard(plain, runs, damage)
     }
 }
 
@@ -331,10 +331,28 @@ impl L2Slice<'_> {
         count
     }
 
-    fn standard(&self, runs: &mut Vec<StatusRun>, damage: &mut Option<DamageList>) -> Result<()> {
+    /// Whether all entries are plain data clusters of the image file, and so were put where
+    /// those go.
+    #[inline(never)]
+    fn all_plain(&self, entries: &[[u8; 8]], plain: &mut PlainClusters) -> bool {
+        let format = self.format;
+        plain.push_all(self.header.cluster_bits, self.range, entries, |entry| {
+            (format.host_of_plain(entry), format.is_plain(entry))
+        })
+    }
+
+    fn standard(
+        &self,
+        plain: &mut PlainClusters,
+        runs: &mut Vec<StatusRun>,
+        damage: &mut Option<DamageList>,
+    ) -> Result<()> {
         let entries = &self.bytes.as_chunks::<8>().0[..self.count];
         let before = runs.len();
         let in_the_clear = self.header.encryption.is_none() && self.data_role == FileRole::Image;
+        if in_the_clear && plain.is_wanted() && runs.is_empty() && self.all_plain(entries, plain) {
+            return Ok(());
+        }
         let mut index = 0;
         loop {
             if in_the_clear {
