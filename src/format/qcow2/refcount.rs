@@ -2,12 +2,15 @@
 
 use super::header::Qcow2Header;
 use crate::error::{Error, Result};
+use crate::format::be64;
 use crate::format::trace::Refcount;
 use crate::source::Source;
 use crate::units::{ByteLen, HostOffset};
 
 /// Bits 9 to 63 of a refcount table entry.
 const BLOCK_OFFSET_MASK: u64 = !0x1ff;
+/// Refcount table entries that are read at a time: a page.
+const ENTRIES_AT_ONCE: u64 = 512;
 
 /// QEMU's qcow2_detect_metadata_preallocation(): true where clearly more clusters have a
 /// refcount than the host's file system has allocated space for, so that data clusters
@@ -27,15 +30,20 @@ pub(super) fn looks_preallocated(source: &Source, header: &Qcow2Header) -> Resul
     let block_entries = (cluster_size * 8) >> header.refcount_order;
     let mut counted = 0;
     let mut block = Vec::new();
-    for first in (0..clusters).step_by(usize::try_from(block_entries).unwrap_or(usize::MAX)) {
-        let index = first / block_entries;
-        if index * 8 >= header.refcount_table.length.get() {
-            break; // No entry: all refcounts from here on are 0.
+    let mut table = Vec::new();
+    // Where there is no entry, all refcounts from there on are 0.
+    let blocks = clusters.div_ceil(block_entries).min(header.refcount_table.length.get() / 8);
+    for index in 0..blocks {
+        let first = index * block_entries;
+        let in_table = index % ENTRIES_AT_ONCE;
+        if in_table == 0 {
+            let bytes = (blocks - index).min(ENTRIES_AT_ONCE) * 8;
+            table.resize(usize::try_from(bytes).unwrap_or(0), 0);
+            let at = header.refcount_table.offset.saturating_add(ByteLen::new(index * 8));
+            source.read_exact(at, &mut table, "the refcount table")?;
         }
-        let mut entry = [0; 8];
-        let at = header.refcount_table.offset.saturating_add(ByteLen::new(index * 8));
-        source.read_exact(at, &mut entry, "the refcount table")?;
-        let offset = u64::from_be_bytes(entry) & BLOCK_OFFSET_MASK;
+        let entry = be64(&table, usize::try_from(in_table).unwrap_or(0));
+        let offset = entry & BLOCK_OFFSET_MASK;
         if offset == 0 {
             continue;
         }
