@@ -10,6 +10,11 @@ use crate::format::{PlainClusters, Scratch, be64, table_bytes};
 use crate::status::{BlockStatus, FileRole, HostPlace, StatusRun, ZeroStatus};
 use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset};
 
+/// Bytes of tables that follow on one another in the file from which on nobody is asked to
+/// read them ahead: the kernel does by itself what is read in order, in larger pages and
+/// requests than those of `posix_fadvise`, so that it takes half the time.
+const READ_IN_ORDER: u64 = 1 << 20;
+
 /// L1 entries that are read at a time.
 const L1_CHUNK: u64 = 4096;
 
@@ -118,6 +123,12 @@ pub(super) fn read_ahead(image: &Qcow2Image, range: GuestRange) {
     let mut index = range.start.get() / coverage;
     // Tables that follow on one another are one request.
     let mut pending: Option<(HostOffset, HostOffset)> = None;
+    let ask = |(from, to): (HostOffset, HostOffset)| {
+        let length = to.since(from);
+        if length.get() < READ_IN_ORDER {
+            image.source.read_ahead(from, length);
+        }
+    };
     let mut read = (index, Vec::new());
     while let Some(named) = image.kept_l1.next_named(index).filter(|&named| named < end) {
         index = named + 1;
@@ -141,14 +152,14 @@ pub(super) fn read_ahead(image: &Qcow2Image, range: GuestRange) {
         match &mut pending {
             Some((_, pending_end)) if *pending_end == from => *pending_end = to,
             _ => {
-                if let Some((from, to)) = pending.replace((from, to)) {
-                    image.source.read_ahead(from, to.since(from));
+                if let Some(before) = pending.replace((from, to)) {
+                    ask(before);
                 }
             }
         }
     }
-    if let Some((from, to)) = pending {
-        image.source.read_ahead(from, to.since(from));
+    if let Some(last) = pending {
+        ask(last);
     }
 }
 
