@@ -12,15 +12,16 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
 use nix::libc;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
-use zeroize::Zeroizing;
 
-use super::sys::{DM_HEADER_LENGTH, Remedy, dm_ioctl, dm_ioctl_in_file};
+use super::live_table::LiveTable;
+use super::sys::{DM_HEADER_LENGTH, Remedy, dm_ioctl, dm_ioctl_in_file, memory_file};
 use super::table_buffer::{Finished, TableBuffer};
-use super::{Access, DeviceId, DeviceInfo, DeviceNumber, LiveLine, UdevRules};
+use super::{Access, DeviceId, DeviceInfo, DeviceNumber, UdevRules};
 
 // Commands.
 const LIST_DEVICES: u8 = 2;
@@ -95,7 +96,7 @@ pub(super) fn put(field: &mut [u8], text: &str) -> io::Result<()> {
 }
 
 /// The bytes up to the NUL.
-fn until_nul(field: &[u8]) -> &[u8] {
+pub(super) fn until_nul(field: &[u8]) -> &[u8] {
     field.split(|&byte| byte == 0).next().unwrap_or(field)
 }
 
@@ -138,6 +139,9 @@ impl Header {
 pub(crate) struct Dm {
     control: File,
 }
+
+/// Room for an answer from which on it goes to a file.
+const LARGE_ANSWER: usize = 1 << 20;
 
 /// What an ioctl gave: the header, and the whole buffer.
 type Answer = (Header, Vec<u8>);
@@ -320,9 +324,31 @@ impl Dm {
         let lines = self.simple(DEV_STATUS, &header)?.target_count;
         header.flags = flags;
         let room = usize::try_from(lines).unwrap_or(0).saturating_mul(SPEC_LENGTH + 32);
+        if room >= LARGE_ANSWER {
+            return self.large_table_status(&header, room);
+        }
         let (answer, buffer) = self.call(TABLE_STATUS, &header, &[], room)?;
         let start = usize::try_from(answer.data_start).unwrap_or(buffer.len());
-        Ok(LiveTable { buffer: buffer.into(), start, at: start, left: answer.target_count })
+        Ok(LiveTable::new(buffer, start, answer.target_count))
+    }
+
+    /// The answer in a memory file: as for a table that is loaded, each of its pages would be a
+    /// fault to handle.
+    fn large_table_status(&self, header: &Header, mut room: usize) -> io::Result<LiveTable> {
+        loop {
+            let length = room.checked_add(DM_HEADER_LENGTH).ok_or(Errno::EOVERFLOW)? as u64;
+            let file = memory_file("imgdm-status")?;
+            file.set_len(length)?;
+            file.write_all_at(header.as_bytes(), 0)?;
+            dm_ioctl_in_file(self.control.as_fd(), TABLE_STATUS, &file, length)?;
+            let mut answer = Header::new_zeroed();
+            file.read_exact_at(answer.as_mut_bytes(), 0)?;
+            if answer.flags & BUFFER_FULL == 0 {
+                let start = usize::try_from(answer.data_start).unwrap_or(usize::MAX);
+                return LiveTable::in_file(file, start, answer.target_count);
+            }
+            room = room.checked_mul(2).ok_or(Errno::EOVERFLOW)?;
+        }
     }
 
     /// Loads a table as the inactive one.
@@ -367,43 +393,9 @@ fn take_u64(bytes: &[u8]) -> Option<(u64, &[u8])> {
     Some((u64::from_ne_bytes(*first), rest))
 }
 
-/// The lines of a live table. A key that is not in the keyring comes as `-`.
-pub(crate) struct LiveTable {
-    buffer: Zeroizing<Vec<u8>>,
-    start: usize,
-    at: usize,
-    left: u32,
-}
-
-impl Iterator for LiveTable {
-    type Item = LiveLine;
-
-    fn next(&mut self) -> Option<LiveLine> {
-        self.left = self.left.checked_sub(1)?;
-        let (spec, parameters) = TargetSpec::read_from_prefix(self.buffer.get(self.at..)?).ok()?;
-        let kind = text(&spec.target_type);
-        let parameters = match kind.as_str() {
-            "crypt" => without_key(until_nul(parameters)),
-            _ => text(parameters).trim_end().to_owned(),
-        };
-        let line = LiveLine { start: spec.sector_start, length: spec.length, kind, parameters };
-        // Here `next` counts from the start of the whole answer.
-        self.at = self.start.checked_add(usize::try_from(spec.next).ok()?)?;
-        Some(line)
-    }
-}
-
-/// The parameters of a crypt target, `CIPHER KEY ...`, without a key that stands there.
-fn without_key(parameters: &[u8]) -> String {
-    let words = parameters.split(|&byte| byte == b' ').enumerate().map(|(index, word)| {
-        let is_key = index == 1 && !word.starts_with(b":");
-        if is_key { "-".into() } else { String::from_utf8_lossy(word) }
-    });
-    words.collect::<Vec<_>>().join(" ").trim_end().to_owned()
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::live_table::without_key;
     use super::*;
     use crate::table::{CryptKey, DeviceRef, TableLine, Target};
     use crate::units::Sectors;

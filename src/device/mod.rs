@@ -38,6 +38,8 @@ pub mod export;
 #[cfg(feature = "device")]
 pub mod linux;
 #[cfg(feature = "device")]
+mod live_table;
+#[cfg(feature = "device")]
 mod loops;
 #[cfg(feature = "device")]
 pub mod mount;

@@ -42,8 +42,7 @@ pub fn dm_ioctl(control: BorrowedFd<'_>, command: u8, buffer: &mut [u8]) -> io::
     Ok(())
 }
 
-/// The same with a buffer that is a file in memory, of `length` bytes, for commands that are
-/// answered by the header alone.
+/// The same with a buffer that is a file in memory, of `length` bytes.
 ///
 /// # Errors
 /// What the kernel says; EINVAL for a file shorter than that, or than the header.
@@ -65,8 +64,8 @@ pub(crate) fn dm_ioctl_in_file(
     let flags = libc::MAP_SHARED | libc::MAP_POPULATE;
     // SAFETY: a new mapping, of which nobody else knows; it is unmapped below with the same
     // length. It is never read or written from here, so it does not matter whether anybody
-    // else writes to the file. Of this process's memory the kernel changes the header alone
-    // or, where keys are to be wiped, all of `size` bytes, which are inside of the mapping.
+    // else writes to the file. Of this process's memory the kernel changes at most `size`
+    // bytes from its start on, which are inside of the mapping.
     unsafe {
         let start =
             libc::mmap(std::ptr::null_mut(), length, protection, flags, file.as_raw_fd(), 0);
