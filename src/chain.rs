@@ -18,6 +18,7 @@ use crate::holes::{self, Piece, for_each_piece};
 use crate::source::Source;
 use crate::status::{BlockStatus, FileRole, HostPlace, StatusRun, ZeroStatus};
 use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset};
+use crate::worker::apart;
 
 mod ahead;
 mod fold;
@@ -106,8 +107,8 @@ impl Layer {
     /// the layer's disk; `None` where nothing is.
     pub fn damage_at(&self, offset: GuestOffset) -> Option<Error> {
         let byte = GuestRange::new(offset, offset.saturating_add(ByteLen::new(1)));
-        let outcome = self.image.status(byte, &mut Scratch::default(), &mut Vec::new());
-        outcome.err().map(|error| error.at_path(self.source.path()))
+        let look = || self.image.status(byte, &mut Scratch::default(), &mut Vec::new());
+        apart(look).err().map(|error| error.at_path(self.source.path()))
     }
 }
 

@@ -406,7 +406,7 @@ mod tests {
         let key = CryptKey::Raw(vec![0xab, 0x01].into());
         let target = Target::Crypt { cipher: "aes-cbc-plain64".to_owned(), key, device };
         let line = TableLine { start: Sectors::new(0), length: Sectors::new(8), target };
-        let mut buffer = TableBuffer::with_capacity(1);
+        let mut buffer = TableBuffer::with_capacity(1).unwrap();
         buffer.push(&line).unwrap();
         assert!(buffer.has_key());
         let Finished::Memory(buffer) = buffer.finish(&[]).unwrap() else { panic!("in a file") };

@@ -28,6 +28,7 @@ use crate::error::{Error, ErrorKind, Result, printable};
 use crate::source::FileId;
 use crate::table::{CryptKey, Target};
 use crate::units::{ByteLen, SECTOR_SIZE, Sectors};
+use crate::worker::apart;
 
 /// How long another imgdm may build before we give up waiting for it.
 const LOCK_PATIENCE: Duration = Duration::from_secs(120);
@@ -289,13 +290,18 @@ impl Kernel for LinuxKernel {
 
     fn load(&self, uuid: &str, access: Access, count: u64, lines: &mut Lines<'_>) -> Result<()> {
         let mut load = || {
-            let mut table = TableBuffer::with_capacity(count);
+            let mut table = TableBuffer::with_capacity(count)
+                .map_err(|error| Error::io("cannot make a memory file for a table", error))?;
             let mut cipher = None;
-            lines(&mut |line| {
-                if let Target::Crypt { cipher: name, .. } = &line.target {
-                    cipher = Some(name.clone());
-                }
-                table.push(line)
+            // All of it at once: handed over line by line, or some lines at a time, it took a
+            // quarter longer on one processor.
+            apart(|| {
+                lines(&mut |line| {
+                    if let Target::Crypt { cipher: name, .. } = &line.target {
+                        cipher = Some(name.clone());
+                    }
+                    table.push(line)
+                })
             })?;
             Ok((self.dm()?.load(uuid, access, table), cipher))
         };

@@ -312,8 +312,9 @@ pub enum DeviceId<'a> {
     Number(DeviceNumber),
 }
 
-/// Gives the lines of a table to its argument, one by one.
-pub type Lines<'a> = dyn FnMut(&mut dyn FnMut(&TableLine) -> Result<()>) -> Result<()> + 'a;
+/// Gives the lines of a table to its argument, one by one; what they are made of is resolved
+/// meanwhile, perhaps on a thread that may do nothing else.
+pub type Lines<'a> = dyn FnMut(&mut dyn FnMut(&TableLine) -> Result<()>) -> Result<()> + Send + 'a;
 
 /// What imgdm wants of the machine.
 ///

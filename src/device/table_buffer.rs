@@ -54,20 +54,21 @@ impl Drop for TableBuffer {
 }
 
 impl TableBuffer {
-    /// Room for about `lines` lines, or a piece of them.
-    pub(crate) fn with_capacity(lines: u64) -> Self {
+    /// Room for about `lines` lines, or a piece of them. Nothing more is opened from then on.
+    ///
+    /// # Errors
+    /// There is no memory file.
+    pub(crate) fn with_capacity(lines: u64) -> io::Result<Self> {
         let lines = usize::try_from(lines).unwrap_or(CHUNK).saturating_mul(SPEC_LENGTH + 24);
         let mut buffer = Vec::with_capacity(DM_HEADER_LENGTH + lines.min(CHUNK + 4096));
         buffer.resize(DM_HEADER_LENGTH, 0);
-        Self { buffer, spilled: None, length: 0, count: 0, has_key: false }
+        let spilled = (lines > CHUNK).then(|| memory_file("imgdm-table")).transpose()?;
+        Ok(Self { buffer, spilled, length: 0, count: 0, has_key: false })
     }
 
-    /// Writes what is gathered to the memory file.
+    /// Writes what is gathered to the memory file, where there is one.
     fn spill(&mut self) -> io::Result<()> {
-        let file = match &self.spilled {
-            Some(file) => file,
-            None => self.spilled.insert(memory_file("imgdm-table")?),
-        };
+        let Some(file) = &self.spilled else { return Ok(()) };
         file.write_all_at(&self.buffer, self.length)?;
         self.length = self.length.saturating_add(u64::try_from(self.buffer.len()).unwrap_or(0));
         self.buffer.clear();
@@ -179,7 +180,7 @@ mod tests {
     #[test]
     fn a_table_is_laid_out_as_the_kernel_reads_it() {
         let table: Table = "0 8 linear 7:0 2048\n8 16 zero\n".parse().unwrap();
-        let mut buffer = TableBuffer::with_capacity(2);
+        let mut buffer = TableBuffer::with_capacity(2).unwrap();
         for line in table.lines() {
             buffer.push(line).unwrap();
         }
@@ -204,14 +205,14 @@ mod tests {
             length: Sectors::new(1),
             target,
         };
-        let mut buffer = TableBuffer::with_capacity(20_000);
+        let mut buffer = TableBuffer::with_capacity(20_000).unwrap();
         let mut wanted = vec![0; DM_HEADER_LENGTH];
         for start in 0..20_000 {
             let device = DeviceRef::from_numbers(7, 1);
             let target = Target::Linear { device, offset: Sectors::new(start * 1_000_003) };
             let line = line(start, if start % 3 == 0 { Target::Zero } else { target });
             buffer.push(&line).unwrap();
-            let mut alone = TableBuffer::with_capacity(1);
+            let mut alone = TableBuffer::with_capacity(1).unwrap();
             alone.push(&line).unwrap();
             wanted.extend_from_slice(&alone.buffer[DM_HEADER_LENGTH..]);
         }
@@ -230,7 +231,7 @@ mod tests {
 
     #[test]
     fn a_key_in_a_large_table_is_wiped_from_its_file() {
-        let mut buffer = TableBuffer::with_capacity(20_000);
+        let mut buffer = TableBuffer::with_capacity(20_000).unwrap();
         let key = CryptKey::Raw(vec![0xab; 64].into());
         let device = DeviceRef::from_numbers(7, 1);
         let target = Target::Crypt { cipher: "aes-xts-plain64".to_owned(), key, device };

@@ -9,6 +9,7 @@ use crate::holes::{Piece, for_each_piece};
 use crate::source::Source;
 use crate::status::{BlockStatus, Encryption, HostPlace, StatusRun};
 use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset, SECTOR_SIZE};
+use crate::worker::apart;
 
 const ONE_BYTE: ByteLen = ByteLen::new(1);
 
@@ -17,6 +18,10 @@ const ONE_BYTE: ByteLen = ByteLen::new(1);
 /// # Errors
 /// `Usage`: the disk ends before the byte.
 pub fn explain(chain: &Chain, offset: GuestOffset) -> Result<Explanation> {
+    apart(|| look(chain, offset))
+}
+
+fn look(chain: &Chain, offset: GuestOffset) -> Result<Explanation> {
     if offset >= chain.whole().end {
         return Err(Error::new(ErrorKind::Usage(format!(
             "the disk has {} bytes and no byte {} ({offset})",

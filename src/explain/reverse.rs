@@ -15,6 +15,7 @@ use crate::metadata::{
 };
 use crate::status::{FileRole, HostPlace, ZeroStatus};
 use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset};
+use crate::worker::apart;
 
 /// What one byte of a file of the chain is.
 #[derive(Debug)]
@@ -127,6 +128,10 @@ pub fn explain_reverse(
     role: FileRole,
     offset: HostOffset,
 ) -> Result<ByteUse> {
+    apart(|| search(chain, depth, role, offset))
+}
+
+fn search(chain: &Chain, depth: u32, role: FileRole, offset: HostOffset) -> Result<ByteUse> {
     let layer = chain
         .layers()
         .get(depth as usize)

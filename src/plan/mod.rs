@@ -23,6 +23,7 @@ use crate::open::{OpenPolicy, Warning, WarningKind};
 use crate::scratch::{Found, OnError, ScratchContent, ScratchJob, ScratchWork};
 use crate::source::Source;
 use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset, Sectors};
+use crate::worker::{apart, gathered_apart};
 
 use build::{Blocked, Stream, cut};
 use census::Census;
@@ -41,6 +42,9 @@ pub use segment::{
 /// sequential buffered reads got 0.1 of the zero loop's speed with runs of 64 and 256 KiB,
 /// 0.3 with 1 MiB, 0.6 with 4 MiB and 0.8 from here on; all others 1 to 1.1.
 pub const DEFAULT_ZERO_THRESHOLD: ByteLen = ByteLen::new(16 << 20);
+
+/// Pieces that are gathered before the thread that asks for them gets them.
+const PIECES_AT_ONCE: usize = 4096;
 
 /// How zeros are served (`--zero`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -312,13 +316,21 @@ impl<'c> Plan<'c> {
             return few.iter().try_for_each(finish);
         }
         let mut resolver = self.resolver();
-        let mut pieces = Vec::new();
+        let mut windows = self.chain.windows(guest, self.holes);
         let mut pending: Option<Piece> = None;
-        for window in self.chain.windows(guest, self.holes) {
-            pieces.clear();
-            let extents = resolver.resolve(window)?;
-            let (last, _) = cut(facts, stream, extents, |piece| pieces.push(*piece), |_| ());
-            for &piece in pieces.iter().chain(&last) {
+        let gather = |pieces: &mut Vec<Piece>| {
+            for window in windows.by_ref() {
+                let extents = resolver.resolve(window)?;
+                let (last, _) = cut(facts, stream, extents, |piece| pieces.push(*piece), |_| ());
+                pieces.extend(last);
+                if pieces.len() >= PIECES_AT_ONCE {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
+        };
+        gathered_apart(gather, |pieces| {
+            for &piece in pieces {
                 if pending.as_mut().is_some_and(|pending| pending.absorb(&piece)) {
                     continue;
                 }
@@ -326,7 +338,8 @@ impl<'c> Plan<'c> {
                     finish(&done)?;
                 }
             }
-        }
+            Ok(())
+        })?;
         pending.map_or(Ok(()), |last| finish(&last))
     }
 
@@ -465,10 +478,15 @@ impl ScratchWork for Plan<'_> {
 
     fn for_each_job(&self, each: &mut dyn FnMut(&ScratchJob)) -> Result<()> {
         let mut resolver = self.resolver();
+        let mut jobs = Vec::new();
         for stream in self.job_streams() {
             for window in self.chain.windows(self.chain.whole(), self.holes) {
-                let extents = resolver.resolve(window)?;
-                cut(&self.facts, stream, extents, |_| (), |job| each(&job));
+                apart(|| -> Result<()> {
+                    let extents = resolver.resolve(window)?;
+                    cut(&self.facts, stream, extents, |_| (), |job| jobs.push(job));
+                    Ok(())
+                })?;
+                jobs.drain(..).for_each(|job| each(&job));
             }
         }
         self.tail_jobs().for_each(|job| each(&job));

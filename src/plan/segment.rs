@@ -217,7 +217,7 @@ impl<'b> LineMaker<'b> {
 }
 
 /// A plan as the device side sees it: what to build, bottom up.
-pub trait TableSource {
+pub trait TableSource: Sync {
     /// Size of the top device.
     fn size(&self) -> Sectors;
 

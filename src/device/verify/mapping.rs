@@ -21,6 +21,7 @@ use crate::read::{Ciphers, joined};
 use crate::scratch::OnError;
 use crate::status::{Encryption, FileRole};
 use crate::units::{ByteLen, GuestOffset, GuestRange, SECTOR_SIZE};
+use crate::worker::apart;
 
 /// Where a plan asks files for holes.
 const HOLES: HoleQuery = HoleQuery::DataFiles;
@@ -435,8 +436,8 @@ impl<'a, K: Kernel> Comparison<'a, K> {
     fn piece_at(&self, at: GuestOffset) -> Option<FreshPiece> {
         let start = at.get() / SECTOR_SIZE * SECTOR_SIZE;
         let one = GuestRange::new(GuestOffset::new(start), GuestOffset::new(start + SECTOR_SIZE));
-        let mut resolver = self.fresh.chain.resolver(HOLES);
-        let extent = resolver.resolve(one).ok()?.next()?;
+        let chain = &self.fresh.chain;
+        let extent = apart(|| chain.resolver(HOLES).resolve(one).ok().and_then(|mut e| e.next()))?;
         pieces(self.fresh, &extent, Vec::new()).first().copied()
     }
 

@@ -25,6 +25,7 @@ use crate::error::{Error, ErrorKind, Result, printable};
 use crate::source::Source;
 use crate::status::{Encryption, StatusRun};
 use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset};
+use crate::worker::apart;
 
 pub use entry::L2Entry;
 use entry::l2_table_offset;
@@ -236,7 +237,7 @@ impl ImageFormat for Qcow2Image {
             None => return Ok(None),
             Some(Encryption::Aes) => Ok(CryptHeader::Aes),
             Some(Encryption::Luks) => {
-                read_luks_header(&self.source, &self.header, self.crypt_header)
+                apart(|| read_luks_header(&self.source, &self.header, self.crypt_header))
                     .map(|header| CryptHeader::Luks(Box::new(header)))
             }
         };
