@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::extent::{Mapping, ZeroCause};
+use crate::format::PlainClusters;
 use crate::status::{Encryption, HostPlace};
 use crate::units::{HostOffset, SECTOR_SIZE};
 
@@ -45,8 +46,14 @@ impl ImageFormat for Synthetic {
         Ok(Some(crate::crypt::CryptHeader::Aes))
     }
 
-    fn status(&self, range: GuestRange, _: &mut Scratch, runs: &mut Vec<StatusRun>) -> Result<()> {
-        for (index, sector) in self.0.iter().enumerate() {
+    fn status(
+        &self,
+        range: GuestRange,
+        scratch: &mut Scratch,
+        runs: &mut Vec<StatusRun>,
+    ) -> Result<()> {
+        let in_plain = self.put_plain(range, &mut scratch.plain);
+        for (index, sector) in self.0.iter().enumerate().skip(in_plain) {
             let place = |at: u64| HostPlace::in_image(HostOffset::new(at * SECTOR_SIZE));
             let status = match *sector {
                 Sector::Unallocated => BlockStatus::Unallocated(None),
@@ -69,6 +76,28 @@ impl ImageFormat for Synthetic {
             runs.extend(run.clipped(range));
         }
         Ok(())
+    }
+}
+
+impl Synthetic {
+    /// Puts the data at the start of `range` where plain clusters go, if anywhere; gives back the
+    /// first sector that is not there.
+    fn put_plain(&self, range: GuestRange, plain: &mut PlainClusters) -> usize {
+        let first = usize::try_from(range.start.get() / SECTOR_SIZE).unwrap();
+        let end = usize::try_from(range.end.get().div_ceil(SECTOR_SIZE)).unwrap();
+        let sectors = &self.0[..end.min(self.0.len())];
+        let data = sectors.get(first..).unwrap_or(&[]).iter().map_while(|sector| match *sector {
+            Sector::Data(at) => Some((at * SECTOR_SIZE).to_be_bytes()),
+            _ => None,
+        });
+        let entries: Vec<_> = data.collect();
+        if !plain.is_wanted() || entries.is_empty() {
+            return 0;
+        }
+        let rest = first + entries.len();
+        let end = GuestOffset::new(rest as u64 * SECTOR_SIZE).min(range.end);
+        assert!(plain.push_all(9, GuestRange::new(range.start, end), &entries, |at| (at, true)));
+        rest
     }
 }
 
@@ -401,14 +430,18 @@ fn windows_are_small_where_holes_split_the_runs_of_large_clusters() {
 }
 
 /// A qcow2 image of 512-byte clusters with three L2 tables of 64 entries: data of the image
-/// file, shuffled but for pairs, where `entry` does not say otherwise.
-fn three_tables(entry: impl Fn(u64) -> Option<u64>) -> Chain {
+/// file, shuffled but for pairs, where `entry` does not say otherwise. The last of the tables
+/// may lie somewhere else.
+fn three_tables(last_table: Option<u64>, entry: impl Fn(u64) -> Option<u64>) -> Chain {
     const CLUSTER: u64 = 512;
     let mut image = crate::format::qcow2::tests::Builder::new(6);
     image.u32(20, 9).u64(24, 192 * CLUSTER).u32(36, 3);
     let (l1, l2, data) = (2 << 16, 3 << 16, 4 << 16);
     for table in 0..3 {
         image.u64(l1 + table * 8, l2 + table * CLUSTER);
+    }
+    if let Some(at) = last_table {
+        image.u64(l1 + 16, at);
     }
     for cluster in 0..192u64 {
         let shuffled = (cluster / 2 * 37 % 96) * 2 + cluster % 2;
@@ -426,13 +459,14 @@ fn clusters_that_are_only_data_resolve_as_their_runs() {
         GuestRange::new(GuestOffset::new(start * 256), GuestOffset::new(end * 256))
     };
     let kinds = [
-        ("data alone", three_tables(|_| None)),
-        ("one of zeros", three_tables(|cluster| (cluster == 100).then_some(1))),
-        ("nothing in the second table", three_tables(|c| (64..128).contains(&c).then_some(0))),
-        ("nothing at the end", three_tables(|cluster| (cluster == 191).then_some(0))),
+        ("data alone", three_tables(None, |_| None)),
+        ("one of zeros", three_tables(None, |cluster| (cluster == 100).then_some(1))),
+        ("an empty table", three_tables(None, |c| (64..128).contains(&c).then_some(0))),
+        ("nothing at the end", three_tables(None, |cluster| (cluster == 191).then_some(0))),
+        ("a table outside of the file", three_tables(Some(1 << 40), |_| None)),
     ];
     for (kind, chain) in kinds {
-        let mut resolver = chain.resolver(HoleQuery::AsQemu);
+        let mut resolver = chain.resolver_past_damage(HoleQuery::AsQemu);
         let mut plain = 0;
         for start in (0..384).step_by(5) {
             for end in (start + 1..=384).step_by(7) {
@@ -442,12 +476,16 @@ fn clusters_that_are_only_data_resolve_as_their_runs() {
                 let pushed = runs.iter().filter_map(|run| coalescer.push(last_answer(run, 0)));
                 let mut wanted: Vec<_> = pushed.collect();
                 wanted.extend(coalescer.finish());
+                let by_layer = resolver.take_damage().count();
                 let extents = resolver.resolve(window).unwrap();
                 plain += u32::from(matches!(extents, Extents::Plain { .. }));
                 let mut coalescer = Coalescer::default();
                 let mut got: Vec<_> = extents.filter_map(|e| coalescer.push(e)).collect();
                 got.extend(coalescer.finish());
                 assert_eq!(got, wanted, "{kind} {window:?}");
+                let is_damaged = got.iter().any(|e| matches!(e.mapping, Mapping::Damaged { .. }));
+                let found = [by_layer, resolver.take_damage().count()];
+                assert_eq!(found, [u64::from(is_damaged); 2], "{kind} {window:?}");
             }
         }
         assert!(plain > 100, "{kind}: {plain}");

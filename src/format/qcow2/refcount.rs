@@ -178,4 +178,31 @@ mod tests {
         assert_eq!(used(&[0, 1, 0, 0, 1, 0], 4, 3), 2);
         assert_eq!(used(&[0, 0, 0, 0, 0, 0, 0, 1], 6, 1), 1);
     }
+
+    /// 600 blocks of 64 refcounts, for a sparse file of as many clusters; blocks from `first` on
+    /// say that all of theirs are used.
+    fn with_blocks_from(first: u64) -> bool {
+        const BLOCKS: u64 = 600;
+        let mut image = crate::format::qcow2::tests::Builder::new(6);
+        // Clusters of 512 bytes, refcounts of 64 bits, a refcount table of ten clusters.
+        image.u32(20, 9).u64(24, 32768).u32(56, 10).u32(96, 6);
+        for block in first..BLOCKS {
+            image.u64((1 << 16) + block * 8, 4 << 16);
+        }
+        image.put(4 << 16, &[1; 512]);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), &image.bytes).unwrap();
+        file.as_file().set_len(BLOCKS * 64 * 512).unwrap();
+        let source = Source::open(file.path()).unwrap();
+        looks_preallocated(&source, &Qcow2Header::parse(&image.bytes).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn used_clusters_are_counted_past_the_first_page_of_the_refcount_table() {
+        // 64 clusters a block, of which a ninth more than the file takes have to be used.
+        assert!(with_blocks_from(512));
+        assert!(with_blocks_from(0));
+        assert!(!with_blocks_from(600));
+        assert!(!with_blocks_from(597), "192 clusters are not more than the file takes");
+    }
 }
