@@ -282,7 +282,7 @@ impl Chain {
         loop {
             let batch: Vec<_> = windows.by_ref().take(batch_size).collect();
             let Some(last) = batch.last() else { return Ok(damage) };
-            ahead.before(*last);
+            apart(|| ahead.before(*last));
             let done: Vec<Result<(T, DamageList)>> = batch
                 .into_par_iter()
                 .with_min_len((batch_size / threads / 4).max(1))
@@ -306,8 +306,8 @@ impl Chain {
         range: GuestRange,
         holes: HoleQuery,
     ) -> impl Iterator<Item = GuestRange> + use<> {
-        let finest =
-            self.layers().iter().map(|layer| layer.granularity(holes)).min().unwrap_or(512);
+        let finest = apart(|| self.layers().iter().map(|layer| layer.granularity(holes)).min());
+        let finest = finest.unwrap_or(512);
         let size = (finest.saturating_mul(RUNS_PER_WINDOW)).clamp(1 << 20, 4 << 30);
         let mut at = range.start;
         let end = range.end;
@@ -330,7 +330,8 @@ pub struct Resolver<'c> {
     chain: &'c Chain,
     holes: HoleQuery,
     memory: Memory,
-    /// The layer that answers for the whole window, with the memory's `runs`.
+    /// The layer that answers for the whole window, with the memory's plain clusters or, where
+    /// there are none, its `runs`.
     whole_answer: Option<u32>,
 }
 

@@ -19,7 +19,8 @@ pub(crate) struct LiveTable {
     buffer: Zeroizing<Vec<u8>>,
     /// Where in the answer that starts.
     base: usize,
-    /// Where all of it is, where it is large, and its length.
+    /// Where all of it is, where it is large, and its length. A table with a key is one line, so
+    /// there is none to be wiped in a file.
     file: Option<(File, usize)>,
     /// Where in it the lines start, and the next one.
     start: usize,
@@ -57,7 +58,10 @@ impl LiveTable {
                     return None;
                 }
                 self.buffer.resize(length.max(CHUNK).min(most), 0);
-                file.read_exact_at(&mut self.buffer, at as u64).ok()?;
+                if let Err(error) = file.read_exact_at(&mut self.buffer, at as u64) {
+                    log::warn!("a table's memory file can't be read: {error}");
+                    return None;
+                }
                 self.base = at;
                 0..length
             }

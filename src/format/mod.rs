@@ -239,7 +239,8 @@ pub trait ImageFormat: Send + Sync + fmt::Debug {
     }
 
     /// Appends runs that cover `range` in order, without gap or overlap. `range` lies
-    /// inside the virtual size.
+    /// inside the virtual size. What `scratch` takes of its start as plain clusters is not
+    /// among them.
     ///
     /// # Errors
     /// A table cannot be read, or an entry contradicts the specification; where `scratch`

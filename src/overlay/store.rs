@@ -25,6 +25,7 @@ use crate::scratch::{
 };
 use crate::source::{FileId, Source};
 use crate::units::{ByteLen, HostOffset, Sectors};
+use crate::worker::apart;
 
 /// How often a store may come and go while it is opened.
 const ATTEMPTS: u32 = 20;
@@ -211,7 +212,9 @@ fn check_exceptions(path: &Path, file: &File, disk: Sectors) -> Result<()> {
     let (length, file) = look().map_err(cannot_look)?;
     let source = Source::from_reader(path, ByteLen::new(length), Box::new(file));
     let disk = disk.to_bytes().ok_or_else(|| Error::invalid("a disk of more than 2^64 bytes"))?;
-    ExceptionStore::open(&source, HostOffset::new(STORE_OFFSET), ByteLen::new(disk))?.check()
+    apart(|| {
+        ExceptionStore::open(&source, HostOffset::new(STORE_OFFSET), ByteLen::new(disk))?.check()
+    })
 }
 
 /// Fills the buffer; with zeros past the end of the file, which are no header of anything.

@@ -20,6 +20,7 @@ use crate::open::{LocalName, OpenPolicy, OpenedChain, Reach, Warning, WarningKin
 use crate::source::{FileId, Source};
 use crate::status::FileRole;
 use crate::units::SECTOR_SIZE;
+use crate::worker::apart;
 
 /// Which of a chain's files: depth of its layer, and role.
 type FileKey = (u32, FileRole);
@@ -454,7 +455,7 @@ fn snapshot_of(uuid: &DmUuid, image: &Path) -> Result<Option<SnapshotSelector>> 
         return Ok(None);
     }
     let source = Source::open(image)?;
-    let snapshots = read_snapshots(&source).map_err(|error| error.at_path(image))?;
+    let snapshots = apart(|| read_snapshots(&source)).map_err(|error| error.at_path(image))?;
     let is_it = |id: &str, name: &str| snapshot_hash(Some((id, name))) == uuid.snapshot;
     let snapshot = snapshots.into_iter().find(|each| is_it(&each.id, &each.name));
     let snapshot = snapshot.ok_or_else(|| {

@@ -10,10 +10,10 @@ use crate::format::{PlainClusters, Scratch, be64, table_bytes};
 use crate::status::{BlockStatus, FileRole, HostPlace, StatusRun, ZeroStatus};
 use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset};
 
-/// Bytes of tables that follow on one another in the file from which on nobody is asked to
-/// read them ahead: the kernel does by itself what is read in order, in larger pages and
-/// requests than those of `posix_fadvise`, so that it takes half the time.
-const READ_IN_ORDER: u64 = 1 << 20;
+/// Bytes of several tables that follow on one another in the file from which on the kernel is
+/// not asked to read them ahead: by itself it does so with what is read in order, in larger
+/// pages and requests than those of `posix_fadvise`, so that it takes half the time.
+const LEFT_TO_THE_KERNEL: u64 = 1 << 20;
 
 /// L1 entries that are read at a time.
 const L1_CHUNK: u64 = 4096;
@@ -125,7 +125,8 @@ pub(super) fn read_ahead(image: &Qcow2Image, range: GuestRange) {
     let mut pending: Option<(HostOffset, HostOffset)> = None;
     let ask = |(from, to): (HostOffset, HostOffset)| {
         let length = to.since(from);
-        if length.get() < READ_IN_ORDER {
+        let several = length.get() > image.header.cluster_size();
+        if !several || length.get() < LEFT_TO_THE_KERNEL {
             image.source.read_ahead(from, length);
         }
     };
