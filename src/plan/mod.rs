@@ -23,7 +23,7 @@ use crate::open::{OpenPolicy, Warning, WarningKind};
 use crate::scratch::{Found, OnError, ScratchContent, ScratchJob, ScratchWork};
 use crate::source::Source;
 use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset, Sectors};
-use crate::worker::{apart, gathered_apart};
+use crate::worker::apart;
 
 use build::{Blocked, Stream, cut};
 use census::Census;
@@ -43,7 +43,7 @@ pub use segment::{
 /// 0.3 with 1 MiB, 0.6 with 4 MiB and 0.8 from here on; all others 1 to 1.1.
 pub const DEFAULT_ZERO_THRESHOLD: ByteLen = ByteLen::new(16 << 20);
 
-/// Pieces that are gathered before the thread that asks for them gets them.
+/// Pieces that are resolved, apart from the thread that asks for them, before it gets them.
 const PIECES_AT_ONCE: usize = 4096;
 
 /// How zeros are served (`--zero`).
@@ -318,7 +318,7 @@ impl<'c> Plan<'c> {
         let mut resolver = self.resolver();
         let mut windows = self.chain.windows(guest, self.holes);
         let mut pending: Option<Piece> = None;
-        let gather = |pieces: &mut Vec<Piece>| {
+        let mut gather = |pieces: &mut Vec<Piece>| {
             for window in windows.by_ref() {
                 let extents = resolver.resolve(window)?;
                 let (last, _) = cut(facts, stream, extents, |piece| pieces.push(*piece), |_| ());
@@ -329,8 +329,12 @@ impl<'c> Plan<'c> {
             }
             Ok(false)
         };
-        gathered_apart(gather, |pieces| {
-            for &piece in pieces {
+        let mut pieces = Vec::new();
+        let mut more = true;
+        while more {
+            pieces.clear();
+            more = apart(|| gather(&mut pieces))?;
+            for &piece in &pieces {
                 if pending.as_mut().is_some_and(|pending| pending.absorb(&piece)) {
                     continue;
                 }
@@ -338,8 +342,7 @@ impl<'c> Plan<'c> {
                     finish(&done)?;
                 }
             }
-            Ok(())
-        })?;
+        }
         pending.map_or(Ok(()), |last| finish(&last))
     }
 
@@ -476,21 +479,18 @@ impl ScratchWork for Plan<'_> {
         if tails.is_empty() { Ok(()) } else { each(&tails) }
     }
 
-    fn for_each_job(&self, each: &mut dyn FnMut(&ScratchJob)) -> Result<()> {
-        let mut resolver = self.resolver();
-        let mut jobs = Vec::new();
-        for stream in self.job_streams() {
-            for window in self.chain.windows(self.chain.whole(), self.holes) {
-                apart(|| -> Result<()> {
+    fn for_each_job(&self, each: &mut (dyn FnMut(&ScratchJob) + Send)) -> Result<()> {
+        apart(|| {
+            let mut resolver = self.resolver();
+            for stream in self.job_streams() {
+                for window in self.chain.windows(self.chain.whole(), self.holes) {
                     let extents = resolver.resolve(window)?;
-                    cut(&self.facts, stream, extents, |_| (), |job| jobs.push(job));
-                    Ok(())
-                })?;
-                jobs.drain(..).for_each(|job| each(&job));
+                    cut(&self.facts, stream, extents, |_| (), |job| each(&job));
+                }
             }
-        }
-        self.tail_jobs().for_each(|job| each(&job));
-        Ok(())
+            self.tail_jobs().for_each(|job| each(&job));
+            Ok(())
+        })
     }
 }
 

@@ -69,7 +69,7 @@ pub trait ScratchWork {
     ///
     /// # Errors
     /// What resolving the images says.
-    fn for_each_job(&self, each: &mut dyn FnMut(&ScratchJob)) -> Result<()> {
+    fn for_each_job(&self, each: &mut (dyn FnMut(&ScratchJob) + Send)) -> Result<()> {
         self.for_each_window(&mut |jobs| {
             jobs.iter().for_each(&mut *each);
             Ok(())
