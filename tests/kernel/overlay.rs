@@ -3,6 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::libc;
 use serde_json::Value;
@@ -59,6 +60,10 @@ pub(crate) fn chain(scratch: &Scratch) -> (PathBuf, Vec<PathBuf>) {
 pub(crate) fn raw(scratch: &Scratch) -> PathBuf {
     let image = scratch.path("disk.raw");
     fs::write(&image, Random(11).bytes(4 << 20)).unwrap();
+    // Read later than written by the clock of the kernel's ticks: else the next who reads it,
+    // QEMU perhaps, moves its access time once more (relatime).
+    std::thread::sleep(Duration::from_millis(50));
+    fs::read(&image).unwrap();
     image
 }
 
