@@ -12,7 +12,7 @@ use std::time::Duration;
 use super::attach::sweep;
 use super::compare::{describe, part_of};
 use super::list::{Attached, AttachedLoop, attached, list};
-use super::name::{DeviceRole, DmName};
+use super::name::{DeviceRole, DmName, DmUuid, is_ours};
 use super::stacked::{wait_for_all, with_holders};
 use super::{
     DeviceId, DeviceInfo, DeviceNumber, Interrupt, Kernel, LoopHandle, PATIENCE, loop_node,
@@ -32,17 +32,13 @@ const BUSY_PATIENCE: Duration = Duration::from_millis(1500);
 /// [`ErrorKind::NotAttached`]; or [`ErrorKind::Usage`]: an image that is attached several
 /// times, or a device that stands on an attachment, each with the names to use.
 pub fn find<K: Kernel>(kernel: &K, argument: &Path, id: Option<FileId>) -> Result<Attached> {
-    let mut all = list(kernel)?;
     let text = argument.to_string_lossy();
     let name = match text.strip_prefix("/dev/mapper/") {
         Some(name) => Some(name),
         None => (!text.contains('/')).then_some(&*text),
     };
-    if let Some(name) = name
-        && let Some(at) = all.iter().position(|attached| attached.name == name)
-    {
-        return Ok(all.swap_remove(at));
-    }
+    // Before the list: a device that comes up in between is listed, and one that is an
+    // attachment's and is not has gone.
     let device = match name {
         Some(name) => kernel.device(DeviceId::Name(name))?,
         None => match id.filter(|id| id.inode == 0) {
@@ -50,6 +46,12 @@ pub fn find<K: Kernel>(kernel: &K, argument: &Path, id: Option<FileId>) -> Resul
             None => None,
         },
     };
+    let mut all = list(kernel)?;
+    if let Some(name) = name
+        && let Some(at) = all.iter().position(|attached| attached.name == name)
+    {
+        return Ok(all.swap_remove(at));
+    }
     let stands_on = device.as_ref().and_then(|device| {
         let (what, attachment) = part_of(kernel, &device.uuid)?;
         Some(Error::new(ErrorKind::Usage(format!(
@@ -63,7 +65,7 @@ pub fn find<K: Kernel>(kernel: &K, argument: &Path, id: Option<FileId>) -> Resul
             return Err(error);
         }
         let message = match device {
-            Some(other) if other.has_live_table || !other.uuid.starts_with("IMGDM-") => {
+            Some(other) if is_something_else(&other) => {
                 format!("'{}' is {}, not an attachment", printable(&text), describe(kernel, &other))
             }
             _ => format!("nothing is attached under the name '{}'", printable(&text)),
@@ -102,6 +104,14 @@ pub fn find<K: Kernel>(kernel: &K, argument: &Path, id: Option<FileId>) -> Resul
                 format!("this image is attached several times: name one of {}", names.join(", "));
             Err(Error::new(ErrorKind::Usage(message)).at_path(argument))
         }
+    }
+}
+
+/// True for a device that is no attachment, and not what is left of one either.
+fn is_something_else(device: &DeviceInfo) -> bool {
+    match device.uuid.parse::<DmUuid>() {
+        Ok(uuid) => device.has_live_table && uuid.role != DeviceRole::Top,
+        Err(_) => device.has_live_table || !is_ours(&device.uuid),
     }
 }
 

@@ -7,6 +7,7 @@ mod state;
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -119,6 +120,12 @@ impl FakeKernel {
         self.0.borrow_mut().fail_query_at = Some(query);
     }
 
+    /// Has the queries of these numbers, from 0, find no device: it comes after them, or has
+    /// gone before.
+    pub fn hide_from(&self, queries: Range<usize>) {
+        self.0.borrow_mut().hidden_from = queries;
+    }
+
     /// Has nothing fail any more.
     pub fn mend(&self) {
         let mut state = self.0.borrow_mut();
@@ -181,6 +188,12 @@ impl FakeKernel {
         Ok(())
     }
 
+    /// Whether the last query may find a device.
+    fn finds(&self) -> bool {
+        let state = self.0.borrow();
+        !state.hidden_from.contains(&state.queries.len().saturating_sub(1))
+    }
+
     fn name_of(&self, uuid: &str) -> String {
         let state = self.0.borrow();
         let minor = state.find(DeviceId::Uuid(uuid));
@@ -239,6 +252,9 @@ impl Kernel for FakeKernel {
 
     fn devices(&self) -> Result<Vec<DeviceInfo>> {
         self.query("devices")?;
+        if !self.finds() {
+            return Ok(Vec::new());
+        }
         let minors: Vec<u32> = self.0.borrow().devices.keys().copied().collect();
         let mut devices = Vec::new();
         for minor in minors {
@@ -250,6 +266,9 @@ impl Kernel for FakeKernel {
 
     fn device(&self, id: DeviceId<'_>) -> Result<Option<DeviceInfo>> {
         self.query("device")?;
+        if !self.finds() {
+            return Ok(None);
+        }
         let state = self.0.borrow();
         Ok(state.find(id).map(|minor| {
             let device = &state.devices[&minor];
@@ -267,6 +286,9 @@ impl Kernel for FakeKernel {
 
     fn dependencies(&self, id: DeviceId<'_>) -> Result<Vec<DeviceNumber>> {
         self.query("dependencies")?;
+        if !self.finds() {
+            return Ok(Vec::new());
+        }
         let state = self.0.borrow();
         let device = state.find(id).and_then(|minor| state.devices.get(&minor));
         let live = device.and_then(|device| device.live.as_ref());

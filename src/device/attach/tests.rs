@@ -416,6 +416,45 @@ fn what_is_attached_is_listed_and_found() {
 }
 
 #[test]
+fn what_comes_or_goes_while_it_is_looked_for_is_found_or_not_attached() {
+    let (kernel, fixture) = (FakeKernel::new(), Fixture::new());
+    fixture.attach(&kernel).unwrap();
+    let image = fixture.sources[0].path();
+    let by_image = (image, fixture.sources[0].id());
+    for (argument, id) in [(std::path::Path::new("disk"), None), by_image] {
+        kernel.hide_from(0..0);
+        let before = kernel.with(|state| state.queries.len());
+        find(&kernel, argument, id).unwrap();
+        let count = kernel.with(|state| state.queries.len()) - before;
+        let (mut found, mut missed) = (0, 0);
+        for number in 0..=count {
+            for is_going in [false, true] {
+                let from = kernel.with(|state| state.queries.len());
+                kernel.hide_from(match is_going {
+                    false => from..from + number,
+                    true => from + number..usize::MAX,
+                });
+                match find(&kernel, argument, id) {
+                    Ok(attached) => {
+                        assert_eq!(attached.name, "disk");
+                        found += 1;
+                    }
+                    Err(error) => {
+                        assert!(matches!(error.kind(), ErrorKind::NotAttached(_)), "{error}");
+                        let said = error.to_string();
+                        let is_it = said.contains("nothing is attached under the name 'disk'")
+                            || said.contains("this image is not attached");
+                        assert!(is_it, "{said}");
+                        missed += 1;
+                    }
+                }
+            }
+        }
+        assert!(found > 1 && missed > 1, "{found} {missed}");
+    }
+}
+
+#[test]
 fn detaching_leaves_nothing_and_busy_devices_name_their_holders() {
     let (kernel, fixture) = (FakeKernel::new(), Fixture::new());
     let attached = fixture.attach(&kernel).unwrap();
