@@ -8,8 +8,6 @@
 
 use std::sync::{Arc, Mutex};
 
-use rayon::prelude::*;
-
 use crate::damage::DamageList;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Coalescer, Extent, Mapping};
@@ -24,23 +22,13 @@ mod ahead;
 mod fold;
 #[cfg(test)]
 pub(crate) mod tests;
+mod windows;
 #[cfg(test)]
 mod work_tests;
 
 use ahead::{ReadAhead, Stretch};
 pub(crate) use fold::last_answer;
 use fold::{answer, fold_into, push_data};
-
-/// Most runs that one layer can give in one window.
-const RUNS_PER_WINDOW: u64 = 1 << 12;
-
-/// Windows that a thread resolves before their results are taken in order.
-const WINDOWS_PER_THREAD: usize = 16;
-
-/// Windows that are resolved before their results are taken, with however many threads:
-/// the text of a map has some 600 KiB for each (of a raw file that is nothing but holes
-/// and data of 4 KiB, 8 MiB).
-const WINDOWS_AT_ONCE: usize = 32;
 
 /// One image of a chain with its open files.
 #[derive(Debug)]
@@ -179,7 +167,7 @@ impl Chain {
         Resolver { chain: self, holes, memory, whole_answer: None }
     }
 
-    /// A walker that goes on past damage: its extents are [`Mapping::Damaged`](crate::extent::Mapping::Damaged) there, and
+    /// A walker that goes on past damage: its extents are [`Mapping::Damaged`] there, and
     /// [`Resolver::take_damage`] says what was found.
     pub fn resolver_past_damage(&self, holes: HoleQuery) -> Resolver<'_> {
         let mut resolver = self.resolver(holes);
@@ -232,95 +220,6 @@ impl Chain {
         }
         coalescer.finish().as_ref().map_or(Ok(()), each)?;
         Ok(resolver.take_damage())
-    }
-
-    /// Resolves the windows of `range` on all cores: `work` makes something of each
-    /// window's extents, and `take` gets these things in guest order, a bounded number
-    /// of windows behind.
-    ///
-    /// # Errors
-    /// The first in guest order of what resolving, `work` or `take` says; `take` has had
-    /// all that comes before it.
-    pub fn map_windows<T: Send>(
-        &self,
-        range: GuestRange,
-        holes: HoleQuery,
-        work: impl Fn(GuestRange, Extents<'_>) -> T + Sync,
-        take: impl FnMut(T) -> Result<()>,
-    ) -> Result<()> {
-        self.map_windows_by(|| self.resolver(holes), range, holes, work, take).map(drop)
-    }
-
-    /// As [`map_windows`](Self::map_windows), but going on past damage, which it gives
-    /// back.
-    ///
-    /// # Errors
-    /// The first in guest order of what `take` says.
-    pub fn map_windows_past_damage<T: Send>(
-        &self,
-        range: GuestRange,
-        holes: HoleQuery,
-        work: impl Fn(GuestRange, Extents<'_>) -> T + Sync,
-        take: impl FnMut(T) -> Result<()>,
-    ) -> Result<DamageList> {
-        self.map_windows_by(|| self.resolver_past_damage(holes), range, holes, work, take)
-    }
-
-    fn map_windows_by<'c, T: Send>(
-        &'c self,
-        resolver: impl Fn() -> Resolver<'c> + Sync + Send,
-        range: GuestRange,
-        holes: HoleQuery,
-        work: impl Fn(GuestRange, Extents<'_>) -> T + Sync,
-        mut take: impl FnMut(T) -> Result<()>,
-    ) -> Result<DamageList> {
-        let mut damage = DamageList::default();
-        let threads = rayon::current_num_threads();
-        let batch_size = (threads * WINDOWS_PER_THREAD).min(WINDOWS_AT_ONCE);
-        let mut windows = self.windows(range, holes);
-        let mut ahead = ReadAhead::new(self, range);
-        loop {
-            let batch: Vec<_> = windows.by_ref().take(batch_size).collect();
-            let Some(last) = batch.last() else { return Ok(damage) };
-            apart(|| ahead.before(*last));
-            let done: Vec<Result<(T, DamageList)>> = batch
-                .into_par_iter()
-                .with_min_len((batch_size / threads / 4).max(1))
-                .map_init(&resolver, |resolver, window| {
-                    let thing = work(window, resolver.resolve(window)?);
-                    Ok((thing, resolver.take_damage()))
-                })
-                .collect();
-            for done in done {
-                let (thing, found) = done?;
-                damage.append(found);
-                take(thing)?;
-            }
-        }
-    }
-
-    /// Cuts `range` into the windows in which it is best resolved, where `holes` are asked
-    /// for.
-    pub fn windows(
-        &self,
-        range: GuestRange,
-        holes: HoleQuery,
-    ) -> impl Iterator<Item = GuestRange> + use<> {
-        let finest = apart(|| self.layers().iter().map(|layer| layer.granularity(holes)).min());
-        let finest = finest.unwrap_or(512);
-        let size = (finest.saturating_mul(RUNS_PER_WINDOW)).clamp(1 << 20, 4 << 30);
-        let mut at = range.start;
-        let end = range.end;
-        std::iter::from_fn(move || {
-            if at >= end {
-                return None;
-            }
-            // Aligned, so that neighbouring windows do not read a table twice.
-            let next = GuestOffset::new((at.get() / size).saturating_add(1).saturating_mul(size));
-            let window = GuestRange::new(at, next.min(end));
-            at = window.end;
-            Some(window)
-        })
     }
 }
 

@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::windows::RUNS_PER_WINDOW;
 use super::*;
 use crate::extent::{Mapping, ZeroCause};
 use crate::format::PlainClusters;
@@ -355,6 +356,11 @@ fn damage_is_one_extent_and_counts_once_however_many_windows_see_it() {
         .map_windows_past_damage(chain.whole(), HoleQuery::AsQemu, |_, _| (), |()| Ok(()))
         .unwrap();
     assert_eq!(by_window.count(), 1);
+    let in_file_order = chain
+        .map_windows_in_file_order(chain.whole(), HoleQuery::AsQemu, |_, _| (), |()| Ok(()))
+        .unwrap();
+    assert_eq!(in_file_order.count(), 1);
+    assert_eq!(in_file_order.listed()[0].range.start.get(), TORN.0);
     // Who hands the bytes on gets an error.
     let mut each = |_: &Extent| Ok(());
     let error = chain.for_each_extent(chain.whole(), HoleQuery::AsQemu, &mut each).unwrap_err();

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::windows::WINDOWS_IN_FILE_ORDER;
 use super::*;
 use crate::format::qcow2::Qcow2Image;
 use crate::source::{Allocation, ReadAt};
@@ -15,6 +16,8 @@ const GIB: u64 = 1 << 30;
 #[derive(Debug, Default)]
 struct Work {
     reads: AtomicU64,
+    /// Where they started.
+    offsets: Mutex<Vec<u64>>,
     bytes: AtomicU64,
     /// Times that a layer was asked for a range.
     asked: AtomicU64,
@@ -43,6 +46,7 @@ struct Sparse {
 impl ReadAt for Sparse {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         count(&self.work.reads, 1);
+        self.work.offsets.lock().unwrap().push(offset);
         count(&self.work.bytes, buffer.len() as u64);
         let mut rest = &mut *buffer;
         let mut at = offset;
@@ -100,9 +104,14 @@ impl ImageFormat for Counted {
     fn page_coverage(&self) -> u64 {
         self.0.page_coverage()
     }
+
+    fn tables(&self, range: GuestRange, each: &mut dyn FnMut(HostOffset, HostOffset)) {
+        self.0.tables(range, each);
+    }
 }
 
-/// A layer of `size` bytes in which these clusters, in order, are data.
+/// A layer of `size` bytes in which these clusters are data, those of a table one after the
+/// other, and the tables lie in the order in which their clusters come.
 fn layer(cluster: u64, size: u64, allocated: &[u64], work: &Arc<Work>) -> Layer {
     let entries = cluster / 8;
     let coverage = entries * cluster;
@@ -247,4 +256,77 @@ fn no_more_is_read_than_the_l1_tables_and_the_l2_tables_that_are_needed() {
     let (l1, tables) = (100 * 128 * 8, 2000);
     let bytes = Work::take(&work.bytes);
     assert!(bytes <= l1 + tables * CLUSTER + 100 * CLUSTER, "{bytes}");
+}
+
+/// The windows as they are taken, which one thread resolves in file order, and their extents.
+fn in_file_order(chain: &Chain) -> Vec<(GuestRange, Vec<Extent>)> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    pool.install(|| {
+        let mut taken = Vec::new();
+        let work = |window, extents: Extents<'_>| (window, extents.collect());
+        let take = |thing| {
+            taken.push(thing);
+            Ok(())
+        };
+        let holes = HoleQuery::AsQemu;
+        let damage = chain.map_windows_in_file_order(chain.whole(), holes, work, take).unwrap();
+        assert!(damage.is_empty());
+        taken
+    })
+}
+
+fn assert_windows_in_guest_order(chain: &Chain, taken: &[(GuestRange, Vec<Extent>)]) {
+    let windows: Vec<_> = chain.windows(chain.whole(), HoleQuery::AsQemu).collect();
+    assert!(taken.iter().map(|(window, _)| *window).eq(windows));
+    let mut joined = Vec::new();
+    let mut coalescer = Coalescer::default();
+    let extents = taken.iter().flat_map(|(_, extents)| extents);
+    joined.extend(extents.filter_map(|extent| coalescer.push(*extent)));
+    joined.extend(coalescer.finish());
+    assert_eq!(joined, walk(chain));
+}
+
+#[test]
+fn windows_are_read_in_the_order_of_their_tables_and_taken_in_the_guests() {
+    let work = Arc::new(Work::default());
+    let size = 64 * GIB;
+    let upper: Vec<_> = (0..64).map(|number| number * 37 % 64 * PER_TABLE).collect();
+    let lower: Vec<_> = (0..128).map(|number| number * 53 % 128 * PER_TABLE).collect();
+    let below = Arc::new(Work::default());
+    let layers = vec![layer(CLUSTER, size, &upper, &work), layer(CLUSTER, size, &lower, &below)];
+    let chain = Chain::new(layers).unwrap();
+    let offsets = |work: &Work| std::mem::take(&mut *work.offsets.lock().unwrap());
+    offsets(&work);
+    offsets(&below);
+    let taken = in_file_order(&chain);
+    // A table tells of two windows.
+    let read = offsets(&work);
+    assert_eq!(read.len(), 2 * 64);
+    assert!(read.is_sorted(), "{read:?}");
+    // Where the upper layer has none, the lower one's are what is read first.
+    let read = offsets(&below);
+    assert_eq!(read.len(), 2 * 128);
+    assert!(read[128..].is_sorted(), "{read:?}");
+    assert_windows_in_guest_order(&chain, &taken);
+}
+
+#[test]
+fn more_windows_than_are_put_in_order_at_once_come_in_guest_order_too() {
+    let work = Arc::new(Work::default());
+    let some: Vec<_> = (0..600).map(|number| number * 7919 % 640 * (GIB / 32 / 512)).collect();
+    let chain = Chain::new(vec![layer(512, 20 * GIB, &some, &work)]).unwrap();
+    let taken = in_file_order(&chain);
+    assert!(taken.len() > 2 * WINDOWS_IN_FILE_ORDER, "{}", taken.len());
+    assert_windows_in_guest_order(&chain, &taken);
+}
+
+#[test]
+fn of_many_layers_windows_stay_in_guest_order() {
+    let work = Arc::new(Work::default());
+    let chain = scattered(1000, 2, &work);
+    work.looked_at.store(0, Ordering::Relaxed);
+    let taken = in_file_order(&chain);
+    let looked_at = Work::take(&work.looked_at);
+    assert!(looked_at <= 1000 * 256, "{looked_at}");
+    assert_windows_in_guest_order(&chain, &taken);
 }

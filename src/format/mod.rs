@@ -267,10 +267,11 @@ pub trait ImageFormat: Send + Sync + fmt::Debug {
         self.granularity().saturating_mul(TABLE_PAGE / 8)
     }
 
-    /// Has the kernel fetch the tables that [`status`](Self::status) will read of `range`,
-    /// while others are worked on. Only a hint.
-    fn read_ahead(&self, range: GuestRange) {
-        let _ = range;
+    /// Calls `each` with where in the image file the tables start and end that
+    /// [`status`](Self::status) reads of `range`, in guest order. Only for reading them ahead:
+    /// nothing of it is checked, and formats whose tables are small or in order tell none.
+    fn tables(&self, range: GuestRange, each: &mut dyn FnMut(HostOffset, HostOffset)) {
+        let _ = (range, each);
     }
 
     /// Appends the entries of the tables by which [`status`](Self::status) knows of the

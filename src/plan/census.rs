@@ -252,7 +252,7 @@ impl<'f> Census<'f> {
             damage: DamageList::default(),
             tails: BTreeMap::new(),
         };
-        census.damage = chain.map_windows_past_damage(
+        census.damage = chain.map_windows_in_file_order(
             chain.whole(),
             holes,
             |window, extents| Tally::of(facts, stream, window, extents),

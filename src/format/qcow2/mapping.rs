@@ -10,11 +10,6 @@ use crate::format::{PlainClusters, Scratch, be64, table_bytes};
 use crate::status::{BlockStatus, FileRole, HostPlace, StatusRun, ZeroStatus};
 use crate::units::{ByteLen, GuestOffset, GuestRange, HostOffset};
 
-/// Bytes of several tables that follow on one another in the file from which on the kernel is
-/// not asked to read them ahead: by itself it does so with what is read in order, in larger
-/// pages and requests than those of `posix_fadvise`, so that it takes half the time.
-const LEFT_TO_THE_KERNEL: u64 = 1 << 20;
-
 /// L1 entries that are read at a time.
 const L1_CHUNK: u64 = 4096;
 
@@ -114,22 +109,17 @@ pub(super) fn unallocated_until(image: &Qcow2Image, from: GuestOffset) -> GuestO
     }
 }
 
-/// As [`ImageFormat::read_ahead`](crate::format::ImageFormat::read_ahead).
-pub(super) fn read_ahead(image: &Qcow2Image, range: GuestRange) {
+/// As [`ImageFormat::tables`](crate::format::ImageFormat::tables).
+pub(super) fn tables(
+    image: &Qcow2Image,
+    range: GuestRange,
+    each: &mut dyn FnMut(HostOffset, HostOffset),
+) {
     let coverage = image.header.l2_coverage();
     let entry_size = image.header.l2_entry_size();
     let l1_entries = image.l1_table.length.get() / 8;
     let end = range.end.get().div_ceil(coverage).min(l1_entries);
     let mut index = range.start.get() / coverage;
-    // Tables that follow on one another are one request.
-    let mut pending: Option<(HostOffset, HostOffset)> = None;
-    let ask = |(from, to): (HostOffset, HostOffset)| {
-        let length = to.since(from);
-        let several = length.get() > image.header.cluster_size();
-        if !several || length.get() < LEFT_TO_THE_KERNEL {
-            image.source.read_ahead(from, length);
-        }
-    };
     let mut read = (index, Vec::new());
     while let Some(named) = image.kept_l1.next_named(index).filter(|&named| named < end) {
         index = named + 1;
@@ -149,18 +139,7 @@ pub(super) fn read_ahead(image: &Qcow2Image, range: GuestRange) {
         let first = entry_of(part.start) / image.header.cluster_size();
         let last = entry_of(part.end).div_ceil(image.header.cluster_size());
         let from = table.saturating_add(ByteLen::new(first * entry_size));
-        let to = table.saturating_add(ByteLen::new(last * entry_size));
-        match &mut pending {
-            Some((_, pending_end)) if *pending_end == from => *pending_end = to,
-            _ => {
-                if let Some(before) = pending.replace((from, to)) {
-                    ask(before);
-                }
-            }
-        }
-    }
-    if let Some(last) = pending {
-        ask(last);
+        each(from, table.saturating_add(ByteLen::new(last * entry_size)));
     }
 }
 

@@ -294,8 +294,8 @@ impl ImageFormat for Qcow2Image {
         (TABLE_PAGE / self.header.l2_entry_size()).saturating_mul(self.header.cluster_size())
     }
 
-    fn read_ahead(&self, range: GuestRange) {
-        mapping::read_ahead(self, range);
+    fn tables(&self, range: GuestRange, each: &mut dyn FnMut(HostOffset, HostOffset)) {
+        mapping::tables(self, range, each);
     }
 
     fn trace(&self, guest: GuestOffset, steps: &mut Vec<TraceStep>) {
