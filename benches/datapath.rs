@@ -318,10 +318,17 @@ fn measure(
         _ if line.random => options.rounds.min(FEWER_ROUNDS),
         _ => 1,
     };
+    // What is read first after a pause, or after what, matters by a tenth and more: each takes
+    // other places in other rounds.
     let turns: Vec<_> = (0..options.rounds)
-        .flat_map(|round| (0..contestants.len()).map(move |each| (round, each)))
-        .filter(|&(round, each)| round < rounds_of(contestants[each].by))
-        .map(|(_, each)| each)
+        .flat_map(|round| {
+            let mut order: Vec<_> = (0..contestants.len())
+                .filter(|&each| round < rounds_of(contestants[each].by))
+                .collect();
+            let places = order.len() * round / options.rounds;
+            order.rotate_left(places);
+            order
+        })
         .collect();
     let job = |&each: &usize| Job { device: &contestants[each].device, drop_caches: true };
     let jobs: Vec<_> = turns.iter().map(job).collect();
