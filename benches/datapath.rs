@@ -318,8 +318,8 @@ fn measure(
         _ if line.random => options.rounds.min(FEWER_ROUNDS),
         _ => 1,
     };
-    // What is read first after a pause, or after what, matters by a tenth and more: each takes
-    // other places in other rounds.
+    // What is read first in a round is a tenth and more faster: each takes other places in other
+    // rounds.
     let turns: Vec<_> = (0..options.rounds)
         .flat_map(|round| {
             let mut order: Vec<_> = (0..contestants.len())

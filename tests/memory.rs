@@ -206,6 +206,29 @@ fn many_bitmaps(dir: &Path, count: u32, name_length: u16) {
 }
 
 #[test]
+fn what_a_plan_finds_in_the_way_is_counted_not_listed() {
+    const TABLES: u64 = 512;
+    const ENTRIES: u64 = 8192;
+    let dir = directory();
+    let dir = dir.path();
+    let image =
+        Hostile::qcow2(dir, 1 << 30, 16, (TABLES * ENTRIES) << 16, u32::try_from(TABLES).unwrap());
+    let tables_at = 128 * MIB;
+    let l1: Vec<_> =
+        (0..TABLES).flat_map(|i| ((1 << 63) | (tables_at + (i << 16))).to_be_bytes()).collect();
+    image.put(MIB, &l1);
+    // Each cluster is something else than the one before: compressed, and past the file's end.
+    let (compressed, past_end) = ((1u64 << 62) | (512 * MIB), (1u64 << 63) | (1 << 40));
+    let table = [compressed.to_be_bytes(), past_end.to_be_bytes()].concat().repeat(4096);
+    for number in 0..TABLES {
+        image.put(tables_at + (number << 16), &table);
+    }
+    let commands: [(&[&str], u64); 2] =
+        [(&["plan", "--compressed=refuse"], BASE), (&["plan"], BASE)];
+    assert_bounded(dir, "qcow2", "clusters in the way", &commands);
+}
+
+#[test]
 fn qcow_and_cow_headers_that_claim_the_most_take_next_to_nothing() {
     let dir = directory();
     let dir = dir.path();

@@ -14,8 +14,8 @@ const WINDOWS_PER_STRETCH: u64 = 32;
 /// tables. A disk is busy with as many requests as it takes at once.
 const WINDOWS_AHEAD: usize = 128;
 
-/// Bytes of several tables that follow on one another in the file from which on the kernel is
-/// not asked to read them ahead: by itself it does so with what is read in order, in larger
+/// Bytes of several pieces of tables that follow on one another in the file from which on the
+/// kernel is not asked to read them ahead: by itself it does so with what is read in order, in larger
 /// pages and requests than those of `posix_fadvise`, so that it takes half the time.
 const LEFT_TO_THE_KERNEL: u64 = 1 << 20;
 

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::ahead::{InFileOrder, ReadAhead};
-use super::{Chain, Extents, HoleQuery, Resolver};
+use super::{Chain, Extents, HoleQuery, Layer, Resolver};
 use crate::damage::DamageList;
 use crate::error::Result;
 use crate::units::{GuestOffset, GuestRange};
@@ -24,7 +24,7 @@ const WINDOWS_AT_ONCE: usize = 32;
 /// 1 TiB in clusters of 64 KiB, all.
 pub(super) const WINDOWS_IN_FILE_ORDER: usize = 4096;
 
-/// Most layers of a chain that is resolved so.
+/// Most layers of a chain that is.
 const LAYERS_IN_FILE_ORDER: usize = 32;
 
 impl Chain {
@@ -84,8 +84,9 @@ impl Chain {
     }
 
     /// As [`map_windows_past_damage`](Self::map_windows_past_damage), for a `work` that makes
-    /// something small: some thousand windows are resolved before the first is taken, in the
-    /// order in which their tables lie in the files, which is how a disk is read fastest.
+    /// something of at most a few KiB: up to 4096 windows are resolved before the first is taken,
+    /// in the order in which their tables lie in the file, which is how a disk is read fastest.
+    /// Where several layers have tables, or any is damaged, they are resolved in guest order.
     ///
     /// # Errors
     /// The first in guest order of what `take` says.
@@ -96,19 +97,18 @@ impl Chain {
         work: impl Fn(GuestRange, Extents<'_>) -> T + Sync,
         mut take: impl FnMut(T) -> Result<()>,
     ) -> Result<DamageList> {
-        // To look at many layers is done for a stretch of windows that follow on one another.
-        if self.layers().len() > LAYERS_IN_FILE_ORDER {
-            return self.map_windows_past_damage(range, holes, work, take);
-        }
         let resolver = || self.resolver_past_damage(holes);
         let mut damage = DamageList::default();
         let mut windows = self.windows(range, holes);
         loop {
             let some: Vec<_> = windows.by_ref().take(WINDOWS_IN_FILE_ORDER).collect();
             let (Some(first), Some(last)) = (some.first(), some.last()) else { return Ok(damage) };
-            let Some(things) = self.resolved_in_file_order(&some, &resolver, &work) else {
-                // Lists of damage are large: in guest order, those of a few windows are kept.
-                let all = GuestRange::new(first.start, last.end);
+            let all = GuestRange::new(first.start, last.end);
+            let things = match apart(|| self.is_one_layers(all)) {
+                true => self.resolved_in_file_order(&some, &resolver, &work),
+                false => None,
+            };
+            let Some(things) = things else {
                 damage.append(self.map_windows_by(resolver, all, holes, &work, &mut take)?);
                 continue;
             };
@@ -116,7 +116,21 @@ impl Chain {
         }
     }
 
-    /// What `work` makes of the windows, in their order; none where any has damage.
+    /// Whether at most one layer tells where tables of `range` lie. In the order of one layer's,
+    /// another's may be read in no order; and many layers are looked at for a stretch of windows
+    /// that follow on one another.
+    fn is_one_layers(&self, range: GuestRange) -> bool {
+        let has_tables = |layer: &&Layer| {
+            let mut any = false;
+            layer.image.tables(range, &mut |_, _| any = true);
+            any
+        };
+        let layers = self.layers();
+        layers.len() <= LAYERS_IN_FILE_ORDER && layers.iter().filter(has_tables).count() <= 1
+    }
+
+    /// What `work` makes of the windows, in their order; none where any has damage: lists of
+    /// that are large, and in guest order those of a few windows are kept.
     fn resolved_in_file_order<'c, T: Send>(
         &'c self,
         windows: &[GuestRange],

@@ -113,6 +113,17 @@ impl ImageFormat for Counted {
 /// A layer of `size` bytes in which these clusters are data, those of a table one after the
 /// other, and the tables lie in the order in which their clusters come.
 fn layer(cluster: u64, size: u64, allocated: &[u64], work: &Arc<Work>) -> Layer {
+    damaged_layer(cluster, size, allocated, None, work)
+}
+
+/// The same, with one cluster, of large ones, whose entry no cluster can have.
+fn damaged_layer(
+    cluster: u64,
+    size: u64,
+    allocated: &[u64],
+    damaged: Option<u64>,
+    work: &Arc<Work>,
+) -> Layer {
     let entries = cluster / 8;
     let coverage = entries * cluster;
     let l1_bytes = size.div_ceil(coverage) * 8;
@@ -139,7 +150,8 @@ fn layer(cluster: u64, size: u64, allocated: &[u64], work: &Arc<Work>) -> Layer 
         next += cluster;
         put(l1 + of_table[0] / entries * 8, &(table | 1 << 63).to_be_bytes());
         for guest in of_table {
-            put(table + guest % entries * 8, &(next | 1 << 63).to_be_bytes());
+            let off = if Some(*guest) == damaged { 512 } else { 0 };
+            put(table + guest % entries * 8, &((next + off) | 1 << 63).to_be_bytes());
             next += cluster;
         }
     }
@@ -258,8 +270,9 @@ fn no_more_is_read_than_the_l1_tables_and_the_l2_tables_that_are_needed() {
     assert!(bytes <= l1 + tables * CLUSTER + 100 * CLUSTER, "{bytes}");
 }
 
-/// The windows as they are taken, which one thread resolves in file order, and their extents.
-fn in_file_order(chain: &Chain) -> Vec<(GuestRange, Vec<Extent>)> {
+/// The windows as they are taken, which one thread resolves in file order, and their extents;
+/// and the damage.
+fn in_file_order(chain: &Chain) -> (Vec<(GuestRange, Vec<Extent>)>, DamageList) {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
     pool.install(|| {
         let mut taken = Vec::new();
@@ -270,12 +283,16 @@ fn in_file_order(chain: &Chain) -> Vec<(GuestRange, Vec<Extent>)> {
         };
         let holes = HoleQuery::AsQemu;
         let damage = chain.map_windows_in_file_order(chain.whole(), holes, work, take).unwrap();
-        assert!(damage.is_empty());
-        taken
+        (taken, damage)
     })
 }
 
-fn assert_windows_in_guest_order(chain: &Chain, taken: &[(GuestRange, Vec<Extent>)]) {
+/// Gives back where the tables were read of the layers of these, in the order of the reads.
+fn assert_windows_in_guest_order(chain: &Chain, of: &[&Work]) -> Vec<Vec<u64>> {
+    let offsets = |work: &Work| std::mem::take(&mut *work.offsets.lock().unwrap());
+    of.iter().for_each(|work| drop(offsets(work)));
+    let (taken, damage) = in_file_order(chain);
+    let read = of.iter().map(|work| offsets(work)).collect();
     let windows: Vec<_> = chain.windows(chain.whole(), HoleQuery::AsQemu).collect();
     assert!(taken.iter().map(|(window, _)| *window).eq(windows));
     let mut joined = Vec::new();
@@ -283,31 +300,59 @@ fn assert_windows_in_guest_order(chain: &Chain, taken: &[(GuestRange, Vec<Extent
     let extents = taken.iter().flat_map(|(_, extents)| extents);
     joined.extend(extents.filter_map(|extent| coalescer.push(*extent)));
     joined.extend(coalescer.finish());
-    assert_eq!(joined, walk(chain));
+    let mut in_guest_order = Vec::new();
+    let each = &mut |extent: &Extent| {
+        in_guest_order.push(*extent);
+        Ok(())
+    };
+    let holes = HoleQuery::AsQemu;
+    let found = chain.for_each_extent_past_damage(chain.whole(), holes, each).unwrap();
+    assert_eq!(joined, in_guest_order);
+    assert_eq!(damage.count(), found.count());
+    let listed =
+        |list: &DamageList| list.listed().iter().map(|each| each.range).collect::<Vec<_>>();
+    assert_eq!(listed(&damage), listed(&found));
+    read
+}
+
+/// The first cluster of each of so many tables, in an order in which they lie shuffled.
+fn shuffled(tables: u64) -> Vec<u64> {
+    (0..tables).map(|number| number * 37 % tables * PER_TABLE).collect()
 }
 
 #[test]
 fn windows_are_read_in_the_order_of_their_tables_and_taken_in_the_guests() {
-    let work = Arc::new(Work::default());
+    let (above, work) = (Arc::new(Work::default()), Arc::new(Work::default()));
     let size = 64 * GIB;
-    let upper: Vec<_> = (0..64).map(|number| number * 37 % 64 * PER_TABLE).collect();
-    let lower: Vec<_> = (0..128).map(|number| number * 53 % 128 * PER_TABLE).collect();
-    let below = Arc::new(Work::default());
-    let layers = vec![layer(CLUSTER, size, &upper, &work), layer(CLUSTER, size, &lower, &below)];
+    let layer_of = |allocated: &[u64], work| layer(CLUSTER, size, allocated, work);
+    let mut layers: Vec<_> = (0..31).map(|_| layer_of(&[], &above)).collect();
+    layers.push(layer_of(&shuffled(128), &work));
     let chain = Chain::new(layers).unwrap();
-    let offsets = |work: &Work| std::mem::take(&mut *work.offsets.lock().unwrap());
-    offsets(&work);
-    offsets(&below);
-    let taken = in_file_order(&chain);
+    let read = assert_windows_in_guest_order(&chain, &[&work]);
     // A table tells of two windows.
-    let read = offsets(&work);
-    assert_eq!(read.len(), 2 * 64);
-    assert!(read.is_sorted(), "{read:?}");
-    // Where the upper layer has none, the lower one's are what is read first.
-    let read = offsets(&below);
-    assert_eq!(read.len(), 2 * 128);
-    assert!(read[128..].is_sorted(), "{read:?}");
-    assert_windows_in_guest_order(&chain, &taken);
+    assert_eq!(read[0].len(), 2 * 128);
+    assert!(read[0].is_sorted(), "{read:?}");
+}
+
+#[test]
+fn windows_of_many_layers_or_of_several_with_tables_are_read_in_guest_order() {
+    let size = 64 * GIB;
+    let (above, work) = (Arc::new(Work::default()), Arc::new(Work::default()));
+    let layer_of = |allocated: &[u64], work| layer(CLUSTER, size, allocated, work);
+    let mut layers: Vec<_> = (0..32).map(|_| layer_of(&[], &above)).collect();
+    layers.push(layer_of(&shuffled(128), &work));
+    let chain = Chain::new(layers).unwrap();
+    above.looked_at.store(0, Ordering::Relaxed);
+    let read = assert_windows_in_guest_order(&chain, &[&work]);
+    assert!(!read[0].is_sorted());
+    let looked_at = Work::take(&above.looked_at);
+    assert!(looked_at <= 32 * 128, "{looked_at}");
+
+    let in_order: Vec<_> = (0..128).map(|number| number * PER_TABLE).collect();
+    let layers = vec![layer_of(&shuffled(128), &above), layer_of(&in_order, &work)];
+    let read = assert_windows_in_guest_order(&Chain::new(layers).unwrap(), &[&above, &work]);
+    assert!(!read[0].is_sorted());
+    assert!(read[1].is_sorted() && read[1].len() >= 128, "{read:?}");
 }
 
 #[test]
@@ -315,18 +360,23 @@ fn more_windows_than_are_put_in_order_at_once_come_in_guest_order_too() {
     let work = Arc::new(Work::default());
     let some: Vec<_> = (0..600).map(|number| number * 7919 % 640 * (GIB / 32 / 512)).collect();
     let chain = Chain::new(vec![layer(512, 20 * GIB, &some, &work)]).unwrap();
-    let taken = in_file_order(&chain);
-    assert!(taken.len() > 2 * WINDOWS_IN_FILE_ORDER, "{}", taken.len());
-    assert_windows_in_guest_order(&chain, &taken);
+    let windows = chain.windows(chain.whole(), HoleQuery::AsQemu).count();
+    assert!(windows > 2 * WINDOWS_IN_FILE_ORDER, "{windows}");
+    assert_windows_in_guest_order(&chain, &[]);
 }
 
 #[test]
-fn of_many_layers_windows_stay_in_guest_order() {
+fn windows_about_damage_are_taken_once_too_and_it_is_counted_once() {
+    let (size, tables) = (3072 * GIB, 3072 * GIB / (PER_TABLE * CLUSTER));
+    // In the second of three parts that are put in order each.
+    let damaged = PER_TABLE * (tables / 2 + 1);
     let work = Arc::new(Work::default());
-    let chain = scattered(1000, 2, &work);
-    work.looked_at.store(0, Ordering::Relaxed);
-    let taken = in_file_order(&chain);
-    let looked_at = Work::take(&work.looked_at);
-    assert!(looked_at <= 1000 * 256, "{looked_at}");
-    assert_windows_in_guest_order(&chain, &taken);
+    let layer = damaged_layer(CLUSTER, size, &shuffled(tables), Some(damaged), &work);
+    let chain = Chain::new(vec![layer]).unwrap();
+    let windows = chain.windows(chain.whole(), HoleQuery::AsQemu).count();
+    assert!(windows == 3 * WINDOWS_IN_FILE_ORDER, "{windows}");
+    assert_windows_in_guest_order(&chain, &[]);
+    let (_, damage) = in_file_order(&chain);
+    assert_eq!(damage.count(), 1);
+    assert_eq!(damage.listed()[0].range.start.get(), damaged * CLUSTER);
 }

@@ -122,8 +122,8 @@ impl FakeKernel {
 
     /// Has the queries of these numbers, from 0, find no device: it comes after them, or has
     /// gone before.
-    pub fn hide_from(&self, queries: Range<usize>) {
-        self.0.borrow_mut().hidden_from = queries;
+    pub fn hide_during(&self, queries: Range<usize>) {
+        self.0.borrow_mut().hidden_during = queries;
     }
 
     /// Has nothing fail any more.
@@ -191,7 +191,7 @@ impl FakeKernel {
     /// Whether the last query may find a device.
     fn finds(&self) -> bool {
         let state = self.0.borrow();
-        !state.hidden_from.contains(&state.queries.len().saturating_sub(1))
+        !state.hidden_during.contains(&state.queries.len().saturating_sub(1))
     }
 
     fn name_of(&self, uuid: &str) -> String {

@@ -268,8 +268,9 @@ pub trait ImageFormat: Send + Sync + fmt::Debug {
     }
 
     /// Calls `each` with where in the image file the tables start and end that
-    /// [`status`](Self::status) reads of `range`, in guest order. Only for reading them ahead:
-    /// nothing of it is checked, and formats whose tables are small or in order tell none.
+    /// [`status`](Self::status) reads of `range`, in guest order. Only a hint, of when best to
+    /// read them: nothing of it is checked, and formats whose tables are small or in order tell
+    /// none.
     fn tables(&self, range: GuestRange, each: &mut dyn FnMut(HostOffset, HostOffset)) {
         let _ = (range, each);
     }

@@ -217,8 +217,7 @@ impl<F: FnMut(&Piece), J: FnMut(ScratchJob)> Cutter<'_, F, J> {
         let inside = self.inside(extent, host, file);
         let end = host + inside;
         if inside > 0 && end > file.shown {
-            let first = GuestOffset::new(start);
-            self.noted.tails.push(Tail { depth: extent.depth, role: place.file, end, first });
+            self.tail(extent.depth, place.file, end, GuestOffset::new(start));
         }
         self.linear(start, inside, self.facts.crypt_backing(file.backing), host);
         self.past_end(start + inside, length - inside, end, extent);
@@ -335,11 +334,20 @@ impl<F: FnMut(&Piece), J: FnMut(ScratchJob)> Cutter<'_, F, J> {
     fn block(&mut self, kind: ObstacleKind, depth: u32, first: u64, count: u64) {
         let backing = self.facts.file(depth, FileRole::Image).backing;
         let first = GuestOffset::new(first);
-        // Neighbours in one window count as one entry, or a whole image of compressed
-        // clusters would make a list as long.
-        match self.noted.blocked.last_mut() {
-            Some(last) if last.kind == kind && last.backing == backing => last.count += count,
-            _ => self.noted.blocked.push(Blocked { kind, backing, count, first }),
+        // Of a window each kind is one entry for each file: thousands of windows' are kept.
+        let blocked = self.noted.blocked.iter_mut();
+        match blocked.rev().find(|known| known.kind == kind && known.backing == backing) {
+            Some(known) => known.count += count,
+            None => self.noted.blocked.push(Blocked { kind, backing, count, first }),
+        }
+    }
+
+    /// Notes that data decrypted from a file ends past that one's end.
+    fn tail(&mut self, depth: u32, role: FileRole, end: u64, first: GuestOffset) {
+        let tails = self.noted.tails.iter_mut();
+        match tails.rev().find(|known| known.depth == depth && known.role == role) {
+            Some(known) => known.end = known.end.max(end),
+            None => self.noted.tails.push(Tail { depth, role, end, first }),
         }
     }
 

@@ -102,6 +102,7 @@ impl Tally {
             self.few.push(*piece);
         } else {
             self.many = true;
+            self.few = Vec::new();
         }
         let Self { between, longest_zero, used, .. } = self;
         for_each_segment(facts, piece, |segment| {

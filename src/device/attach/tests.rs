@@ -422,7 +422,7 @@ fn what_comes_or_goes_while_it_is_looked_for_is_found_or_not_attached() {
     let image = fixture.sources[0].path();
     let by_image = (image, fixture.sources[0].id());
     for (argument, id) in [(std::path::Path::new("disk"), None), by_image] {
-        kernel.hide_from(0..0);
+        kernel.hide_during(0..0);
         let before = kernel.with(|state| state.queries.len());
         find(&kernel, argument, id).unwrap();
         let count = kernel.with(|state| state.queries.len()) - before;
@@ -430,7 +430,7 @@ fn what_comes_or_goes_while_it_is_looked_for_is_found_or_not_attached() {
         for number in 0..=count {
             for is_going in [false, true] {
                 let from = kernel.with(|state| state.queries.len());
-                kernel.hide_from(match is_going {
+                kernel.hide_during(match is_going {
                     false => from..from + number,
                     true => from + number..usize::MAX,
                 });

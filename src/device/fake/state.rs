@@ -66,7 +66,7 @@ pub struct State {
     pub(super) fail_at: Option<usize>,
     pub(super) fail_from: Option<usize>,
     pub(super) fail_query_at: Option<usize>,
-    pub(super) hidden_from: Range<usize>,
+    pub(super) hidden_during: Range<usize>,
     pub(super) panic_at: Option<usize>,
     pub(super) raise_at: Option<(usize, Arc<AtomicUsize>)>,
     pub(super) generation: u64,
