@@ -1,5 +1,5 @@
 //! How fast imgdm's devices are read, beside the loop device of a raw copy, which is the
-//! limit, and qemu-nbd of the same images.
+//! limit, a device of one dm-linear segment over that, and qemu-nbd of the same images.
 //!
 //! ```text
 //! cargo bench --bench datapath                         prints the tables
@@ -207,6 +207,8 @@ enum By {
     Loop,
     /// The same through the page cache, as losetup sets it up.
     LoopCached,
+    /// A device of one dm-linear segment over the limit: what device-mapper costs by itself.
+    Linear,
     Imgdm,
     /// By index of the mode.
     Nbd(usize),
@@ -248,6 +250,13 @@ fn set_up(place: &Path, options: &Options) -> anyhow::Result<Vec<Contestant>> {
             let device = bind_loop(&place.join(raw), direct_io)?;
             contestants.push(Contestant { by, images, device });
         }
+        let limit = contestants.iter().rev().find(|each| each.by == By::Loop);
+        let limit = limit.context("a raw copy without a loop device")?;
+        let (name, images) = (format!("linear-{raw}"), limit.images.clone());
+        let table = format!("0 {} linear {} 0", BYTES / 512, limit.device.display());
+        run(Command::new("dmsetup").args(["create", &name, "--readonly", "--table", &table]))?;
+        let device = Path::new("/dev/mapper").join(name);
+        contestants.push(Contestant { by: By::Linear, images, device });
     }
     for (index, image) in options.images.iter().enumerate() {
         run(Command::new(IMGDM).arg("attach").arg(qcow2(place, image)))?;
@@ -297,8 +306,11 @@ fn bind_loop(file: &Path, direct_io: &str) -> anyhow::Result<PathBuf> {
 }
 
 fn take_down(contestants: &[Contestant]) -> anyhow::Result<()> {
-    for Contestant { by, device, .. } in contestants {
+    // The limits after what lies on them.
+    let (last, first): (Vec<_>, Vec<_>) = contestants.iter().partition(|each| each.by == By::Loop);
+    for Contestant { by, device, .. } in first.into_iter().chain(last) {
         match by {
+            By::Linear => run(Command::new("dmsetup").arg("remove").arg(device))?,
             By::Loop | By::LoopCached => run(Command::new("losetup").arg("-d").arg(device))?,
             By::Imgdm => run(Command::new(IMGDM).arg("detach").arg(device))?,
             By::Nbd(_) => run(Command::new("qemu-nbd").arg("-d").arg(device))?,
@@ -314,7 +326,7 @@ fn measure(
     options: &Options,
 ) -> anyhow::Result<Vec<Vec<f64>>> {
     let rounds_of = |by| match by {
-        By::Loop | By::Imgdm => options.rounds,
+        By::Loop | By::Linear | By::Imgdm => options.rounds,
         _ if line.random => options.rounds.min(FEWER_ROUNDS),
         _ => 1,
     };
@@ -354,7 +366,7 @@ fn report(
                 modes.push(mode);
             }
         }
-        let mut head = "| read | loop, MiB/s | imgdm | loop (cached) |".to_owned();
+        let mut head = "| read | loop, MiB/s | imgdm | dm-linear | loop (cached) |".to_owned();
         for &mode in &modes {
             head += &format!(" nbd ({}) |", NBD_MODES[mode].what);
         }
@@ -373,8 +385,8 @@ fn report(
                 median(&ratios)
             };
             let imgdm = ratio(By::Imgdm);
-            let cached = ratio(By::LoopCached);
-            print!("| {line} | {:.0} | {imgdm:.2} | {cached:.2} |", median(limit));
+            let [linear, cached] = [By::Linear, By::LoopCached].map(ratio);
+            print!("| {line} | {:.0} | {imgdm:.2} | {linear:.2} | {cached:.2} |", median(limit));
             if imgdm < LIMIT_GOAL {
                 missed.push(format!("{}, {line}: {imgdm:.2} of the limit", image.name));
             }
