@@ -146,7 +146,7 @@ impl Draft {
     /// Guest bytes that the L1 table as it is can describe.
     fn size_of_l1_table(&self) -> u64 {
         let entry_bits = if self.has_extended_l2() { 4 } else { 3 };
-        let coverage = 1u64 << (2 * self.cluster_bits() - entry_bits).min(62);
+        let coverage = 1u64 << (2 * self.cluster_bits()).saturating_sub(entry_bits).min(62);
         let all = u64::from(self.u32(field::L1_ENTRIES)).saturating_mul(coverage);
         all.min(self.u64(field::SIZE)).min(i64::MAX.unsigned_abs())
     }
@@ -260,5 +260,10 @@ mod tests {
             assert!(parse(&bytes).is_err(), "{at}");
         }
         assert!(parse(&good()[..71]).is_err());
+        // Refused at the L1 table, before its clusters are found to be none.
+        let mut bytes = b"QFI\xfb\0\0\0\x03\0\x10".to_vec();
+        bytes.resize(34, 0);
+        bytes.extend([8, 0]);
+        assert!(parse(&bytes).is_err());
     }
 }
