@@ -15,8 +15,8 @@ const WINDOWS_PER_STRETCH: u64 = 32;
 const WINDOWS_AHEAD: usize = 128;
 
 /// Bytes of several pieces of tables that follow on one another in the file from which on the
-/// kernel is not asked to read them ahead: by itself it does so with what is read in order, in larger
-/// pages and requests than those of `posix_fadvise`, so that it takes half the time.
+/// kernel is not asked to read them ahead: by itself it does so with what is read in order, in
+/// larger pages and requests than those of `posix_fadvise`, so that it takes half the time.
 const LEFT_TO_THE_KERNEL: u64 = 1 << 20;
 
 /// A stretch of the disk, and the layers that may answer for something in it.
