@@ -116,7 +116,7 @@ fn from_disk(tables: &str, image: &Image) -> anyhow::Result<bool> {
     let needed = image.l2_tables * (CLUSTER + 8);
     let ratio = imgdm.as_secs_f64() / pread.as_secs_f64();
     println!(
-        "plan of {} clusters from disk, L2 tables {tables}: pread {:.3} s, imgdm {:.3} s: {ratio:.1} times the time (goal 1.3); {:.1} MiB read, {:.1} MiB needed",
+        "plan of {} clusters from disk, L2 tables {tables}: pread {:.3} s, imgdm {:.3} s: {ratio:.2} times the time (goal 1.3); {:.1} MiB read, {:.1} MiB needed",
         image.clusters,
         pread.as_secs_f64(),
         imgdm.as_secs_f64(),

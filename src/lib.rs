@@ -82,6 +82,7 @@ pub mod source;
 pub mod status;
 pub mod table;
 pub mod units;
+mod vectorized;
 pub mod worker;
 
 pub use error::{Error, ErrorKind, Result};

@@ -97,7 +97,7 @@ impl Synthetic {
         }
         let rest = first + entries.len();
         let end = GuestOffset::new(rest as u64 * SECTOR_SIZE).min(range.end);
-        assert!(plain.push_all(9, GuestRange::new(range.start, end), &entries, |at| (at, true)));
+        assert!(plain.push_all(9, GuestRange::new(range.start, end), &entries, |at| (at, 0)));
         rest
     }
 }

@@ -14,6 +14,7 @@ use crate::error::Result;
 use crate::format::Stretches;
 use crate::status::FileRole;
 use crate::units::{GuestOffset, GuestRange, HostOffset, SECTOR_SIZE, Sectors};
+use crate::vectorized::vectorized;
 
 /// Most pieces between a window's ends that are kept, and of a whole disk. More would be
 /// memory that grows with the image.
@@ -111,6 +112,9 @@ impl Tally {
     }
 }
 
+/// The topmost bit of 64.
+const TOPMOST: u64 = 1 << 63;
+
 /// What a window comes to that is nothing but data of one file, in many pieces: the worst
 /// that an image can be, counted without making the pieces.
 struct PlainPieces {
@@ -126,16 +130,13 @@ impl PlainPieces {
     fn of(facts: &Facts, depth: u32, stretches: &Stretches<'_>) -> Option<Self> {
         let file = facts.file(depth, FileRole::Image);
         let (hosts, size) = (stretches.hosts(), stretches.cluster_size());
-        // Those that carry the one before on are one piece with it.
-        let (mut pieces, mut furthest) = (0u64, 0);
-        let mut expected = None;
-        for &host in hosts {
-            pieces = pieces.wrapping_add(u64::from(expected != Some(host)));
-            furthest = furthest.max(host);
-            expected = Some(host.wrapping_add(size));
-        }
-        let is_inside = furthest.checked_add(size).is_some_and(|end| end <= file.shown);
-        if pieces <= FEW_IN_WINDOW as u64 + 2 || !is_inside {
+        // Where the last one may start.
+        let last = file.shown.checked_sub(size).filter(|&last| last < TOPMOST)?;
+        let (pieces, any_past) = vectorized(
+            #[inline(always)]
+            move || count_pieces(hosts, size, last),
+        );
+        if pieces <= FEW_IN_WINDOW as u64 + 2 || any_past {
             return None;
         }
         let piece = |(range, host): (GuestRange, HostOffset)| {
@@ -151,6 +152,21 @@ impl PlainPieces {
             between: pieces - 2,
         })
     }
+}
+
+/// How many pieces clusters of `size` at these offsets are, where those that carry the one before
+/// on are one piece with it; and whether any starts past `last`, which is below 2^63.
+#[inline(always)]
+fn count_pieces(hosts: &[u64], size: u64, last: u64) -> (u64, bool) {
+    // Of one that does, the topmost bit is set.
+    let past = |host: u64| last.wrapping_sub(host) | host;
+    let Some((first, others)) = hosts.split_first() else { return (0, false) };
+    let (mut pieces, mut any_past) = (1u64, past(*first));
+    for (&before, &host) in hosts.iter().zip(others) {
+        pieces = pieces.wrapping_add(u64::from(before.wrapping_add(size) != host));
+        any_past |= past(host);
+    }
+    (pieces, any_past & TOPMOST != 0)
 }
 
 /// Calls `each` with the segments of a piece, by their guest offsets.
@@ -362,5 +378,47 @@ impl<'f> Census<'f> {
             before += segments;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As many as a processor works out at a time, and fewer and more.
+    #[test]
+    fn clusters_that_carry_each_other_on_are_one_piece() {
+        const SIZE: u64 = 4096;
+        for count in 0..70u64 {
+            let shuffled: Vec<_> = (0..count).map(|at| (count - at) * SIZE).collect();
+            let in_order: Vec<_> = (1..=count).map(|at| at * SIZE).collect();
+            for last in [count * SIZE, u64::MAX >> 1] {
+                assert_eq!(count_pieces(&shuffled, SIZE, last), (count, false));
+                assert_eq!(count_pieces(&in_order, SIZE, last), (count.min(1), false));
+                for broken in 1..in_order.len() {
+                    let mut hosts = in_order.clone();
+                    hosts[broken..].reverse();
+                    let pieces =
+                        if broken + 1 == hosts.len() { 1 } else { count - broken as u64 + 1 };
+                    assert_eq!(
+                        count_pieces(&hosts, SIZE, last),
+                        (pieces, false),
+                        "{count} {broken}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_cluster_that_starts_past_the_last_place_is_seen_wherever_it_stands() {
+        for at in 0..70 {
+            for past in [40_001, 1 << 62, 1 << 63, u64::MAX] {
+                let mut hosts = [40_000; 70];
+                hosts[at] = past;
+                assert!(count_pieces(&hosts, 512, 40_000).1, "{past} at {at}");
+            }
+        }
+        assert!(!count_pieces(&[40_000; 70], 512, 40_000).1);
     }
 }

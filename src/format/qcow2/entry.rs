@@ -76,7 +76,17 @@ impl L2Format {
     /// Whether an entry has a [`plain_host`](Self::plain_host).
     #[inline]
     pub(crate) fn is_plain(self, entry: u64) -> bool {
-        (entry & self.not_plain == 0) & (self.host_of_plain(entry) != 0)
+        self.against_plain(entry) == 0
+    }
+
+    /// The bits that speak against an entry's having a [`plain_host`](Self::plain_host); 0 where
+    /// it has. Those of many entries put together tell of all of them, which a processor works
+    /// out for several at a time.
+    #[inline]
+    pub(crate) fn against_plain(self, entry: u64) -> u64 {
+        // Of offset 0, and of no other, the topmost bit has to be borrowed.
+        let is_zero = self.host_of_plain(entry).wrapping_sub(1) & 1 << 63;
+        entry & self.not_plain | is_zero
     }
 
     /// The offset of that, in bytes.

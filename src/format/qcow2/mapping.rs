@@ -327,9 +327,13 @@ impl L2Slice<'_> {
     #[inline(never)]
     fn all_plain(&self, entries: &[[u8; 8]], plain: &mut PlainClusters) -> bool {
         let format = self.format;
-        plain.push_all(self.header.cluster_bits, self.range, entries, |entry| {
-            (format.host_of_plain(entry), format.is_plain(entry))
-        })
+        plain.push_all(
+            self.header.cluster_bits,
+            self.range,
+            entries,
+            #[inline(always)]
+            move |entry| (format.host_of_plain(entry), format.against_plain(entry)),
+        )
     }
 
     fn standard(
