@@ -81,7 +81,7 @@ lint:
 	$(CARGO) clippy --locked --test kernel --test kernel_udev --features fault-injection -- -D warnings
 	$(CARGO) clippy --locked --lib --bins --no-default-features -- -D warnings
 	$(CARGO) fmt --check --manifest-path fuzz/Cargo.toml
-	! command -v cargo-deny >/dev/null || $(CARGO) deny --locked check bans licenses sources
+	$(CARGO) deny --locked check bans licenses sources
 	shellcheck $$(grep -rlIE '^#!/bin/(ba|busybox )?sh' .ci debian dracut fuzz/make-corpus fuzz/run initramfs packaging scripts tests)
 
 # Only what tests depend on is built optimised (Cargo.toml): compiling the rest so takes longer than it saves.

@@ -1,5 +1,5 @@
 //! What deny.toml says of dependencies holds: licences, banned crates, where they come from.
-//! `cargo deny` says the same, with more words, where it is installed.
+//! `cargo deny` says the same, with more words, in `make lint`.
 
 // Helpers outside of #[test] functions fail a test by panicking too.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
