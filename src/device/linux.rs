@@ -149,6 +149,7 @@ fn failed<'a>(what: &'a str, device: &'a str) -> impl FnOnce(io::Error) -> Error
         }
         let hint = match error.raw_os_error() {
             Some(libc::EINVAL) => " (the kernel log says why)",
+            Some(libc::ENOMEM) => " ('imgdm plan' tells how much memory its tables take)",
             _ => "",
         };
         Error::io(format!("cannot {what} '{}'{hint}", printable(device)), error)

@@ -121,7 +121,8 @@ pub(crate) fn set_up(control: &File, file: &File, options: &LoopOptions) -> Resu
     let failed = |error| Error::io("cannot set up a loop device", error);
     for _ in 0..ATTEMPTS {
         let free = sys::loop_get_free(control.as_fd()).map_err(|error| {
-            if error.raw_os_error() != Some(libc::ENOSPC) {
+            // EINVAL: there is no minor number for one more (device_add_disk() in block/genhd.c).
+            if !matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EINVAL)) {
                 return failed(error);
             }
             let message = "no loop device is free, and the kernel makes no more: 'losetup -a' lists those in use";

@@ -10,6 +10,7 @@ use nix::libc;
 use crate::args;
 use crate::encrypted::{Encrypted, PATTERN};
 use crate::guest::*;
+use crate::image::{Image, Order};
 
 /// A fresh overlay over an image with data: loop devices, an inner device and the top one.
 fn stacked(scratch: &Scratch) -> PathBuf {
@@ -54,7 +55,8 @@ fn each_module_that_cannot_be_loaded_is_named() {
     for (module, line) in lines {
         // Without its being loaded there is nothing to take away.
         let _ = run(&mut command("modprobe", [module]));
-        tool("modprobe", ["-r", module]);
+        // Not what it needs, too, as modprobe would.
+        tool("rmmod", [module]);
         let helper = NoModprobe::new();
         let ran = imgdm(&line);
         let listed = imgdm(["list"]);
@@ -105,6 +107,7 @@ fn each_ioctl_that_the_kernel_refuses_is_an_error_that_says_why_and_leaves_nothi
     let line = args!["attach", &image];
     for (request, errno, code, word) in [
         (LOOP_CTL_GET_FREE, libc::ENOSPC, 73, "no loop device is free"),
+        (LOOP_CTL_GET_FREE, libc::EINVAL, 73, "no loop device is free"),
         (LOOP_CTL_GET_FREE, libc::ENOMEM, 1, NO_MEMORY),
         (LOOP_CONFIGURE, libc::EBUSY, 75, "took the free loop device"),
         (LOOP_CONFIGURE, libc::ENOTTY, 69, "LOOP_CONFIGURE"),
@@ -187,4 +190,89 @@ fn too_few_file_descriptors_are_told_and_nothing_is_left() {
         assert_nothing_left();
     }
     attach([&below]).detach();
+}
+
+/// Does this with the loop devices of 0 to 4095, which are all that there can be of such as may
+/// have 255 partitions.
+fn with_every_loop(what: &str) {
+    let script = r#"
+        open my $file, "<", $ARGV[0] or die "$ARGV[0]: $!";
+        open my $control, "+<", "/dev/loop-control" or die "loop-control: $!";
+        for my $number (0 .. 4095) {
+            $ARGV[1] eq "bind" and !defined ioctl($control, 0x4c80, $number) and !$!{EEXIST} and die "add $number: $!";
+            open my $loop, "<", "/dev/loop$number" or die "loop$number: $!";
+            my ($request, $value) = $ARGV[1] eq "bind" ? (0x4c00, fileno $file) : (0x4c01, 0);
+            defined ioctl($loop, $request, $value) or $!{ENXIO} or die "$ARGV[1] loop$number: $!";
+        }"#;
+    tool("perl", ["-MErrno", "-e", script, "/etc/hostname", what]);
+}
+
+#[test]
+fn when_every_loop_device_is_taken_that_is_said_and_two_that_are_let_go_will_do() {
+    let scratch = Scratch::new();
+    let image = scratch.create("qcow2", &[], "disk.qcow2", "1M");
+    write_image(&image, "qcow2", &["write -P 1 0 64k"]);
+    let _ = run(&mut command("modprobe", ["loop"]));
+    tool("modprobe", ["-r", "loop"]);
+    tool("modprobe", ["loop", "max_part=255"]);
+    with_every_loop("bind");
+    let said = imgdm(args!["attach", &image]).refused(73);
+    assert!(said.contains("no loop device is free") && said.contains("losetup -a"), "{said}");
+    assert_nothing_left();
+    // One for the file, and one for zeros.
+    tool("losetup", ["-d", "/dev/loop4095", "/dev/loop4094"]);
+    let device = attach([&image]);
+    assert_eq!(device.bytes()[..512], [1; 512]);
+    device.detach();
+    with_every_loop("let go");
+    tool("modprobe", ["-r", "loop"]);
+    tool("modprobe", ["loop"]);
+}
+
+/// What the kernel ends for lack of memory is this, and not those that wait for it.
+fn spare_all_but(victim: &Command) -> Command {
+    for pid in processes().into_iter().chain([std::process::id()]) {
+        // Some have ended by now.
+        let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), "-1000");
+    }
+    let mut command = Command::new("sh");
+    command.args(["-c", "echo 1000 >/proc/self/oom_score_adj; exec \"$@\"", "sh"]);
+    command.arg(victim.get_program()).args(victim.get_args());
+    command
+}
+
+/// The kernel either refuses the table or, where it takes it for possible to find the memory, ends
+/// the one who asked for it.
+#[test]
+#[ignore = "takes a guest with less memory than a table, and swap: tests/kernel/run boots one"]
+fn a_table_that_there_is_no_memory_for_leaves_nothing() {
+    let swap = std::env::var("IMGDM_SWAP").unwrap();
+    tool("mkswap", [&swap]);
+    tool("swapon", [&swap]);
+    let scratch = Scratch::new();
+    let large = Image::create(&scratch.path("large.qcow2"), 20, Order::Shuffled, false).unwrap();
+    let small = stacked(&scratch);
+    let said = imgdm(args!["attach", &large.path]).refused(73);
+    assert!(said.contains("--max-kernel-memory"), "{said}");
+    for _ in 0..3 {
+        let line = args!["attach", "--max-kernel-memory=none", &large.path];
+        let ran = run(&mut spare_all_but(&imgdm_command(line)));
+        match ran.code() {
+            Some(1) => {
+                assert!(ran.stderr.contains(NO_MEMORY), "{ran}");
+                assert!(ran.stderr.contains("imgdm plan"), "{ran}");
+                assert_nothing_left();
+            }
+            code => {
+                assert_eq!(code, None, "{ran}");
+                let log = tool("dmesg", [""; 0]);
+                assert!(log.contains("Out of memory: Killed process"), "{ran}: {log}");
+            }
+        }
+        // What a killed one may have left goes with the next, which has all that it takes.
+        attach([&small]).detach();
+        assert_nothing_left_soon();
+    }
+    drop(scratch);
+    tool("swapoff", [&swap]);
 }
