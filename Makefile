@@ -81,6 +81,7 @@ lint:
 	$(CARGO) clippy --locked --test kernel --test kernel_udev --features fault-injection -- -D warnings
 	$(CARGO) clippy --locked --lib --bins --no-default-features -- -D warnings
 	$(CARGO) fmt --check --manifest-path fuzz/Cargo.toml
+	@$(CARGO) deny --version >/dev/null 2>&1 || { echo 'lint: cargo-deny is missing: scripts/setup test installs it' >&2; exit 1; }
 	$(CARGO) deny --locked check bans licenses sources
 	shellcheck $$(grep -rlIE '^#!/bin/(ba|busybox )?sh' .ci debian dracut fuzz/make-corpus fuzz/run initramfs packaging scripts tests)
 

@@ -141,6 +141,9 @@ impl LinuxKernel {
 }
 
 /// Turns the error of a device-mapper ioctl into ours.
+/// What [`failed`].
+const LOAD: &str = "load a table into";
+
 fn failed<'a>(what: &'a str, device: &'a str) -> impl FnOnce(io::Error) -> Error + 'a {
     move |error| {
         if matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM)) {
@@ -149,7 +152,6 @@ fn failed<'a>(what: &'a str, device: &'a str) -> impl FnOnce(io::Error) -> Error
         }
         let hint = match error.raw_os_error() {
             Some(libc::EINVAL) => " (the kernel log says why)",
-            Some(libc::ENOMEM) => " ('imgdm plan' tells how much memory its tables take)",
             _ => "",
         };
         Error::io(format!("cannot {what} '{}'{hint}", printable(device)), error)
@@ -319,10 +321,17 @@ impl Kernel for LinuxKernel {
                         );
                         Error::new(ErrorKind::KernelLacks(message)).with_source(error)
                     }
-                    _ => failed("load a table into", uuid)(error),
+                    _ => failed(LOAD, uuid)(error),
                 })
             }
-            (Err(error), None) => Err(failed("load a table into", uuid)(error)),
+            (Err(error), None) if error.raw_os_error() == Some(libc::ENOMEM) => {
+                let message = format!(
+                    "cannot {LOAD} '{}': the kernel has too little memory for it ('imgdm plan IMAGE' tells how much the tables of an image take)",
+                    printable(uuid)
+                );
+                Err(Error::io(message, error))
+            }
+            (Err(error), None) => Err(failed(LOAD, uuid)(error)),
         }
     }
 

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::chain::Extents;
-use crate::chain::tests::{Sector, chain_of, layers, model};
+use crate::chain::tests::{FILE_SECTORS, Sector, chain_of, chain_over, layers, model};
 use crate::scratch::FoundKind;
 use crate::table::DeviceRef;
 use crate::units::SECTOR_SIZE;
@@ -80,14 +80,18 @@ fn zero_mode() -> impl Strategy<Value = ZeroMode> {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
-    /// Of more than a window, that are nothing but data of one file but for one sector.
+    /// Of more than a window, that are nothing but data of one file but for one sector, and may
+    /// lie past the file's end.
     #[test]
     fn many_pieces_are_counted_as_they_are_cut(
-        places in prop::collection::vec((0..60u64, 1..4u64), 1100..1800),
+        places in prop::collection::vec((0..62u64, 1..4u64), 1100..1800),
         other in 0..3000usize,
         what in prop_oneof![
             Just(Sector::Zero), Just(Sector::Unallocated), Just(Sector::Compressed),
-            Just(Sector::Encrypted(1)), Just(Sector::Data(9)),
+            Just(Sector::Encrypted(1)), Just(Sector::Data(9)), Just(Sector::Data(FILE_SECTORS)),
+        ],
+        file_size in prop_oneof![
+            8 => Just(FILE_SECTORS * SECTOR_SIZE), 1 => Just(20 * SECTOR_SIZE + 7), 1 => Just(100),
         ],
         max_segments in prop_oneof![70..900u64, Just(MAX_SEGMENTS_PER_TABLE)],
     ) {
@@ -96,7 +100,8 @@ proptest! {
         if let Some(sector) = layer.get_mut(other) {
             *sector = what;
         }
-        let chain = chain_of(vec![layer]);
+        let file = vec![0; usize::try_from(file_size).unwrap()];
+        let chain = chain_over(vec![layer], |_| file.clone());
         let plan = Plan::new(&chain, PlanOptions { max_segments, ..Default::default() }).unwrap();
         let mut total = 0;
         for (id, table) in (0u32..).map(TableId).zip(plan.tables()) {

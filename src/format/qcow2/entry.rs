@@ -82,7 +82,7 @@ impl L2Format {
     /// The bits that speak against an entry's having a [`plain_host`](Self::plain_host); 0 where
     /// it has. Those of many entries put together tell of all of them, which a processor works
     /// out for several at a time.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn against_plain(self, entry: u64) -> u64 {
         // Of offset 0, and of no other, the topmost bit has to be borrowed.
         let is_zero = self.host_of_plain(entry).wrapping_sub(1) & 1 << 63;
@@ -90,7 +90,7 @@ impl L2Format {
     }
 
     /// The offset of that, in bytes.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn host_of_plain(self, entry: u64) -> u64 {
         entry & OFFSET_MASK
     }
