@@ -1,7 +1,9 @@
 //! Running the program under test.
 
 use std::ffi::OsStr;
-use std::path::Path;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use ::imgdm::open::OpenPolicy;
@@ -30,6 +32,18 @@ const OPENS_CHAINS: [&str; 11] = [
     "show",
     "table",
 ];
+
+/// A copy in `dir`, for those who have no way to where cargo built it. `cp` makes it: a program that
+/// this process wrote can't be run while another test's child, just forked, has it open.
+///
+/// # Errors
+/// It could not be copied.
+pub(crate) fn program_in(dir: &Path) -> Outcome<PathBuf> {
+    let copy = dir.join("imgdm");
+    run(Command::new("cp").arg(PROGRAM).arg(&copy))?.ok()?;
+    fs::set_permissions(&copy, fs::Permissions::from_mode(0o755)).map_err(|e| e.to_string())?;
+    Ok(copy)
+}
 
 /// Runs imgdm in `dir`, where images may name files in all of that, as with QEMU they may.
 ///

@@ -17,7 +17,7 @@ use crate::common::qemu;
 use crate::damaged::{COMMANDS, SIZE, all_refuse, good};
 use crate::far::{create, recipe_of};
 use crate::imgdm::{
-    EX_INVALID, EX_MISSING, EX_NOT_REPRESENTABLE, EX_PERMISSION, PROGRAM, imgdm, refused, sound,
+    EX_INVALID, EX_MISSING, EX_NOT_REPRESENTABLE, EX_PERMISSION, imgdm, program_in, refused, sound,
 };
 
 #[test]
@@ -82,9 +82,7 @@ fn a_file_that_may_not_be_read_is_77_and_named() {
         patch::copy(&dir.join(name), &place.path().join(name)).unwrap();
     }
     open(&place.path().join("base.raw"), 0o000);
-    let program = place.path().join("imgdm");
-    fs::copy(PROGRAM, &program).unwrap();
-    open(&program, 0o755);
+    let program = program_in(place.path()).unwrap();
     let as_nobody = |args: &[&str]| {
         let mut command = if geteuid().is_root() {
             let mut command = Command::new("setpriv");

@@ -10,7 +10,7 @@ use super::{bytes, listing};
 use crate::common::images::scratch_dir;
 use crate::common::process::{Ran, run};
 use crate::common::rng::Rng;
-use crate::imgdm::{PROGRAM, imgdm, refused};
+use crate::imgdm::{PROGRAM, imgdm, program_in, refused};
 
 /// in.raw of 64 KiB.
 fn make_input(dir: &Path) {
@@ -67,12 +67,11 @@ fn as_nobody(dir: &Path, args: &[&str]) -> Option<Ran> {
         println!("passed over: only root can become somebody else");
         return None;
     }
-    // Where cargo built it, others may have no way in.
-    fs::copy(PROGRAM, dir.join("imgdm")).unwrap();
+    let program = program_in(dir).unwrap();
     fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap();
     let mut command = Command::new("setpriv");
     command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--"]);
-    Some(run(command.current_dir(dir).arg(dir.join("imgdm")).args(args)).unwrap())
+    Some(run(command.current_dir(dir).arg(program).args(args)).unwrap())
 }
 
 #[test]

@@ -11,7 +11,7 @@ use crate::common::images::scratch_dir;
 use crate::common::patch::{OFFSET_MASK, Patch};
 use crate::common::process::{Outcome, Ran, run};
 use crate::common::qemu;
-use crate::imgdm::{PROGRAM, imgdm, refused};
+use crate::imgdm::{PROGRAM, imgdm, program_in, refused};
 
 /// in.qcow2 over base.qcow2, 1 MiB each.
 fn two_layers(dir: &Path) {
@@ -157,13 +157,12 @@ fn without_permission_nothing_is_made() {
     let dir = dir.path();
     two_layers(dir);
     fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap();
-    // Where cargo built it, others may have no way in.
-    fs::copy(PROGRAM, dir.join("imgdm")).unwrap();
+    let program = program_in(dir).unwrap();
     let before = listing(dir);
     let as_nobody = |args: &[&str]| {
         let mut command = Command::new("setpriv");
         command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--"]);
-        run(command.current_dir(dir).arg(dir.join("imgdm")).arg("convert").args(args)).unwrap()
+        run(command.current_dir(dir).arg(&program).arg("convert").args(args)).unwrap()
     };
     let ran = as_nobody(&["-O", "raw", "in.qcow2", "out"]);
     refused(&ran, &[77], &["out", "ermission"]).unwrap();
