@@ -1,5 +1,5 @@
 //! How fast imgdm's devices are read, beside the loop device of a raw copy, which is the
-//! limit, a device of one dm-linear segment over that, and qemu-nbd of the same images.
+//! limit, devices of dm-linear segments over that, and qemu-nbd of the same images.
 //!
 //! ```text
 //! cargo bench --bench datapath                         prints the tables
@@ -209,6 +209,9 @@ enum By {
     LoopCached,
     /// A device of one dm-linear segment over the limit: what device-mapper costs by itself.
     Linear,
+    /// A device of a segment for each cluster of the limit, shuffled as those of the fragmented
+    /// image are: what any table of so many pieces costs.
+    LinearCut,
     Imgdm,
     /// By index of the mode.
     Nbd(usize),
@@ -252,11 +255,17 @@ fn set_up(place: &Path, options: &Options) -> anyhow::Result<Vec<Contestant>> {
         }
         let limit = contestants.iter().rev().find(|each| each.by == By::Loop);
         let limit = limit.context("a raw copy without a loop device")?;
-        let (name, images) = (format!("linear-{raw}"), limit.images.clone());
-        let table = format!("0 {} linear {} 0", BYTES / 512, limit.device.display());
-        run(Command::new("dmsetup").args(["create", &name, "--readonly", "--table", &table]))?;
-        let device = Path::new("/dev/mapper").join(name);
-        contestants.push(Contestant { by: By::Linear, images, device });
+        let (limit, images) = (limit.device.clone(), limit.images.clone());
+        for (by, name, clusters) in
+            [(By::Linear, "linear", 1), (By::LinearCut, "linear-cut", CLUSTERS)]
+        {
+            let name = format!("{name}-{raw}");
+            let table = place.join("table");
+            std::fs::write(&table, linear_table(&limit, clusters))?;
+            run(Command::new("dmsetup").args(["create", &name, "--readonly"]).arg(table))?;
+            let device = Path::new("/dev/mapper").join(name);
+            contestants.push(Contestant { by, images: images.clone(), device });
+        }
     }
     for (index, image) in options.images.iter().enumerate() {
         run(Command::new(IMGDM).arg("attach").arg(qcow2(place, image)))?;
@@ -293,6 +302,15 @@ fn set_up(place: &Path, options: &Options) -> anyhow::Result<Vec<Contestant>> {
     Ok(contestants)
 }
 
+/// The lines of a table of so many segments, a power of two, of the same length.
+fn linear_table(device: &Path, segments: u64) -> String {
+    let (length, device) = (BYTES / 512 / segments, device.display());
+    let place = |segment| image::shuffled(segment, segments.trailing_zeros()) * length;
+    let line =
+        |segment| format!("{} {length} linear {device} {}\n", segment * length, place(segment));
+    (0..segments).map(line).collect()
+}
+
 fn qcow2(place: &Path, image: &Image) -> PathBuf {
     place.join(format!("{}.qcow2", image.name))
 }
@@ -310,7 +328,7 @@ fn take_down(contestants: &[Contestant]) -> anyhow::Result<()> {
     let (last, first): (Vec<_>, Vec<_>) = contestants.iter().partition(|each| each.by == By::Loop);
     for Contestant { by, device, .. } in first.into_iter().chain(last) {
         match by {
-            By::Linear => run(Command::new("dmsetup").arg("remove").arg(device))?,
+            By::Linear | By::LinearCut => run(Command::new("dmsetup").arg("remove").arg(device))?,
             By::Loop | By::LoopCached => run(Command::new("losetup").arg("-d").arg(device))?,
             By::Imgdm => run(Command::new(IMGDM).arg("detach").arg(device))?,
             By::Nbd(_) => run(Command::new("qemu-nbd").arg("-d").arg(device))?,
@@ -326,7 +344,7 @@ fn measure(
     options: &Options,
 ) -> anyhow::Result<Vec<Vec<f64>>> {
     let rounds_of = |by| match by {
-        By::Loop | By::Linear | By::Imgdm => options.rounds,
+        By::Loop | By::Linear | By::LinearCut | By::Imgdm => options.rounds,
         _ if line.random => options.rounds.min(FEWER_ROUNDS),
         _ => 1,
     };
@@ -366,7 +384,9 @@ fn report(
                 modes.push(mode);
             }
         }
-        let mut head = "| read | loop, MiB/s | imgdm | dm-linear | loop (cached) |".to_owned();
+        let mut head =
+            "| read | loop, MiB/s | imgdm | dm-linear | dm-linear, cut | loop (cached) |"
+                .to_owned();
         for &mode in &modes {
             head += &format!(" nbd ({}) |", NBD_MODES[mode].what);
         }
@@ -385,8 +405,9 @@ fn report(
                 median(&ratios)
             };
             let imgdm = ratio(By::Imgdm);
-            let [linear, cached] = [By::Linear, By::LoopCached].map(ratio);
-            print!("| {line} | {:.0} | {imgdm:.2} | {linear:.2} | {cached:.2} |", median(limit));
+            let [linear, cut, cached] = [By::Linear, By::LinearCut, By::LoopCached].map(ratio);
+            let limit = median(limit);
+            print!("| {line} | {limit:.0} | {imgdm:.2} | {linear:.2} | {cut:.2} | {cached:.2} |");
             if imgdm < LIMIT_GOAL {
                 missed.push(format!("{}, {line}: {imgdm:.2} of the limit", image.name));
             }
