@@ -256,12 +256,12 @@ fn set_up(place: &Path, options: &Options) -> anyhow::Result<Vec<Contestant>> {
         let limit = contestants.iter().rev().find(|each| each.by == By::Loop);
         let limit = limit.context("a raw copy without a loop device")?;
         let (limit, images) = (limit.device.clone(), limit.images.clone());
-        for (by, name, clusters) in
+        for (by, name, segments) in
             [(By::Linear, "linear", 1), (By::LinearCut, "linear-cut", CLUSTERS)]
         {
             let name = format!("{name}-{raw}");
             let table = place.join("table");
-            std::fs::write(&table, linear_table(&limit, clusters))?;
+            std::fs::write(&table, linear_table(&limit, segments))?;
             run(Command::new("dmsetup").args(["create", &name, "--readonly"]).arg(table))?;
             let device = Path::new("/dev/mapper").join(name);
             contestants.push(Contestant { by, images: images.clone(), device });

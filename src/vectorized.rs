@@ -4,9 +4,9 @@
 /// x86-64 has, a table is decoded at a third of the speed. (AVX-512 is no faster here, and slows
 /// some processors down for a while; that of ARM is in every 64-bit one.)
 ///
-/// All that `work` calls has to be inlined, or it has what every processor has; for the closures
-/// that are passed down to the loop that takes `#[inline(always)]`. What `work` uses is best moved
-/// into it: what lies behind a reference might change with what it writes.
+/// What `work` calls is done so only where it is inlined: it and the closures that it is given are
+/// to be `#[inline(always)]`. What it uses is best moved into it: what lies behind a reference might
+/// change with what it writes.
 #[inline(always)]
 pub(crate) fn vectorized<T>(work: impl FnOnce() -> T) -> T {
     #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]

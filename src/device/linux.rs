@@ -141,9 +141,6 @@ impl LinuxKernel {
 }
 
 /// Turns the error of a device-mapper ioctl into ours.
-/// What [`failed`].
-const LOAD: &str = "load a table into";
-
 fn failed<'a>(what: &'a str, device: &'a str) -> impl FnOnce(io::Error) -> Error + 'a {
     move |error| {
         if matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM)) {
@@ -156,6 +153,18 @@ fn failed<'a>(what: &'a str, device: &'a str) -> impl FnOnce(io::Error) -> Error
         };
         Error::io(format!("cannot {what} '{}'{hint}", printable(device)), error)
     }
+}
+
+/// The same of one that loads a table, which may be large.
+fn load_failed(uuid: &str, error: io::Error) -> Error {
+    if error.raw_os_error() != Some(libc::ENOMEM) {
+        return failed("load a table into", uuid)(error);
+    }
+    let message = format!(
+        "cannot load a table into '{}': the kernel has too little memory for it ('imgdm plan IMAGE' tells how much the tables of an image take)",
+        printable(uuid)
+    );
+    Error::io(message, error)
 }
 
 fn sysfs(number: DeviceNumber) -> PathBuf {
@@ -321,17 +330,10 @@ impl Kernel for LinuxKernel {
                         );
                         Error::new(ErrorKind::KernelLacks(message)).with_source(error)
                     }
-                    _ => failed(LOAD, uuid)(error),
+                    _ => load_failed(uuid, error),
                 })
             }
-            (Err(error), None) if error.raw_os_error() == Some(libc::ENOMEM) => {
-                let message = format!(
-                    "cannot {LOAD} '{}': the kernel has too little memory for it ('imgdm plan IMAGE' tells how much the tables of an image take)",
-                    printable(uuid)
-                );
-                Err(Error::io(message, error))
-            }
-            (Err(error), None) => Err(failed(LOAD, uuid)(error)),
+            (Err(error), None) => Err(load_failed(uuid, error)),
         }
     }
 

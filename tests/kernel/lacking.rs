@@ -219,9 +219,10 @@ impl EveryLoop {
 
 impl Drop for EveryLoop {
     fn drop(&mut self) {
-        tool("losetup", ["-D"]);
-        tool("rmmod", ["loop"]);
-        tool("modprobe", ["loop"]);
+        // Where a test has failed meanwhile, that is what is to be told.
+        for (name, argument) in [("losetup", "-D"), ("rmmod", "loop"), ("modprobe", "loop")] {
+            let _ = run(&mut command(name, [argument]));
+        }
     }
 }
 
@@ -241,16 +242,14 @@ fn when_every_loop_device_is_taken_that_is_said_and_two_that_are_let_go_will_do(
     device.detach();
 }
 
-/// That the kernel ends before all others where it lacks memory, and those that wait for it never.
-fn first_to_be_ended(victim: &Command) -> Command {
+/// imgdm that the kernel ends before all others where it lacks memory; those that wait for it, never.
+fn first_to_be_ended(line: &[std::ffi::OsString]) -> Ran {
     for pid in processes().into_iter().chain([std::process::id()]) {
         // Some have ended by now.
         let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), "-1000");
     }
-    let mut command = Command::new("sh");
-    command.args(["-c", "echo 1000 >/proc/self/oom_score_adj; exec \"$@\"", "sh"]);
-    command.arg(victim.get_program()).args(victim.get_args());
-    command
+    let script = "echo 1000 >/proc/self/oom_score_adj; exec \"$@\"";
+    run(command("sh", ["-c", script, "sh"]).arg(imgdm_path()).args(line))
 }
 
 /// The kernel either refuses the table or, where it takes it for possible to find the memory, ends
@@ -269,7 +268,7 @@ fn a_table_that_there_is_no_memory_for_leaves_nothing() {
     for _ in 0..3 {
         tool("dmesg", ["--clear"]);
         let line = args!["attach", "--max-kernel-memory=none", &large.path];
-        let ran = run(&mut first_to_be_ended(&imgdm_command(line)));
+        let ran = first_to_be_ended(&line);
         match ran.code() {
             Some(1) => {
                 assert!(ran.stderr.contains(NO_MEMORY), "{ran}");

@@ -70,13 +70,8 @@ impl L2Format {
     /// `None` for anything else, which [`decode`](Self::decode) tells apart.
     #[inline]
     pub(crate) fn plain_host(self, entry: u64) -> Option<HostOffset> {
-        self.is_plain(entry).then_some(HostOffset::new(self.host_of_plain(entry)))
-    }
-
-    /// Whether an entry has a [`plain_host`](Self::plain_host).
-    #[inline]
-    pub(crate) fn is_plain(self, entry: u64) -> bool {
-        self.against_plain(entry) == 0
+        let is_plain = self.against_plain(entry) == 0;
+        is_plain.then_some(HostOffset::new(self.host_of_plain(entry)))
     }
 
     /// The bits that speak against an entry's having a [`plain_host`](Self::plain_host); 0 where
