@@ -13,7 +13,7 @@ export BUILT ?= $(TARGET_DIR)/package
 # The C library is linked in; musl's, where rustup has that target.
 STATIC_TARGET = $(shell uname -m)-unknown-linux-$(or $(STATIC_LIBC),gnu)
 
-.PHONY: all build static install uninstall deb rpm demo test lint test-host test-kernel test-packages test-fuzz bench clean help
+.PHONY: all build static install uninstall deb rpm demo test lint test-host test-kernel test-packages test-fuzz test-miri bench clean help
 
 all: build
 
@@ -30,6 +30,7 @@ help:
 	@echo 'make test-kernel  the tests on a real kernel, in a User-Mode Linux guest'
 	@echo 'make test-packages  install, static binary and packages'
 	@echo 'make test-fuzz    each fuzz target for 20 seconds (fuzz/README.md)'
+	@echo 'make test-miri    the parsers over the fuzz corpora, interpreted, where Miri is installed'
 	@echo 'make bench        speed, as ratios to qemu-img and to the plain reads'
 
 build:
@@ -73,6 +74,7 @@ test:
 	$(MAKE) test-kernel
 	$(MAKE) test-packages
 	$(MAKE) test-fuzz
+	$(MAKE) test-miri
 
 # --all-targets passes over the kernel tiers, which cargo test does not run by itself.
 lint:
@@ -83,7 +85,7 @@ lint:
 	$(CARGO) fmt --check --manifest-path fuzz/Cargo.toml
 	@$(CARGO) deny --version >/dev/null 2>&1 || { echo 'lint: cargo-deny is missing: scripts/setup test installs it' >&2; exit 1; }
 	$(CARGO) deny --locked check bans licenses sources
-	shellcheck $$(grep -rlIE '^#!/bin/(ba|busybox )?sh' .ci debian dracut fuzz/make-corpus fuzz/run initramfs packaging scripts tests)
+	shellcheck $$(grep -rlIE '^#!/bin/(ba|busybox )?sh' .ci debian dracut fuzz/make-corpus fuzz/miri fuzz/run initramfs packaging scripts tests)
 
 # Only what tests depend on is built optimised (Cargo.toml): compiling the rest so takes longer than it saves.
 test-host:
@@ -102,6 +104,10 @@ test-packages:
 test-fuzz:
 	@scripts/setup fuzz
 	@if rustup toolchain list 2>/dev/null | grep -q '^nightly'; then fuzz/run; else echo 'test-fuzz: no nightly toolchain, nothing is fuzzed'; fi
+
+# Without it `make test-host` runs the same, with overflow checks and debug assertions.
+test-miri:
+	@status=0; fuzz/miri || status=$$?; [ $$status = 69 ] || exit $$status
 
 bench:
 	@scripts/setup bench
