@@ -25,7 +25,7 @@ help:
 	@echo 'make deb          a Debian package, in target/debian'
 	@echo 'make rpm          an RPM package, in target/rpm'
 	@echo 'make demo         attach an example chain and compare it with qemu-img (IMAGE=path: your own)'
-	@echo 'make test         everything: lint, unit, CLI, oracle and property tests, kernel tier'
+	@echo 'make test         everything: lint, unit, CLI, oracle and property tests, kernel tier, packages, fuzzing'
 	@echo 'make test-host    the tests that need no device-mapper'
 	@echo 'make test-kernel  the tests on a real kernel, in a User-Mode Linux guest'
 	@echo 'make test-packages  install, static binary and packages'
@@ -81,7 +81,7 @@ lint:
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets --features fault-injection -- -D warnings
 	$(CARGO) clippy --locked --test kernel --test kernel_udev --features fault-injection -- -D warnings
-	$(CARGO) clippy --locked --lib --bins --no-default-features -- -D warnings
+	$(CARGO) clippy --locked --lib --bins --test fuzzed --no-default-features -- -D warnings
 	$(CARGO) fmt --check --manifest-path fuzz/Cargo.toml
 	@$(CARGO) deny --version >/dev/null 2>&1 || { echo 'lint: cargo-deny is missing: scripts/setup test installs it' >&2; exit 1; }
 	$(CARGO) deny --locked check bans licenses sources
@@ -105,7 +105,7 @@ test-fuzz:
 	@scripts/setup fuzz
 	@if rustup toolchain list 2>/dev/null | grep -q '^nightly'; then fuzz/run; else echo 'test-fuzz: no nightly toolchain, nothing is fuzzed'; fi
 
-# Without it `make test-host` runs the same, with overflow checks and debug assertions.
+# Without Miri `make test-host` still runs the corpora, with overflow checks and debug assertions.
 test-miri:
 	@status=0; fuzz/miri || status=$$?; [ $$status = 69 ] || exit $$status
 

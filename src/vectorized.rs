@@ -15,3 +15,12 @@ pub(crate) fn vectorized<T>(work: impl FnOnce() -> T) -> T {
     }
     work()
 }
+
+#[cfg(all(test, miri, target_arch = "x86_64"))]
+mod tests {
+    /// Miri has it for what it is compiled for: all tests of what is vectorized rest on that.
+    #[test]
+    fn miri_is_given_avx2() {
+        assert!(fearless_simd::Level::new().as_avx2().is_some());
+    }
+}
